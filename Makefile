@@ -1,0 +1,35 @@
+# Two commands matter: `make demo` and `make test`. Each sets up .venv first, from requirements.lock.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: demo test test-slow lint setup clean
+
+demo: setup
+	$(PY) -m spvla.cli demo
+
+test: setup
+	$(PY) -m pytest
+
+test-slow: setup
+	$(PY) -m pytest -m slow
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+setup: $(VENV)/.installed
+	@$(PY) -m spvla.cli doctor --install_egl True --quiet True
+
+# torch comes first, with its own requirements, because only it knows which CUDA libraries (if any) its build needs;
+# everything else is pinned whole in the lock and installed without resolving, so that nothing can bring torchvision in.
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock "torch==2.13.0"
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,23 @@
+"""Self-play fine-tuning and parallel LIBERO evaluation of vision-language-action models, on Ray.
+
+    policy = spvla.load_policy("openvla/openvla-7b", device="cuda", dtype="bfloat16")
+    actions = policy.act(images, instructions, unnorm_key="libero_spatial")  # (B, 7) float64
+
+Importing does nothing; `load_policy` brings torch in when it is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spvla.policy.checkpoint import load_policy
+
+__version__ = "0.1.0"
+__all__ = ["load_policy"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_policy":
+        from spvla.policy.checkpoint import load_policy
+
+        return load_policy
+    raise AttributeError(f"module 'spvla' has no attribute {name!r}")

@@ -1,0 +1,375 @@
+"""One frozen dataclass per command; its fields are the command's flags, named as OpenVLA's users know them.
+
+A flag's help is the string below its field. Values are checked in `check()`, before anything heavy is imported.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from spvla.errors import UserError
+from spvla.types import MAX_STEPS
+
+
+def require(condition: bool, got: str, *, expected: str, remedy: str) -> None:
+    if not condition:
+        raise UserError(got, expected=expected, remedy=remedy)
+
+
+def require_suite(name: str) -> None:
+    require(
+        name in MAX_STEPS,
+        f"--task_suite_name {name}",
+        expected=f"one of {', '.join(MAX_STEPS)}",
+        remedy="Correct the name.",
+    )
+
+
+def require_positive(flag: str, value: float) -> None:
+    require(
+        math.isfinite(value) and value > 0, f"--{flag} {value}", expected="a number above 0", remedy=f"Raise --{flag}."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """Record demonstrations with the scripted experts, as a TFDS data set."""
+
+    task_suite_name: str = "libero_object"
+    """libero_spatial, libero_object, libero_goal or libero_10"""
+    num_demos_per_task: int = 50
+    """successful demonstrations to keep for each task"""
+    tasks: tuple[int, ...] = ()
+    """task numbers, such as '[0, 3]'; all by default"""
+    data_root_dir: Path = Path("datasets")
+    """folder that gets the data set <suite>_no_noops"""
+    libero_assets: Path | None = None
+    """folder of LIBERO's assets; default LIBERO_ASSETS, then LIBERO's own if on disk, else the embedded primitives"""
+    num_workers: int = 0
+    """parallel environments; 0: one for each CPU of the cluster"""
+    seed: int = 7
+
+    def check(self) -> None:
+        require_suite(self.task_suite_name)
+        require_positive("num_demos_per_task", self.num_demos_per_task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegenerateConfig:
+    """Replay LIBERO's own HDF5 demonstrations, drop no-ops, keep successes, write a TFDS data set."""
+
+    demos: Path
+    """folder with LIBERO's *_demo.hdf5 files of one suite"""
+    task_suite_name: str = "libero_spatial"
+    data_root_dir: Path = Path("datasets")
+    libero_assets: Path | None = None
+    num_workers: int = 0
+
+    def check(self) -> None:
+        require_suite(self.task_suite_name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Read a TFDS data set once into an indexed store, with its statistics."""
+
+    data_root_dir: Path = Path("datasets")
+    """folder that holds the data set's folder"""
+    dataset_name: str = "libero_object_no_noops"
+    skip_corrupt: bool = False
+    """go on past corrupt records, counting them"""
+    num_workers: int = 0
+    """parallel shards; 0: one for each CPU of the cluster"""
+
+    def check(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Fine-tune a policy by self-play (or plain behaviour cloning), as a Ray Train run."""
+
+    vla_path: str = "openvla/openvla-7b"
+    """start policy: a checkpoint folder, an adapter folder, a Hugging Face name in the local cache, or the preset 'tiny'"""
+    data_root_dir: Path = Path("datasets")
+    """folder of TFDS data sets; an index is built beside each when it is missing"""
+    dataset_name: str = "libero_spatial_no_noops"
+    """one data set, or several with weights: 'libero_spatial_no_noops:1,libero_goal_no_noops:2'"""
+    run_root_dir: Path = Path("runs")
+    """folder that gets the run's folder"""
+    adapter_tmp_dir: Path = Path("adapter-tmp")
+    """where adapters wait while they are being merged"""
+    run_id: str | None = None
+    """name of the run's folder; by default made from the flags, so that the same command goes on where it stopped"""
+    run_id_note: str | None = None
+    """added to that name"""
+
+    objective: Literal["spin", "spvla", "sft"] = "spin"
+    """spin: SPIN (arXiv 2401.01335); spvla: the original self-play fork's form; sft: behaviour cloning"""
+    beta: float = 0.1
+    """strength of the self-play margin"""
+    eta: float = 0.0
+    """weight of the entropy term ent = opponent_real - policy_generated; sigmoid's argument is beta x - eta ent"""
+    sft_weight: float = 0.0
+    """weight of the cross entropy added to the self-play loss"""
+    loss_type: Literal["sigmoid", "hinge"] = "sigmoid"
+    logp_reduction: Literal["sum", "mean"] = "sum"
+    """how seven token log-probs become one; the fork averaged"""
+    opponent_temperature: float = 0.0
+    """0: the opponent acts greedily; above 0 it samples"""
+    opponent_update: Literal["iteration", "ema"] = "iteration"
+    """iteration: the opponent stays the start policy; ema: it follows the policy after each step"""
+    ema_decay: float = 0.9999
+    skip_hard_above: float | None = None
+    """spvla: skip a batch whose cross entropy is at least this"""
+    logit_scale: float = 1.0
+    """spvla: logits are divided by this before log-probs are taken"""
+    logit_softcap: float | None = None
+    """cap logits smoothly: cap * tanh(logits / cap)"""
+    drop_collisions: bool = False
+    """leave pairs whose generated action equals the real one out of the mean"""
+
+    use_lora: bool = True
+    """False trains every weight (sft only)"""
+    lora_rank: int = 32
+    lora_dropout: float = 0.0
+    batch_size: int = 16
+    """samples a worker and a pass; the effective batch is this x num_workers x grad_accumulation_steps"""
+    grad_accumulation_steps: int = 1
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float | None = None
+    max_steps: int = 200_000
+    """optimiser steps"""
+    save_steps: int = 5000
+    """optimiser steps between checkpoints"""
+    save_latest_checkpoint_only: bool = True
+    save_merged: bool = False
+    """also write the merged model with each checkpoint, beside training"""
+    image_aug: bool = True
+    skip_corrupt: bool = False
+    """while indexing: go on past corrupt records, counting them"""
+    val_split_from_train: bool = True
+    """hold out the last 5% of episodes when the data set has no validation split, as the original does"""
+    val_steps: int = 0
+    """optimiser steps between passes over the validation split; 0: never"""
+    seed: int = 7
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 autocast on a GPU, fp32 on a CPU"""
+    compile: bool = False
+    """torch.compile the forward passes (GPU)"""
+    max_nonfinite_steps: int = 10
+    """stop after so many non-finite steps in a row"""
+
+    num_workers: int = 1
+    """Ray Train workers (data-parallel ranks)"""
+    use_gpu: bool | None = None
+    """one GPU a worker; by default when the cluster has enough"""
+    max_failures: int = 3
+    """times a failed worker group is restarted from the last checkpoint"""
+
+    use_wandb: bool = False
+    wandb_project: str = "spvla"
+    wandb_entity: str | None = None
+    wandb_mode: Literal["online", "offline"] = "online"
+
+    def check(self) -> None:
+        for flag in (
+            *("lora_rank", "batch_size", "grad_accumulation_steps", "learning_rate", "max_steps", "save_steps"),
+            *("num_workers", "beta", "logit_scale", "max_nonfinite_steps"),
+        ):
+            require_positive(flag, getattr(self, flag))
+        require(
+            self.use_lora or self.objective == "sft",
+            f"--use_lora False with --objective {self.objective}",
+            expected="LoRA, because opponent and policy are adapters on one base",
+            remedy="Drop --use_lora False, or use --objective sft.",
+        )
+        require(
+            0 <= self.ema_decay <= 1,
+            f"--ema_decay {self.ema_decay}",
+            expected="a number from 0 to 1",
+            remedy="The fork used 0.9999.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FarmConfig:
+    """The farm's own flags, shared by every command that evaluates."""
+
+    libero_assets: Path | None = None
+    """folder of LIBERO's assets; default LIBERO_ASSETS, then LIBERO's own if on disk, else the embedded primitives"""
+    num_envs: int = 0
+    """environment actors; 0: one for each CPU of the cluster that the policy actors leave"""
+    num_decoders: int = 0
+    """policy actors; 0: one for each GPU, or one on CPU"""
+    decode_batch_size: int = 0
+    """fixed size of every decoded batch, so that a result does not depend on who shares it; 0: chosen from num_envs"""
+    repeatable: bool = True
+    """False decodes batches at their own size: faster when they are small, and dependent on the load on a GPU"""
+    wait_ms: float | None = None
+    """longest wait for a fuller batch; by default tuned from measured rates"""
+    max_retries: int = 3
+    """times a trial is tried again after an infrastructure error"""
+    call_timeout_s: float = 120.0
+    """deadline of one trial's step or reset, after which its worker is killed"""
+    num_videos: int = 1
+    """successes to film per task, besides every failure up to --max_failure_videos"""
+    max_failure_videos: int = 3
+
+    def check(self) -> None:
+        require_positive("call_timeout_s", self.call_timeout_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(FarmConfig):
+    """Roll a policy out on LIBERO, every trial exactly once, in parallel."""
+
+    model_family: Literal["openvla"] = "openvla"
+    pretrained_checkpoint: str = ""
+    """checkpoint or adapter folder, several separated by commas, or a Hugging Face name in the local cache"""
+    task_suite_name: str = "libero_spatial"
+    """one suite, or several separated by commas"""
+    tasks: tuple[int, ...] = ()
+    """task numbers, such as '[0, 3]'; all by default"""
+    num_trials_per_task: int = 50
+    num_steps_wait: int = 10
+    """settling steps before the policy acts: objects fall"""
+    center_crop: bool = True
+    """crop 90% of the area, for policies trained with image_aug"""
+    unnorm_key: str | None = None
+    """key of the action statistics; by default the suite's name, or that + '_no_noops'"""
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    seed: int = 7
+    local_log_dir: Path = Path("experiments/logs")
+    """folder that gets the ledger, the logs, videos and exports"""
+    run_id_note: str | None = None
+    follow: Path | None = None
+    """a training run: evaluate each new checkpoint while it goes on"""
+    stop_when_settled: bool = False
+    """two checkpoints: stop as soon as their paired difference is settled"""
+    use_wandb: bool = False
+    wandb_project: str = "spvla"
+    wandb_entity: str | None = None
+    wandb_mode: Literal["online", "offline"] = "online"
+
+    def check(self) -> None:
+        super().check()
+        for suite in self.task_suite_name.split(","):
+            require_suite(suite)
+        require_positive("num_trials_per_task", self.num_trials_per_task)
+        require(
+            bool(self.pretrained_checkpoint) != (self.follow is not None),
+            f"--pretrained_checkpoint {self.pretrained_checkpoint or '(none)'} and --follow {self.follow or '(none)'}",
+            expected="one of the two",
+            remedy="Give the checkpoint to evaluate, or the training run to follow.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfplayConfig(TrainConfig):
+    """Self-play iterations: train against the last policy, evaluate, promote the better one."""
+
+    iterations: int = 2
+    task_suite_name: str = "libero_spatial"
+    tasks: tuple[int, ...] = ()
+    num_trials_per_task: int = 50
+    num_steps_wait: int = 10
+    center_crop: bool | None = None
+    """by default as image_aug"""
+    libero_assets: Path | None = None
+    num_envs: int = 0
+    num_decoders: int = 0
+    promote_level: float = 0.05
+    """significance level at which a worse policy is not promoted"""
+
+    def check(self) -> None:
+        super().check()
+        require_suite(self.task_suite_name)
+        require_positive("iterations", self.iterations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Ray Tune over any training flags. `spvla sweep --beta 0.3,0.7 --learning_rate 'loguniform(1e-5,5e-4)' ...`"""
+
+    space: dict[str, str]
+    """training flag -> a comma list, uniform(a,b) or loguniform(a,b); the command line's lists and ranges end up here"""
+    train: TrainConfig
+    """every other training flag"""
+    num_samples: int = 1
+    """draws of each range; lists are a grid"""
+    metric: Literal["success_rate", "val_action_accuracy"] = "success_rate"
+    max_concurrent: int = 0
+    """trials at once; 0: what the cluster holds"""
+    task_suite_name: str = "libero_spatial"
+    tasks: tuple[int, ...] = ()
+    num_trials_per_task: int = 10
+    libero_assets: Path | None = None
+    num_envs: int = 0
+
+    def check(self) -> None:
+        self.train.check()
+        require_suite(self.task_suite_name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write one self-contained HTML file about a run."""
+
+    run: Path
+    """run folder (also the first argument)"""
+    out: Path | None = None
+    """default: report.html in the run folder"""
+
+    def check(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """Say where a run stands, from its folder alone."""
+
+    run: Path
+    """run folder (also the first argument)"""
+
+    def check(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Report what this machine has, with a remedy for each gap."""
+
+    install_egl: bool = False
+    """install a missing EGL library where that is possible (root on Debian or Ubuntu)"""
+    quiet: bool = False
+    """print gaps only"""
+
+    def check(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanConfig:
+    """Remove the caches that this project wrote."""
+
+    yes: bool = False
+    """do it; without, only list"""
+
+    def check(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Play the whole way once, in small: collect, index, warm start, self-play, evaluate, report."""
+
+    out: Path = Path("demo")
+
+    def check(self) -> None:
+        pass

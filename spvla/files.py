@@ -1,0 +1,89 @@
+"""Files, safely: whole or not at all, and never outside the folder they belong to."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from spvla.errors import UserError
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,199}")
+
+
+def safe_name(name: str, *, what: str) -> str:
+    """Returns `name` if it can be one path component, else raises: no separators, no `..`, no control characters."""
+    if _SAFE_NAME.fullmatch(name) and ".." not in name:
+        return name
+    raise UserError(
+        f"{what} {name!r} cannot be a file name",
+        expected="letters, digits and ._+=- (200 at most, the first a letter or digit)",
+        remedy=f"Choose another {what}.",
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside, then renames: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder beside `path` that takes its name when the block ends well, and vanishes when it does not.
+
+    An older folder of that name is whole until the moment of the rename.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.replace(old)
+            beside.replace(path)
+            shutil.rmtree(old)
+        else:
+            beside.replace(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def require_writable(folder: Path, *, flag: str) -> Path:
+    """Creates `folder` and proves that a file can be written there; returns it absolute."""
+    folder = folder.expanduser().resolve()
+    probe = folder / f".write-probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as e:
+        raise UserError(
+            f"{flag} {folder} cannot be written ({e.strerror})",
+            expected="a folder this user can write to, on a disk with room",
+            remedy=f"Give another {flag}, or free the disk.",
+        ) from e
+    return folder
+
+
+def cache_dir() -> Path:
+    """Where downloaded or generated things live between runs: SPVLA_CACHE, or the user's cache folder."""
+    root = os.environ.get("SPVLA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spvla"
+    return Path(root)

@@ -1,0 +1,78 @@
+"""The layout of a run folder: the one place that knows its names.
+
+RUN/config.json                what was asked for
+RUN/metrics.jsonl              one line a logged step: {"step": 10, "train_loss": ..., ...}
+RUN/checkpoints/step_000300/   a PEFT adapter or a whole model, with dataset_statistics.json and training state
+RUN/merged/step_000300/        adapters merged into the base, in OpenVLA's own layout
+RUN/ledger.sqlite              every trial's outcome
+RUN/videos/                    episode=N--success=S--task=....mp4
+RUN/it-0/, RUN/it-1/, ...      self-play iterations, each a run folder itself; RUN/history.jsonl tells their story
+RUN/report.html
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from spvla.errors import UserError
+from spvla.files import write_json
+
+CONFIG, METRICS, LEDGER, HISTORY, REPORT = (
+    "config.json",
+    "metrics.jsonl",
+    "ledger.sqlite",
+    "history.jsonl",
+    "report.html",
+)
+CHECKPOINTS, MERGED, VIDEOS = "checkpoints", "merged", "videos"
+_STEP = re.compile(r"step_(\d+)")
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every whole checkpoint of a run, oldest first. One without its metadata is still being written."""
+    found = [(int(m[1]), p) for p in (run / CHECKPOINTS).glob("step_*") if (m := _STEP.fullmatch(p.name))]
+    whole = ("adapter_config.json", "config.json")
+    return sorted((step, p) for step, p in found if any((p / name).exists() for name in whole))
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    every = checkpoints(run)
+    return every[-1][1] if every else None
+
+
+def write_config(run: Path, command: str, config: Any) -> None:
+    """`config` is one of the dataclasses of spvla.config."""
+    from draccus import encode
+
+    write_json(run / CONFIG, {"command": command, "config": encode(config)})
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """{"command": "train", "config": {...}}."""
+    path = run / CONFIG
+    if not path.exists():
+        raise UserError(
+            f"{run} holds no {CONFIG}",
+            expected="a folder written by spvla train, evaluate, selfplay or sweep",
+            remedy="Give the run's own folder.",
+        )
+    return json.loads(path.read_text())
+
+
+def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
+    """Every logged step, in order. A step logged again after a resume replaces the earlier one; a torn line is dropped."""
+    path = run / METRICS
+    rows: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the process was killed while writing this line
+        rows[row["step"]] = row
+    yield from (rows[step] for step in sorted(rows))

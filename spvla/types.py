@@ -1,0 +1,122 @@
+"""What travels between rooms, and the two seams (`Policy`, `Env`), each with an honest fake in tests/fakes.py.
+
+Legend, used in shape comments everywhere: B batch, T tokens or time steps, V vocabulary, A action dims (7).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+
+ACTION_DIM = 7
+IMAGE_SIZE = 224  # what the policy sees
+CAMERA_SIZE = 256  # what the simulator renders and the data sets hold
+
+# Steps a trial may take in each suite, after the settling steps (OpenVLA's evaluation protocol).
+MAX_STEPS = {
+    "libero_spatial": 220,
+    "libero_object": 280,
+    "libero_goal": 300,
+    "libero_10": 520,
+    "libero_90": 400,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """One demonstration of T steps as LIBERO recorded it: raw actions, frames as JPEG (q95, 4:2:0), rotated 180 degrees."""
+
+    images: Sequence[bytes]  # T JPEGs of (256, 256, 3), agentview
+    wrist_images: Sequence[bytes]  # T JPEGs of (256, 256, 3)
+    states: np.ndarray  # (T, 8) float32: end-effector position, axis-angle, two gripper joints
+    joint_states: np.ndarray  # (T, 7) float32
+    actions: np.ndarray  # (T, 7) float32, gripper -1 open, +1 closed
+    instruction: str
+    source: str  # where it came from; `episode_metadata/file_path` in RLDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """One training transition, after the LIBERO transform (gripper 1 open, 0 closed), before normalisation."""
+
+    image: bytes  # JPEG of (256, 256, 3)
+    action: np.ndarray  # (7,) float32
+    instruction: str
+    episode: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B training samples as the loader hands them out; right-padded with the tokenizer's PAD."""
+
+    images: np.ndarray  # (B, 224, 224, 3) uint8, resized or augmented
+    input_ids: np.ndarray  # (B, T) int64: BOS, prompt, 29871, seven action tokens, EOS
+    attention_mask: np.ndarray  # (B, T) bool
+    labels: np.ndarray  # (B, T) int64: the last eight real positions, -100 elsewhere
+    actions: np.ndarray  # (B, 7) float32, normalised to [-1, 1]
+    samples: np.ndarray  # (B,) int64: index of each frame in the store, stable over epochs
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Trial:
+    """One rollout to be made. With the protocol's digest this is the ledger's key."""
+
+    policy: str  # digest of the policy's weights
+    suite: str
+    task: int
+    init_state: int
+
+
+class Status(StrEnum):
+    SUCCESS = "success"
+    FAILURE = "failure"  # the policy's own; a crash is never one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a trial ended."""
+
+    status: Status
+    steps: int  # policy steps taken, settling steps not counted
+    seconds: float
+    state_digest: str  # sha256 of the final qpos and qvel: equal wherever the trial runs
+    note: str = ""  # why, where the policy was at fault: "NaN action at step 12"
+
+
+class Policy(Protocol):
+    """What turns images and instructions into actions; `spvla.load_policy` returns one."""
+
+    def act(
+        self,
+        images: Sequence[np.ndarray],  # B of (224, 224, 3) uint8
+        instructions: Sequence[str],  # B
+        *,
+        unnorm_key: str | Sequence[str],
+        adapters: Sequence[str | None] | None = None,  # B names of resident adapters; None: the base
+    ) -> np.ndarray:  # (B, 7) float64, un-normalised, gripper 1 open
+        ...
+
+
+class Env(Protocol):
+    """One LIBERO task, held open over many trials. Rendering is asked for, never a side effect of stepping."""
+
+    instruction: str
+
+    def reset(self, init_state: int) -> None:
+        """Puts the world in the state of the task's `init_state`-th episode, whatever ran before."""
+
+    def step(self, action: np.ndarray) -> bool:
+        """One 20 Hz control step with a raw LIBERO action (7,), gripper -1 open, +1 closed. True on success."""
+
+    def image(self, camera: str = "agentview") -> np.ndarray:
+        """(256, 256, 3) uint8 as LIBERO's observation gives it: not yet rotated."""
+
+    def proprio(self) -> tuple[np.ndarray, np.ndarray]:
+        """(8,) end-effector and gripper state, (7,) joint positions; float32."""
+
+    def state_digest(self) -> str: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,46 @@
+"""Shared fixtures: one Ray for all tests, the golden files and real assets where they are at hand."""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("MUJOCO_GL", "egl")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+SHARED = Path(os.environ.get("SPVLA_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of reference outputs of the original code."""
+    if not (SHARED / "golden").is_dir():
+        pytest.skip(
+            f"needs the original code's reference outputs in {SHARED}/golden (or name their parent in SPVLA_SHARED)"
+        )
+    return SHARED / "golden"
+
+
+@pytest.fixture(scope="session")
+def real_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of LIBERO's real assets."""
+    if given := os.environ.get("LIBERO_ASSETS"):
+        return Path(given)
+    archive = SHARED / "libero_assets.tar.xz"
+    if not archive.exists():
+        pytest.skip(f"needs LIBERO's assets: set LIBERO_ASSETS, or put {archive.name} into {SHARED}")
+    folder = tmp_path_factory.mktemp("assets")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / "libero_assets"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster with four logical CPUs, started once for all tests that ask for it."""
+    from spvla.cluster import connection
+
+    with connection(num_cpus=4):
+        yield

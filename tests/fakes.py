@@ -1,0 +1,56 @@
+"""Honest fakes of the two seams: they keep the whole contract, in a few lines of arithmetic."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class FakeEnv:
+    """A world of one number: each step adds the action's first dimension; success above `goal`."""
+
+    instruction = "move right"
+
+    def __init__(self, goal: float = 1.0) -> None:
+        self.goal, self.x, self.closed = goal, 0.0, False
+
+    def reset(self, init_state: int) -> None:
+        self.x = -0.01 * init_state
+
+    def step(self, action: np.ndarray) -> bool:
+        assert action.shape == (7,)
+        self.x += float(action[0])
+        return self.x > self.goal
+
+    def image(self, camera: str = "agentview") -> np.ndarray:
+        level = int(np.clip(128 + 100 * self.x, 0, 255))
+        return np.full((256, 256, 3), level, np.uint8)
+
+    def proprio(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.full(8, self.x, np.float32), np.zeros(7, np.float32)
+
+    def state_digest(self) -> str:
+        return hashlib.sha256(np.float64(self.x).tobytes()).hexdigest()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakePolicy:
+    """Moves right by `speed`, whatever it sees."""
+
+    def __init__(self, speed: float = 0.1) -> None:
+        self.speed = speed
+
+    def act(
+        self,
+        images: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        *,
+        unnorm_key: str | Sequence[str],
+        adapters: Sequence[str | None] | None = None,
+    ) -> np.ndarray:
+        assert len(images) == len(instructions)
+        actions = np.zeros((len(images), 7))
+        actions[:, 0] = self.speed
+        return actions

@@ -1,0 +1,66 @@
+"""The command line: one clear line for bad input, before anything heavy is imported."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from spvla import cli, config
+from spvla.errors import UserError
+
+
+def test_help_answers_in_under_a_second() -> None:
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "spvla.cli", "--help"], capture_output=True, text=True)
+    assert time.monotonic() - start < 1.0
+    assert all(command in done.stdout for command in cli.COMMANDS)
+
+
+def test_the_original_users_flags_parse() -> None:
+    line = (
+        "train --vla_path p --data_root_dir d --dataset_name libero_goal_no_noops --run_root_dir r --adapter_tmp_dir a "
+        "--lora_rank 32 --batch_size 20 --grad_accumulation_steps 1 --learning_rate 5e-4 --image_aug False "
+        "--save_steps 1000 --max_steps 10 --beta 0.5 --eta 0.01 --sft_weight 1.0 --loss_type hinge --num_workers 2"
+    )
+    _, parsed = cli.parse(line.split())
+    assert (parsed.learning_rate, parsed.image_aug, parsed.loss_type, parsed.num_workers) == (5e-4, False, "hinge", 2)
+
+
+def test_a_sweeps_lists_become_its_space_and_the_rest_its_training_flags() -> None:
+    line = "sweep --beta 0.3,0.7 --learning_rate loguniform(1e-5,5e-4) --max_steps 4 --num_samples=3"
+    _, parsed = cli.parse(line.split())
+    assert parsed.space == {"beta": "0.3,0.7", "learning_rate": "loguniform(1e-5,5e-4)"}
+    assert (parsed.train.max_steps, parsed.num_samples) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("trane", "Did you mean train?"),
+        ("train --betta 1", "Did you mean --beta?"),
+        ("train --beta much", "Couldn't parse 'much' into a float"),
+        ("train --loss_type square", "choose from 'sigmoid', 'hinge'"),
+        ("train --batch_size 0", "--batch_size 0; expected a number above 0"),
+        ("train --use_lora False", "--objective sft"),
+        ("evaluate --pretrained_checkpoint x --task_suite_name libero_kitchen", "libero_spatial"),
+        ("evaluate", "--pretrained_checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(line.split()) == 2
+    printed = capsys.readouterr().err
+    assert says in printed
+    assert printed.startswith("spvla: ") and printed.count("\n") == 1
+
+
+def test_user_errors_survive_a_trip_through_a_pickle() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(UserError("a", expected="b", remedy="c")))
+    assert str(error) == "a; expected b. c"
+
+
+def test_every_command_has_a_one_line_purpose() -> None:
+    assert all(cli.doc_line(cls).endswith((".", "...`")) for cls, _ in cli.COMMANDS.values())
+    assert config.TrainConfig().objective == "spin"
