@@ -134,7 +134,7 @@ def quiet(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_sweep(args: Sequence[str]) -> config.SweepConfig:
-    """Sweep flags go to SweepConfig; a training flag with a list or range to its space, with one value to its TrainConfig."""
+    """A training flag with a list or range joins the space; with one value, the sweep's TrainConfig."""
     own = [f.name for f in fields(config.SweepConfig) if f.name not in ("space", "train")]
     sweep_args: list[str] = []
     train_args: list[str] = []

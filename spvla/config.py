@@ -91,7 +91,7 @@ class TrainConfig:
     """Fine-tune a policy by self-play (or plain behaviour cloning), as a Ray Train run."""
 
     vla_path: str = "openvla/openvla-7b"
-    """start policy: a checkpoint folder, an adapter folder, a Hugging Face name in the local cache, or the preset 'tiny'"""
+    """start policy: a checkpoint or adapter folder, a Hugging Face name in the local cache, or the preset 'tiny'"""
     data_root_dir: Path = Path("datasets")
     """folder of TFDS data sets; an index is built beside each when it is missing"""
     dataset_name: str = "libero_spatial_no_noops"
@@ -298,7 +298,7 @@ class SweepConfig:
     """Ray Tune over any training flags. `spvla sweep --beta 0.3,0.7 --learning_rate 'loguniform(1e-5,5e-4)' ...`"""
 
     space: dict[str, str]
-    """training flag -> a comma list, uniform(a,b) or loguniform(a,b); the command line's lists and ranges end up here"""
+    """training flag -> a comma list, uniform(a,b) or loguniform(a,b); made from the command line"""
     train: TrainConfig
     """every other training flag"""
     num_samples: int = 1

@@ -35,7 +35,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every whole checkpoint of a run, oldest first. One without its metadata is still being written."""
+    """(step, folder) of every whole checkpoint, oldest first. One without its metadata is still being written."""
     found = [(int(m[1]), p) for p in (run / CHECKPOINTS).glob("step_*") if (m := _STEP.fullmatch(p.name))]
     whole = ("adapter_config.json", "config.json")
     return sorted((step, p) for step, p in found if any((p / name).exists() for name in whole))
@@ -66,7 +66,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
-    """Every logged step, in order. A step logged again after a resume replaces the earlier one; a torn line is dropped."""
+    """Every logged step, in order. A step logged again after a resume replaces the earlier; a torn line is dropped."""
     path = run / METRICS
     rows: dict[int, dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.exists() else ():

@@ -26,7 +26,7 @@ MAX_STEPS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """One demonstration of T steps as LIBERO recorded it: raw actions, frames as JPEG (q95, 4:2:0), rotated 180 degrees."""
+    """One demonstration of T steps: raw LIBERO actions, frames as JPEG (q95, 4:2:0) rotated by 180 degrees."""
 
     images: Sequence[bytes]  # T JPEGs of (256, 256, 3), agentview
     wrist_images: Sequence[bytes]  # T JPEGs of (256, 256, 3)

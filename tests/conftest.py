@@ -17,9 +17,7 @@ SHARED = Path(os.environ.get("SPVLA_SHARED", Path(__file__).resolve().parents[2]
 def golden() -> Path:
     """Folder of reference outputs of the original code."""
     if not (SHARED / "golden").is_dir():
-        pytest.skip(
-            f"needs the original code's reference outputs in {SHARED}/golden (or name their parent in SPVLA_SHARED)"
-        )
+        pytest.skip(f"needs the original code's outputs in {SHARED}/golden (SPVLA_SHARED names the parent)")
     return SHARED / "golden"
 
 
