@@ -1,0 +1,152 @@
+"""`spvla doctor`: what this machine has, and a remedy for each gap. `spvla clean`: remove the caches."""
+
+import ctypes.util
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from spvla.config import CleanConfig, DoctorConfig
+from spvla.files import cache_dir
+
+EGL_PACKAGES = ("libegl1", "libgl1", "libegl-mesa0", "libgl1-mesa-dri")
+INSTALL_EGL = f"apt-get install -y {' '.join(EGL_PACKAGES)}"
+MIN_FREE_GIB = 20  # one merged 7B checkpoint is 15 GB
+
+# In a process of its own: a broken driver may end it with a signal.
+_RENDERER = """
+import os; os.environ.setdefault("MUJOCO_GL", "egl")
+import mujoco; context = mujoco.GLContext(64, 64); context.make_current()
+from OpenGL import GL; print(GL.glGetString(GL.GL_VENDOR).decode(), "/", GL.glGetString(GL.GL_RENDERER).decode())
+context.free(); os._exit(0)
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; a finding with a remedy is a gap."""
+
+    subject: str
+    found: str
+    remedy: str = ""
+
+
+def doctor(config: DoctorConfig) -> None:
+    """Prints one line a subject; gaps carry their remedy. Never fails: it reports."""
+    if config.install_egl:
+        install_egl()
+    if config.quiet:
+        findings: Iterator[Finding] = (f for f in (egl_library(),) if f.remedy)
+    else:
+        findings = examine()
+    for f in findings:
+        print(f"{'gap' if f.remedy else 'ok ':<4}{f.subject:<10}{f.found}")
+        if f.remedy:
+            print(f"{'':14}-> {f.remedy}")
+
+
+def examine() -> Iterator[Finding]:
+    yield python_packages()
+    yield gpu()
+    yield egl_library()
+    yield renderer()
+    yield assets()
+    yield ray_cluster()
+    yield disk()
+    yield wandb()
+
+
+def python_packages() -> Finding:
+    names = ("torch", "transformers", "peft", "ray", "mujoco", "robosuite", "hf-libero", "tensorflow")
+    missing, found = [], [f"python {sys.version.split()[0]}"]
+    for name in names:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    return Finding("packages", ", ".join(found), f"missing {', '.join(missing)}: run `make setup`" if missing else "")
+
+
+def gpu() -> Finding:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return Finding("GPU", "none", "fine for the tiny preset; a 7B policy needs one NVIDIA GPU with 24 GB or more")
+    return Finding("GPU", "; ".join(lines))
+
+
+def egl_library() -> Finding:
+    if ctypes.util.find_library("EGL"):
+        return Finding("EGL", "libEGL found")
+    return Finding("EGL", "libEGL is missing: nothing can be rendered", f"as root: {INSTALL_EGL}")
+
+
+def renderer() -> Finding:
+    done = subprocess.run([sys.executable, "-c", _RENDERER], capture_output=True, text=True, timeout=60)
+    if done.returncode == 0:
+        return Finding("renderer", done.stdout.strip())
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return Finding("renderer", f"MuJoCo cannot render ({last})", f"{INSTALL_EGL}; or set MUJOCO_GL=osmesa")
+
+
+def assets() -> Finding:
+    from spvla.sim.assets import resolve
+
+    found = resolve(None)
+    remedy = (
+        "geometry stand-ins, not comparable with published numbers: for LIBERO's own, set LIBERO_ASSETS to their folder"
+    )
+    return Finding("assets", f"{found.name} at {found.path}", remedy if found.name == "primitives" else "")
+
+
+def ray_cluster() -> Finding:
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        return Finding("Ray", "RAY_ADDRESS is not set: each command starts a cluster of its own on this machine")
+    ask = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return Finding("Ray", f"no answer from RAY_ADDRESS={address}", "start it (`ray start --head`) or unset RAY_ADDRESS")
+    if done.returncode == 0:
+        return Finding("Ray", f"a cluster answers at RAY_ADDRESS={address}")
+    return Finding("Ray", f"no cluster at RAY_ADDRESS={address}", "start it (`ray start --head`) or unset RAY_ADDRESS")
+
+
+def disk() -> Finding:
+    free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
+    remedy = "free some: one merged 7B checkpoint takes 15 GB" if free_gib < MIN_FREE_GIB else ""
+    return Finding("disk", f"{free_gib:.0f} GiB free in {Path.cwd()}", remedy)
+
+
+def wandb() -> Finding:
+    if os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists():
+        return Finding("W&B", "a key is set")
+    return Finding("W&B", "no key", "only for --use_wandb True: run `wandb login`, or use --wandb_mode offline")
+
+
+def install_egl() -> None:
+    """Installs EGL where that is possible: root on Debian or Ubuntu. Elsewhere `doctor` names the command."""
+    if egl_library().remedy == "" or os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return
+    print(f"installing EGL: {INSTALL_EGL}")
+    quiet = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}}
+    subprocess.run(["apt-get", "-qq", "update"], check=False, **quiet)
+    subprocess.run(INSTALL_EGL.split(), check=False, **quiet)
+
+
+def clean(config: CleanConfig) -> None:
+    """Removes what this project cached for the user (generated assets, LIBERO's configuration); never runs or data."""
+    folder = cache_dir()
+    size_mib = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20 if folder.exists() else 0.0
+    print(f"{folder}: {size_mib:.1f} MiB")
+    if config.yes and folder.exists():
+        shutil.rmtree(folder)
+        print("removed")
+    elif folder.exists():
+        print("remove it with: spvla clean --yes True")

@@ -1,0 +1,109 @@
+"""Plots as inline SVG text, drawn by matplotlib in one calm style."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use("svg")  # no window system, and no other backend is ever needed
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, FAINT = "#1d2733", "#c9d1d9"
+COLOURS = ("#2f6fb3", "#d1603d", "#3a8f6b", "#8a5fb0", "#b8892b", "#6b7785")
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#eef1f4",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "svg.hashsalt": "spvla",  # equal data gives equal bytes
+    "svg.fonttype": "none",
+}
+Series = Mapping[str, Sequence[tuple[float, float]]]  # label -> (x, y) points
+
+
+def curves(title: str, series: Series, *, x_label: str = "optimiser step") -> str:
+    """Lines over steps, one colour a label."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(title, width=4.6, height=2.6)
+        for colour, (label, points) in zip(COLOURS * 3, series.items(), strict=False):
+            xs, ys = zip(*points, strict=True)
+            axes.plot(xs, ys, color=colour, label=label, linewidth=1.4, marker="o" if len(xs) < 3 else None)
+        axes.set_xlabel(x_label)
+        if len(series) > 1:
+            axes.legend(fontsize=7.5, loc="best")
+        return _svg(figure)
+
+
+def intervals(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
+    """Horizontal success rates in percent with their intervals: (label, rate, low, high), each in [0, 1]."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(title, width=9.4, height=0.8 + 0.28 * len(rows))
+        for y, (_, rate, low, high) in enumerate(rows):
+            axes.plot([100 * low, 100 * high], [y, y], color=COLOURS[0], alpha=0.35, linewidth=6, solid_capstyle="round")
+            axes.plot(100 * rate, y, "o", color=COLOURS[0], markersize=5)
+        axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
+        axes.invert_yaxis()
+        axes.set_xlim(-2, 102)
+        axes.set_xlabel("success, % (95% Wilson interval)")
+        return _svg(figure)
+
+
+def heat_map(title: str, xs: Sequence[float], ys: Sequence[float], values: Sequence[float], names: tuple[str, str]) -> str:
+    """Scattered points coloured by value; both axes logarithmic where their range spans more than a decade."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(title, width=4.6, height=3.2)
+        drawn = axes.scatter(xs, ys, c=values, s=420, cmap="viridis", marker="s", edgecolors="white")
+        for x, y, v in zip(xs, ys, values, strict=True):
+            axes.annotate(f"{v:.2f}", (x, y), ha="center", va="center", fontsize=7, color="white")
+        for axis, numbers in (("x", xs), ("y", ys)):
+            if min(numbers) > 0 and max(numbers) / min(numbers) > 10:
+                axes.set(**{f"{axis}scale": "log"})
+        axes.margins(0.25)
+        axes.set_xlabel(names[0])
+        axes.set_ylabel(names[1])
+        figure.colorbar(drawn, ax=axes, shrink=0.85)
+        return _svg(figure)
+
+
+def parallel_coordinates(title: str, names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
+    """One line a trial through all axes; the last axis is the objective and gives the colour."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(title, width=4.8, height=3.2)
+        axes.grid(False, axis="y")
+        lows = [min(column) for column in zip(*rows, strict=True)]
+        spans = [max(column) - low or 1.0 for column, low in zip(zip(*rows, strict=True), lows, strict=True)]
+        colours = matplotlib.colormaps["viridis"]
+        for row in rows:
+            scaled = [(v - low) / span for v, low, span in zip(row, lows, spans, strict=True)]
+            axes.plot(range(len(names)), scaled, color=colours(scaled[-1]), linewidth=1.6, alpha=0.85)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_yticks([])
+        for i, (low, span) in enumerate(zip(lows, spans, strict=True)):
+            axes.annotate(f"{low:.3g}", (i, -0.04), ha="center", va="top", fontsize=7)
+            axes.annotate(f"{low + span:.3g}", (i, 1.04), ha="center", fontsize=7)
+        axes.set_ylim(-0.12, 1.12)
+        return _svg(figure)
+
+
+def _figure(title: str, *, width: float, height: float) -> tuple[Figure, Axes]:
+    """Sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
+    text = out.getvalue()
+    return text[text.index("<svg") :]
