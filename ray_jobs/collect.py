@@ -1,0 +1,8 @@
+"""`ray job submit --working-dir . -- python ray_jobs/collect.py --flags ...`: the flags of `spvla collect`, on a cluster."""
+
+import sys
+
+from spvla import cli
+
+if __name__ == "__main__":
+    sys.exit(cli.run(["collect", *sys.argv[1:]]))

@@ -1,0 +1,55 @@
+"""`spvla status RUN`: where a run stands, told from its folder alone, whether or not it is running."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from spvla import runs
+from spvla.config import StatusConfig
+from spvla.farm.ledger import Ledger
+from spvla.progress import format_seconds
+from spvla.types import Status
+
+
+def status(config: StatusConfig) -> None:
+    """Prints a few lines. Raises UserError when `config.run` is no run folder."""
+    for line in describe(config.run):
+        print(line)
+
+
+def describe(run: Path) -> Iterator[str]:
+    written = runs.read_config(run)
+    yield f"{run.resolve()}  (spvla {written['command']})"
+    folders = [f for f in (run, *sorted(run.glob("it-*"))) if (f / runs.METRICS).exists()]
+    for folder in folders:
+        yield training_line(folder, written["config"].get("max_steps"))
+    if (run / runs.LEDGER).exists():
+        yield from evaluation_lines(run / runs.LEDGER)
+    for line in iteration_rows(run):
+        yield line
+
+
+def training_line(folder: Path, max_steps: int | None) -> str:
+    last = list(runs.read_metrics(folder))[-1]
+    ago = format_seconds(time.time() - (folder / runs.METRICS).stat().st_mtime)
+    loss = f"  loss {last['total_loss']:.4f}" if "total_loss" in last else ""
+    saved = runs.latest_checkpoint(folder)
+    checkpoint = f"checkpoint {saved.name}" if saved else "no checkpoint yet"
+    return f"training  {folder.name}  step {last['step']}/{max_steps}{loss}  {checkpoint}  last written {ago} ago"
+
+
+def evaluation_lines(path: Path) -> Iterator[str]:
+    with Ledger.open(path, read_only=True) as ledger:
+        rows = ledger.outcomes()
+        for policy, suite in dict.fromkeys((r.policy_name, r.suite) for r in rows):
+            mine = [r for r in rows if (r.policy_name, r.suite) == (policy, suite)]
+            won = sum(r.status == Status.SUCCESS for r in mine)
+            yield f"evaluation  {policy}  {suite}  {len(mine)} trials done, {won} successes ({100 * won / len(mine):.1f}%)"
+
+
+def iteration_rows(run: Path) -> Iterator[str]:
+    path = run / runs.HISTORY
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        yield f"iteration  {row['name']}  {row['successes']}/{row['trials']}  {row['verdict']}"
