@@ -219,9 +219,20 @@ class FarmConfig:
     num_videos: int = 1
     """successes to film per task, besides every failure up to --max_failure_videos"""
     max_failure_videos: int = 3
+    worker_memory_gb: float = 4.0
+    """an environment actor larger than this (resident) is replaced between two trials"""
+    max_steps: int | None = None
+    """cut every trial short, for trying things out; part of the protocol, so never mixed with whole trials"""
 
     def check(self) -> None:
-        require_positive("call_timeout_s", self.call_timeout_s)
+        for flag in ("call_timeout_s", "worker_memory_gb"):
+            require_positive(flag, getattr(self, flag))
+        require(
+            self.max_steps is None or self.max_steps > 0,
+            f"--max_steps {self.max_steps}",
+            expected="a number above 0",
+            remedy="Leave it out for the suite's own limit.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
