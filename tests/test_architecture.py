@@ -37,6 +37,9 @@ FLOORS = {
     # LIBERO
     "spvla.sim.primitives": 1,
     "spvla.sim.assets": 2,
+    "spvla.sim.stock": 2,
+    "spvla.sim.init_states": 2,
+    "spvla.sim.rendering": 2,
     "spvla.sim.libero": 3,
     "spvla.sim.episode": 2,
     "spvla.sim.expert": 4,
