@@ -1,0 +1,179 @@
+"""The ledger: one outcome to a trial whatever is killed or run twice, and clear words about unsound files."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from farm_parts import PROTOCOL
+
+from spvla.errors import LedgerError
+from spvla.farm.ledger import Ledger
+from spvla.types import Outcome, Status, Trial
+
+P = PROTOCOL.digest
+TRIALS = [Trial(policy="p0", suite="libero_object", task=t, init_state=i) for t in range(2) for i in range(3)]
+WON = Outcome(status=Status.SUCCESS, steps=12, seconds=1.5, state_digest="d0")
+LOST = Outcome(status=Status.FAILURE, steps=280, seconds=9.0, state_digest="d1", note="NaN action at step 3")
+
+
+def planned(folder: Path) -> Ledger:
+    ledger = Ledger.create(folder / "ledger.sqlite")
+    ledger.add_protocol(PROTOCOL)
+    ledger.add_policy("p0", name="tiny", path="/policies/tiny")
+    ledger.add_tasks("libero_object", ["pick the soup", "pick the milk"])
+    ledger.add_trials(P, TRIALS)
+    return ledger
+
+
+def test_an_outcome_is_read_back_with_its_policy_and_instruction(tmp_path: Path) -> None:
+    with planned(tmp_path) as ledger:
+        assert ledger.claim(P, TRIALS[4])
+        assert ledger.record(P, TRIALS[4], LOST, video="videos/x.mp4", worker="env-1")
+        (row,) = ledger.outcomes()
+    assert (row.trial, row.policy_name, row.instruction) == (TRIALS[4], "tiny", "pick the milk")
+    assert (row.status, row.steps, row.seconds, row.state_digest) == ("failure", 280, 9.0, "d1")
+    assert (row.note, row.video, row.worker, row.errors) == ("NaN action at step 3", "videos/x.mp4", "env-1", 0)
+
+
+def test_an_outcome_is_written_once(tmp_path: Path) -> None:
+    with planned(tmp_path) as ledger:
+        ledger.claim(P, TRIALS[0])
+        assert ledger.record(P, TRIALS[0], WON)
+        assert not ledger.record(P, TRIALS[0], LOST)
+        assert not ledger.claim(P, TRIALS[0])
+        assert ledger.outcomes()[0].status == "success"
+
+
+def test_an_outcome_without_a_claim_is_refused(tmp_path: Path) -> None:
+    with planned(tmp_path) as ledger:
+        assert not ledger.record(P, TRIALS[0], WON)
+
+
+def test_planning_again_keeps_what_is_done(tmp_path: Path) -> None:
+    with planned(tmp_path) as ledger:
+        ledger.claim(P, TRIALS[0])
+        ledger.record(P, TRIALS[0], WON)
+    with planned(tmp_path) as ledger:
+        assert [row.status for row in ledger.trials()] == ["success", None, None, None, None, None]
+
+
+def test_two_drivers_at_once_share_the_trials(tmp_path: Path) -> None:
+    with planned(tmp_path) as one, Ledger.create(tmp_path / "ledger.sqlite") as two:
+        taken_by_one = [one.claim(P, t) for t in TRIALS[:4]]
+        taken_by_two = [two.claim(P, t) for t in TRIALS]
+        assert taken_by_one == [True] * 4
+        assert taken_by_two == [False] * 4 + [True] * 2
+        assert not two.record(P, TRIALS[0], LOST)
+        assert one.record(P, TRIALS[0], WON)
+        one.release(P, TRIALS[1])
+        assert two.claim(P, TRIALS[1])
+
+
+def test_closing_gives_claims_back(tmp_path: Path) -> None:
+    with planned(tmp_path) as one:
+        one.claim(P, TRIALS[0])
+    with planned(tmp_path) as two:
+        assert two.claim(P, TRIALS[0])
+
+
+def test_the_claims_of_a_killed_driver_lapse_at_once(tmp_path: Path) -> None:
+    planned(tmp_path).close()
+    script = (
+        "import sys; from pathlib import Path; from test_ledger import *\n"
+        "ledger = Ledger.open(Path(sys.argv[1])); assert ledger.claim(P, TRIALS[0]); print('claimed', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    driver = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "ledger.sqlite")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"PYTHONPATH": "tests"},
+    )
+    assert driver.stdout.readline() == b"claimed\n"
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        assert not ledger.claim(P, TRIALS[0])
+        driver.send_signal(signal.SIGKILL)
+        driver.communicate()
+        assert ledger.claim(P, TRIALS[0])
+
+
+def test_a_driver_that_lost_its_claim_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with planned(tmp_path) as slow, Ledger.open(tmp_path / "ledger.sqlite") as quick:
+        slow.claim(P, TRIALS[0])
+        monkeypatch.setattr("spvla.farm.ledger.LAPSE_S", -1.0)
+        assert quick.claim(P, TRIALS[0])
+        assert not slow.record(P, TRIALS[0], LOST)
+        assert quick.record(P, TRIALS[0], WON)
+
+
+def test_errors_stand_beside_the_trial_and_not_in_it(tmp_path: Path) -> None:
+    with planned(tmp_path) as ledger:
+        ledger.claim(P, TRIALS[0])
+        ledger.record_error(P, TRIALS[0], kind="hang", message="no step for 120 s", worker="env-2")
+        ledger.release(P, TRIALS[0])
+        assert ledger.trials()[0].status is None and ledger.trials()[0].errors == 1
+        (error,) = ledger.errors()
+        assert (error.kind, error.worker, error.policy_name) == ("hang", "env-2", "tiny")
+
+
+def test_another_protocol_is_refused_naming_the_difference(tmp_path: Path) -> None:
+    with planned(tmp_path) as ledger, pytest.raises(LedgerError, match="center_crop: True -> False"):
+        ledger.add_protocol(replace(PROTOCOL, center_crop=False))
+    with planned(tmp_path) as ledger, pytest.raises(LedgerError, match="assets: primitives -> libero"):
+        ledger.add_protocol(replace(PROTOCOL, assets="libero"))
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    planned(tmp_path).close()
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(LedgerError, match=r"schema 99.*newer"):
+        Ledger.open(tmp_path / "ledger.sqlite")
+
+
+@pytest.mark.parametrize("damage", ["not a database", "torn pages"])
+def test_a_corrupt_file_is_refused_and_kept(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "ledger.sqlite"
+    if damage == "not a database":
+        path.write_bytes(b"x" * 5000)
+    else:
+        planned(tmp_path).close()
+        path.write_bytes(path.read_bytes()[:5000])
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match="move it away"):
+        Ledger.open(path)
+    assert path.read_bytes() == before
+
+
+def test_a_foreign_database_is_refused(tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.execute("CREATE TABLE songs (name TEXT)")
+    db.close()
+    with pytest.raises(LedgerError, match="something else"):
+        Ledger.create(tmp_path / "ledger.sqlite")
+
+
+def test_a_missing_ledger_is_not_made_by_reading(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="no ledger"):
+        Ledger.open(tmp_path / "ledger.sqlite")
+    assert not (tmp_path / "ledger.sqlite").exists()
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
+    with planned(tmp_path) as ledger:
+        ledger.claim(P, TRIALS[0])
+        ledger.record(P, TRIALS[0], WON)
+        pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
+        ledger._db.execute(f"PRAGMA max_page_count = {pages}")  # SQLite's own way to a full disk
+        with pytest.raises(LedgerError, match=r"full.*Free the disk"):
+            ledger.record_error(P, TRIALS[1], kind="hang", message="x" * 100_000)
+        ledger._db.execute(f"PRAGMA max_page_count = {pages + 1000}")
+        assert len(ledger.outcomes()) == 1
+        assert ledger.claim(P, TRIALS[1])

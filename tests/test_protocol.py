@@ -1,0 +1,28 @@
+"""The manifest: its digest moves with every field, and a difference is named."""
+
+from dataclasses import fields, replace
+
+import pytest
+from farm_parts import PROTOCOL
+
+from spvla.farm.protocol import Protocol, differences
+
+OTHER = {"center_crop": False, "num_steps_wait": 11, "max_steps": 5, "seed": 8, "decode_batch_size": 8, "version": 9}
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Protocol)])
+def test_every_field_is_part_of_the_digest(name: str) -> None:
+    changed = replace(PROTOCOL, **{name: OTHER.get(name, "another")})
+    assert changed.digest != PROTOCOL.digest
+    assert [d.split(":")[0] for d in differences(PROTOCOL, changed)] == [name]
+
+
+def test_a_manifest_survives_json() -> None:
+    again = Protocol.from_json(PROTOCOL.to_json())
+    assert again == PROTOCOL and again.digest == PROTOCOL.digest
+
+
+def test_the_limit_is_the_suites_own_unless_cut() -> None:
+    assert PROTOCOL.steps_limit("libero_spatial") == 220
+    assert replace(PROTOCOL, max_steps=30).steps_limit("libero_spatial") == 30
+    assert replace(PROTOCOL, max_steps=9999).steps_limit("libero_10") == 520
