@@ -20,6 +20,7 @@ FLOORS = {
     "spvla.cluster": 2,
     "spvla.runs": 2,
     # image + instruction -> action
+    "spvla.policy.pixels": 0,
     "spvla.policy.actions": 1,
     "spvla.policy.images": 1,
     "spvla.policy.prompt": 1,
