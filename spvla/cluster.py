@@ -2,11 +2,16 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-# Set before Ray is imported. Health checks at 0.2 s: at Ray's default of 2 s every third report blocks for 1.9 s.
+from spvla.errors import ClusterError
+
+# Health checks at 0.2 s: at Ray's default of 2 s every third report blocks for 1.9 s.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
@@ -26,21 +31,85 @@ def connection(*, num_cpus: int | None = None) -> Iterator[None]:
 
     Joins the cluster that RAY_ADDRESS names or that the job runs on; otherwise starts one on this machine
     (`num_cpus` logical CPUs, all by default) and stops it at the end. Within an open connection it does nothing.
+    `ray job stop` (SIGTERM) ends the command as Ctrl-C does. Raises ClusterError.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
         yield
         return
+    _set_environment()
+    _start(num_cpus)
+    try:
+        with _sigterm_interrupts():
+            yield
+    finally:
+        ray.shutdown()
+
+
+def _set_environment() -> None:
+    from ray._raylet import Config
+
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    Config.initialize("")  # Ray reads these when it is imported, which may be long ago: let it read them again
+
+
+def _start(num_cpus: int | None) -> None:
+    import ray
+
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
-        ray.init(**quiet)
-    else:
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address or os.environ.get("RAY_JOB_ID"):
+            ray.init(**quiet)
+            return
         print("ray  starting a cluster on this machine", file=sys.stderr)
-        ray.init(address="local", num_cpus=num_cpus, **quiet)
+        mask = os.umask(0o077)  # Ray writes its authentication token at first use: for this user's eyes only
+        try:
+            ray.init(address="local", num_cpus=num_cpus, **quiet)
+        finally:
+            os.umask(mask)
+    except (ConnectionError, RuntimeError) as e:
+        raise ClusterError(
+            f"no Ray cluster at {address or 'this machine'} ({str(e).splitlines()[0]})",
+            expected="a running cluster that accepts this user's token",
+            remedy="Correct or unset RAY_ADDRESS; `ray status` shows whether a cluster answers.",
+        ) from e
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt. Ray's own handler would exit at once, and only the main thread may set one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
-        ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
+
+
+def grows() -> bool:
+    """Whether machines may join later: on the head of a cluster made by `ray up`, or under KubeRay."""
+    return (Path.home() / "ray_bootstrap_config.yaml").exists() or "KUBERAY_GEN_RAY_START_CMD" in os.environ
+
+
+def require_resources(what: str, **needed: float) -> None:
+    """Raises ClusterError where the cluster lacks what `what` needs and cannot grow: Ray would wait for ever."""
+    import ray
+
+    held = ray.cluster_resources()
+    short = [f"{held.get(name, 0):g} {name}" for name, count in needed.items() if held.get(name, 0) < count]
+    if short and not grows():
+        wanted = " and ".join(f"{count:g} {name}" for name, count in needed.items())
+        raise ClusterError(
+            f"a cluster with {' and '.join(short)} in all",
+            expected=f"at least {wanted} for {what}",
+            remedy="Ask for less, or add machines to the cluster.",
+        )
