@@ -1,8 +1,8 @@
 """`make demo`: the whole way once, in small and for real, on two cores without a GPU.
 
-Two tasks of libero_object, demonstrated by the scripted expert; a tiny policy of OpenVLA's architecture, warm-started by
-behaviour cloning; one iteration of self-play on two Ray Train workers; both policies rolled out by the farm; a report.
-Every stage can be resumed: run again after an interruption, it goes on where it stopped.
+Two tasks of libero_object, demonstrated by the scripted expert; a tiny policy of OpenVLA's architecture, warm-started
+by behaviour cloning; one iteration of self-play on two Ray Train workers; both policies rolled out by the farm; a
+report. Every stage can be resumed: run again after an interruption, it goes on where it stopped.
 """
 
 import time

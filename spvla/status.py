@@ -26,8 +26,7 @@ def describe(run: Path) -> Iterator[str]:
         yield training_line(folder, written["config"].get("max_steps"))
     if (run / runs.LEDGER).exists():
         yield from evaluation_lines(run / runs.LEDGER)
-    for line in iteration_rows(run):
-        yield line
+    yield from iteration_rows(run)
 
 
 def training_line(folder: Path, max_steps: int | None) -> str:
@@ -40,12 +39,14 @@ def training_line(folder: Path, max_steps: int | None) -> str:
 
 
 def evaluation_lines(path: Path) -> Iterator[str]:
-    with Ledger.open(path, read_only=True) as ledger:
-        rows = ledger.outcomes()
+    with Ledger.open(path) as ledger:
+        rows = ledger.trials()
         for policy, suite in dict.fromkeys((r.policy_name, r.suite) for r in rows):
             mine = [r for r in rows if (r.policy_name, r.suite) == (policy, suite)]
+            done = sum(r.status is not None for r in mine)
             won = sum(r.status == Status.SUCCESS for r in mine)
-            yield f"evaluation  {policy}  {suite}  {len(mine)} trials done, {won} successes ({100 * won / len(mine):.1f}%)"
+            rate = f"{100 * won / done:.1f}%" if done else "-"
+            yield f"evaluation  {policy}  {suite}  {done}/{len(mine)} trials done, {won} successes ({rate})"
 
 
 def iteration_rows(run: Path) -> Iterator[str]:

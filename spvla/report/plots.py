@@ -48,7 +48,9 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float]]) -> st
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(title, width=9.4, height=0.8 + 0.28 * len(rows))
         for y, (_, rate, low, high) in enumerate(rows):
-            axes.plot([100 * low, 100 * high], [y, y], color=COLOURS[0], alpha=0.35, linewidth=6, solid_capstyle="round")
+            axes.plot(
+                [100 * low, 100 * high], [y, y], color=COLOURS[0], alpha=0.35, linewidth=6, solid_capstyle="round"
+            )
             axes.plot(100 * rate, y, "o", color=COLOURS[0], markersize=5)
         axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
         axes.invert_yaxis()
@@ -57,7 +59,9 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float]]) -> st
         return _svg(figure)
 
 
-def heat_map(title: str, xs: Sequence[float], ys: Sequence[float], values: Sequence[float], names: tuple[str, str]) -> str:
+def heat_map(
+    title: str, xs: Sequence[float], ys: Sequence[float], values: Sequence[float], names: tuple[str, str]
+) -> str:
     """Scattered points coloured by value; both axes logarithmic where their range spans more than a decade."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(title, width=4.6, height=3.2)

@@ -3,13 +3,13 @@
 import base64
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from spvla import runs
-from spvla.farm.ledger import Ledger, TrialRow
+from spvla.farm.ledger import ErrorRow, Ledger, TrialRow
 from spvla.report import plots
 from spvla.statistics import paired, wilson
 from spvla.types import Status
@@ -151,17 +151,14 @@ def interval(low: float, high: float) -> str:
 def tell(run: Path) -> Story:
     """Gathers the story of a run folder. Raises UserError when it is not one."""
     written = runs.read_config(run)
-    ledger_path = run / runs.LEDGER
-    trials: Sequence[TrialRow] = ()
-    errors: list[ErrorEntry] = []
+    trials: list[TrialRow] = []
+    errors: list[ErrorRow] = []
     protocol: list[tuple[str, str]] = []
-    if ledger_path.exists():
-        with Ledger.open(ledger_path, read_only=True) as ledger:
-            trials = ledger.outcomes()
-            errors = [ErrorEntry(e.where, e.summary, e.traceback) for e in ledger.errors()]
-            protocol = [(k, str(v)) for manifest in ledger.protocols().values() for k, v in manifest.items()]
-            error_counts = ledger.error_counts()
-    tables = evaluation_tables(trials, error_counts if trials else {})
+    if (run / runs.LEDGER).exists():
+        with Ledger.open(run / runs.LEDGER) as ledger:
+            trials, errors = ledger.trials(), ledger.errors()
+            protocol = [(k, str(v)) for manifest in ledger.protocols() for k, v in asdict(manifest).items()]
+    tables = evaluation_tables(trials)
     return Story(
         title=run.resolve().name,
         subtitle=written["config"].get("dataset_name") or written["config"].get("task_suite_name") or "",
@@ -176,30 +173,36 @@ def tell(run: Path) -> Story:
         sweep=sweep_section(run),
         curves=[c for folder in training_folders(run) if (c := curve_section(folder, run))],
         videos=list(videos(run, trials)),
-        errors=errors,
+        errors=[error_entry(e) for e in errors],
         protocol=protocol,
     )
 
 
-def evaluation_tables(
-    trials: Sequence[TrialRow], errors: dict[tuple[str, str, int], int]
-) -> list[EvaluationTable]:
+def evaluation_tables(trials: Sequence[TrialRow]) -> list[EvaluationTable]:
     """One table per (policy, suite), in the order in which they were first met; the last row is the total."""
     tables = []
     for policy, suite in dict.fromkeys((t.policy_name, t.suite) for t in trials):
         mine = [t for t in trials if (t.policy_name, t.suite) == (policy, suite)]
         rows = [
-            TaskRow(
-                task=f"{task}  {name}",
-                successes=sum(t.status == Status.SUCCESS for t in mine if t.task == task),
-                trials=sum(t.task == task for t in mine),
-                errors=errors.get((policy, suite, task), 0),
-            )
-            for task, name in sorted({(t.task, t.task_name) for t in mine})
+            task_row(f"{task}  {name}", [t for t in mine if t.task == task])
+            for task, name in sorted({(t.task, t.instruction) for t in mine})
         ]
-        total = TaskRow("total", sum(r.successes for r in rows), len(mine), sum(r.errors for r in rows))
-        tables.append(EvaluationTable(policy, suite, [*rows, total]))
+        tables.append(EvaluationTable(policy, suite, [*rows, task_row("total", mine)]))
     return tables
+
+
+def task_row(label: str, trials: Sequence[TrialRow]) -> TaskRow:
+    return TaskRow(
+        task=label,
+        successes=sum(t.status == Status.SUCCESS for t in trials),
+        trials=sum(t.status is not None for t in trials),
+        errors=sum(t.errors for t in trials),
+    )
+
+
+def error_entry(error: ErrorRow) -> ErrorEntry:
+    where = f"{error.kind}: {error.suite} task {error.task}, init state {error.init_state}, {error.worker}"
+    return ErrorEntry(where, error.message, error.traceback)
 
 
 def success_plot(tables: Sequence[EvaluationTable]) -> str:
@@ -218,7 +221,11 @@ def comparisons(trials: Sequence[TrialRow]) -> list[Comparison]:
     found = []
     for suite in dict.fromkeys(t.suite for t in trials):
         won = {
-            name: {(t.task, t.init_state): t.status == Status.SUCCESS for t in trials if t.policy_name == name}
+            name: {
+                (t.task, t.init_state): t.status == Status.SUCCESS
+                for t in trials
+                if (t.policy_name, t.suite) == (name, suite) and t.status is not None
+            }
             for name in dict.fromkeys(t.policy_name for t in trials if t.suite == suite)
         }
         for first, second in combinations(won, 2):
@@ -313,9 +320,7 @@ def sweep_section(run: Path) -> SweepSection | None:
     objective = [t["objective"] for t in done]
     drawn = []
     if len(names) >= 2 and done:
-        drawn.append(
-            plots.heat_map(sweep["metric"], columns[0], columns[1], objective, (names[0], names[1]))
-        )
+        drawn.append(plots.heat_map(sweep["metric"], columns[0], columns[1], objective, (names[0], names[1])))
     if names and done:
         drawn.append(
             plots.parallel_coordinates(
@@ -338,13 +343,13 @@ def videos(run: Path, trials: Sequence[TrialRow]) -> Iterator[Video]:
         room -= len(data)
         if room < 0:
             return
-        label = f"{t.task_name} · {t.policy_name}"
-        yield Video(base64.b64encode(data).decode(), t.status, label, t.init_state, t.steps, t.note)
+        label = f"{t.instruction} · {t.policy_name}"
+        yield Video(base64.b64encode(data).decode(), t.status or "", label, t.init_state, t.steps or 0, t.note or "")
 
 
-def notes(protocol: Sequence[tuple[str, str]], errors: Sequence[ErrorEntry]) -> list[str]:
+def notes(protocol: Sequence[tuple[str, str]], errors: Sequence[ErrorRow]) -> list[str]:
     found = []
-    if any(name == "asset_set" and value.startswith("primitives") for name, value in protocol):
+    if any((name, value) == ("assets", "primitives") for name, value in protocol):
         found.append(
             "Rolled out with the embedded primitive geometry, not LIBERO's own meshes: "
             "these rates compare with each other, not with published ones."
