@@ -1,0 +1,30 @@
+"""From a task's goal, as LIBERO's BDDL files state it, to skills: one rule for each kind of goal."""
+
+from spvla.sim.expert.motion import Motion
+from spvla.sim.expert.skills import CannotDo, Expert
+
+ORDER = {"open": 0, "turnon": 1, "in": 2, "on": 2, "close": 3}
+
+
+def pursue(expert: Expert) -> Motion:
+    """Works at the goals that are not yet met, in order, until all are or no way is left."""
+    problem = expert.scene.problem
+    for _ in range(3):
+        unmet = [goal for goal in problem.parsed_problem["goal_state"] if not problem._eval_predicate(goal)]
+        if not unmet:
+            return
+        for goal in sorted(unmet, key=lambda goal: ORDER[goal[0]]):
+            try:
+                yield from achieve(expert, goal)
+            except CannotDo:
+                yield from expert.release()
+
+
+def achieve(expert: Expert, goal: list[str]) -> Motion:
+    """One goal, such as ["in", "milk_1", "basket_1_contain_region"]."""
+    kind, name, *rest = goal
+    if kind in ("in", "on"):
+        yield from expert.pick(name)
+        yield from expert.place(name, expert.scene.where(rest[0]))
+        return
+    raise CannotDo(f"{kind} {name}")

@@ -1,0 +1,111 @@
+"""What an expert can do: each skill a generator of actions that looks at the scene before every step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from spvla.sim.expert.clearance import lowest, lowest_along
+from spvla.sim.expert.grasps import OPENING, Grasp, grasps
+from spvla.sim.expert.motion import DOWN, Arm, Motion, Pose
+from spvla.sim.expert.scene import Scene
+
+NOTHING = np.zeros((0, 3))
+LIFT = 0.03  # m kept above whatever lies on the way
+
+
+class CannotDo(Exception):
+    """The skill found no way: no grasp fits, or the object slipped too often."""
+
+
+@dataclass
+class Expert:
+    """A demonstrator of one episode. `rng` gives it small habits: pace, travel height, which good grasp."""
+
+    scene: Scene
+    arm: Arm
+    rng: np.random.Generator
+
+    # --- pick and place
+
+    def pick(self, name: str) -> Motion:
+        """Grasps a thing from above and lifts it clear of the table."""
+        for attempt in range(3):
+            grasp = self.choose_grasp(name, skip=attempt)
+            yield from self.arm.open(0 if self.scene.opening > OPENING - 0.01 else 8)
+            yield from self.travel(grasp.pose, obstacles=self.scene.obstacles())
+            yield from self.arm.go(grasp.pose, near=0.003, pace=0.7)
+            yield from self.arm.close()
+            yield from self.arm.go(grasp.pose.moved(0, 0, 0.04), near=0.02, pace=0.6)
+            if self.scene.holds(name):
+                return
+        raise CannotDo(f"grasp {name}")
+
+    def choose_grasp(self, name: str, *, skip: int = 0) -> Grasp:
+        obstacles = self.scene.obstacles(name)
+        found = grasps(self.scene.cloud(name), obstacles, ground=self.scene.ground)
+        if len(found) <= skip:
+            raise CannotDo(f"find a grasp of {name}")
+        good = [g for g in found if g.cost < found[0].cost + 0.02]
+        if skip:
+            return found[min(len(found) - 1, 5 * skip)]
+        return good[self.rng.integers(len(good))]
+
+    def travel(self, to: Pose, *, obstacles: np.ndarray, held: np.ndarray = NOTHING, margin: float = LIFT) -> Motion:
+        """Up, across and to a point straight above `to`, clear of everything on the way."""
+        here = self.arm.pose
+        clear = {"obstacles": obstacles, "held": held, "opening": self.scene.opening, "ground": self.scene.ground}
+        height = lowest_along(here.position[:2], to.position[:2], to.rotation, **clear)
+        height += margin + self.rng.uniform(0, 0.02)
+        height = max(height, min(here.position[2], to.position[2] + 0.1))
+        rise = here.above(max(height, here.position[2]))
+        ways = [rise] if height > here.position[2] + 0.01 else []
+        yield from self.arm.through(*ways, to.above(height))
+
+    def place(self, name: str, target: np.ndarray, *, sinks: float = 0.0, turn: bool = True) -> Motion:
+        """Brings a held thing's origin over `target` (x, y), lowers it until it stands, and lets go."""
+        obstacles = self.scene.obstacles(name)
+        pose = self.release_pose(name, target, obstacles, turn=turn)
+        yield from self.travel(pose, obstacles=obstacles, held=self.held(name))
+        if not self.scene.holds(name):
+            raise CannotDo(f"keep hold of {name}")
+        pose = self.release_pose(name, target, obstacles, turn=False)
+        yield from self.arm.go(pose.moved(0, 0, -sinks), near=0.006, pace=0.6)
+        yield from self.release()
+
+    def release_pose(self, name: str, target: np.ndarray, obstacles: np.ndarray, *, turn: bool) -> Pose:
+        """The lowest of the hand's poses that put the held thing over `target`; turning costs height."""
+        here, held = self.arm.pose, self.held(name)
+        offset = here.rotation.inv().apply(self.scene.where(name) - here.position)
+        options: list[tuple[float, Pose]] = []
+        for angle in np.radians([0, -30, 30, -60, 60, -90, 90] if turn else [0]):
+            rotation = Rotation.from_euler("z", angle) * here.rotation
+            if abs(yaw_of(rotation)) > np.radians(110):
+                continue
+            at = target[:2] - rotation.apply(offset)[:2]
+            height = lowest(
+                at,
+                rotation,
+                obstacles=obstacles,
+                held=held,
+                opening=self.scene.opening + 0.02,
+                ground=self.scene.ground,
+            )
+            pose = Pose(position=np.array([*at, height]), rotation=rotation)
+            options.append((height + 0.02 * abs(angle), pose))
+        return min(options, key=lambda option: option[0])[1]
+
+    def held(self, name: str) -> np.ndarray:
+        """(N, 3) points of a held thing in the hand's frame."""
+        here = self.arm.pose
+        return here.rotation.inv().apply(self.scene.cloud(name) - here.position)
+
+    def release(self, rise: float = 0.06) -> Motion:
+        """Lets go, then draws back straight up while the fingers still open."""
+        yield from self.arm.open(5)
+        yield from self.arm.go(self.arm.pose.moved(0, 0, rise), near=0.02, pace=0.7)
+
+
+def yaw_of(rotation: Rotation) -> float:
+    """Angle of a downward hand from rest about the vertical, rad in (-pi, pi]."""
+    return float((rotation * DOWN.inv()).as_euler("ZYX")[0])
