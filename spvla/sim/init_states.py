@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from spvla.errors import UserError
+from spvla.sim.suites import task_info
 
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
@@ -29,6 +30,15 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def init_states(suite: str, task: int) -> np.ndarray:
+    """(50, 1 + nq + nv) float64: time, qpos, qvel."""
+    return load_init_states(task_info(suite, task).init_file)
+
+
+def num_init_states(suite: str, task: int) -> int:
+    return len(init_states(suite, task))
 
 
 def load_init_states(path: Path) -> np.ndarray:

@@ -5,8 +5,6 @@ in [-1, 1] and a gripper command, -1 open, +1 closed, at 20 Hz.
 """
 
 import hashlib
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,133 +14,115 @@ import numpy as np
 from spvla.errors import UserError
 from spvla.sim import stock
 from spvla.sim.assets import AssetSet
-from spvla.sim.init_states import load_init_states
-from spvla.sim.rendering import Renderer
-from spvla.types import MAX_STEPS
+from spvla.sim.controller import Controller
+from spvla.sim.init_states import init_states, num_init_states
+from spvla.sim.placements import Placements
+from spvla.sim.rendering import Renderer, renderer_name
+from spvla.sim.sampling import Sample, SensorClock
+from spvla.sim.suites import SUITES, TaskInfo, task_info, tasks
+from spvla.types import ACTION_DIM, MAX_STEPS
 
-SUITES = tuple(MAX_STEPS)
+__all__ = ["SUITES", "LiberoEnv", "TaskInfo", "num_init_states", "renderer_name", "task_info", "tasks"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class TaskInfo:
-    """One of a suite's tasks, by LIBERO's own number."""
-
-    id: int
-    name: str
-    instruction: str
-
-
-def tasks(suite: str) -> list[TaskInfo]:
-    """Every task of a suite, in LIBERO's order."""
-    if suite not in SUITES:
-        raise UserError(f"suite {suite}", expected=f"one of {', '.join(SUITES)}", remedy="Correct the name.")
-    names = stock.task_names()[suite]
-    return [TaskInfo(id=i, name=name, instruction=_instruction(name)) for i, name in enumerate(names)]
-
-
-def task_info(suite: str, task: int) -> TaskInfo:
-    found = tasks(suite)
-    if not 0 <= task < len(found):
-        raise UserError(f"task {task} of {suite}", expected=f"0 to {len(found) - 1}", remedy="Correct the number.")
-    return found[task]
-
-
-def num_init_states(suite: str, task: int) -> int:
-    return len(load_init_states(_init_file(suite, task)))
-
-
-def _instruction(name: str) -> str:
-    """LIBERO's rule: the file's name, after its scene where it has one."""
-    words = name.split("_")
-    scene = [i for i, word in enumerate(words) if word.startswith("SCENE")]
-    return " ".join(words[scene[0] + 1 :] if scene and name[0].isupper() else words)
-
-
-def _init_file(suite: str, task: int) -> Path:
-    return stock.package() / "init_files" / suite / f"{task_info(suite, task).name}.pruned_init"
+SUBSTEPS = 25  # 500 Hz physics, 20 Hz actions
 
 
 class LiberoEnv:
-    """One task, held open over many trials."""
+    """One task, held open over many trials.
+
+    `env` is LIBERO's own problem object and `model`, `data` are MuJoCo's, for experts and success checks; a policy
+    gets `image` and `proprio`, which show the moment that LIBERO's sensors last sampled.
+    """
 
     def __init__(self, suite: str, task: int, assets: AssetSet, *, seed: int = 0) -> None:
         info = task_info(suite, task)
-        self.suite, self.task_name, self.instruction = suite, info.name, info.instruction
+        self.suite, self.task, self.task_name, self.instruction = suite, task, info.name, info.instruction
         self.max_steps = MAX_STEPS[suite]
-        self.init_states = load_init_states(_init_file(suite, task))
-        self.seed = seed
-        self.env = self._build(stock.package() / "bddl_files" / suite / f"{info.name}.bddl", assets)
+        self.init_states = init_states(suite, task)
+        self.env = stock.build_problem(info.bddl_file, assets.path)
+        self.model, self.data = self.env.sim.model._model, self.env.sim.data._data
+        self.robot = self.env.robots[0]
+        self.controller = Controller(self.robot, self.model, self.data)
+        self.placements = Placements(self.env, seed=seed)
+        self.clock = SensorClock()
+        self.sample = Sample(self.model, self.data)
         self.renderer: Renderer | None = None
-        self._success = False
-
-    @staticmethod
-    def _build(bddl: Path, assets: AssetSet) -> Any:
-        envs = stock.load()
-        stock.use_assets(assets.path)
-        import robosuite
-        from libero.libero.envs.bddl_utils import get_problem_info
-
-        return envs.TASK_MAPPING[get_problem_info(str(bddl))["problem_name"]](
-            str(bddl),
-            robots=["Panda"],
-            controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-            initialization_noise=None,
-            has_renderer=False,
-            has_offscreen_renderer=False,
-            use_camera_obs=False,
-            ignore_done=True,
-        )
-
-    @property
-    def model(self) -> mujoco.MjModel:
-        return self.env.sim.model._model
-
-    @property
-    def data(self) -> mujoco.MjData:
-        return self.env.sim.data._data
+        self.env.visualize({part: False for part in self.env._visualizations})
+        self._body_pos, self._body_quat = self.model.body_pos.copy(), self.model.body_quat.copy()
+        self._site_rgba = self.model.site_rgba.copy()
+        self._lights = [thing.object_properties["vis_site_names"] for thing in self._things()]
+        self._lights_off = [dict(names) for names in self._lights]
 
     def reset(self, init_state: int) -> None:
         if not 0 <= init_state < len(self.init_states):
             raise UserError(
-                f"init state {init_state} of {self.task_name}",
+                f"init state {init_state} of {self.suite} task {self.task}",
                 expected=f"0 to {len(self.init_states) - 1}",
                 remedy="Ask for fewer trials a task.",
             )
-        self.close_renderer()
-        np.random.seed(self.seed)
-        self.env.reset()
-        self.env.sim.set_state_from_flattened(self.init_states[init_state])
-        self.env.sim.forward()
-        self.env._check_success()
-        self.env._post_process()
+        self._restore_model()
+        for pose in self.placements.episode(init_state):
+            self.model.body_pos[pose.body], self.model.body_quat[pose.body] = pose.position, pose.quaternion
+        self._set_state(self.init_states[init_state])
 
     def step(self, action: np.ndarray) -> bool:
-        return bool(self.env.step(np.asarray(action, np.float64))[2])
+        action = np.asarray(action, np.float64)
+        assert action.shape == (ACTION_DIM,)
+        model, data, controller = self.model, self.data, self.controller
+        for substep in range(SUBSTEPS):
+            mujoco.mj_step1(model, data)
+            if substep == 0:
+                controller.set_goal(action)
+            controller.actuate()
+            mujoco.mj_step2(model, data)
+            if self.clock.tick():
+                self.sample.take()
+        self.env._post_process()
+        return bool(self.env._check_success())
 
     def image(self, camera: str = "agentview") -> np.ndarray:
         if self.renderer is None:
             self.renderer = Renderer(self.model)
-        return self.renderer.render(self.data, camera)
+        with self.sample.colours():
+            return self.renderer.render(self.sample.data, camera)
 
     def proprio(self) -> tuple[np.ndarray, np.ndarray]:
-        from robosuite.utils.transform_utils import quat2axisangle
-
-        robot, data = self.env.robots[0], self.data
-        position, quat = data.site_xpos[robot.eef_site_id], data.body(robot.robot_model.eef_name).xquat[[1, 2, 3, 0]]
-        gripper = data.qpos[robot._ref_gripper_joint_pos_indexes]
-        state = np.concatenate([position, quat2axisangle(quat.copy()), gripper]).astype(np.float32)
-        return state, data.qpos[robot._ref_joint_pos_indexes].astype(np.float32)
+        robot, data = self.robot, self.sample.data
+        hand = self.model.body(robot.robot_model.eef_name).id
+        rotation = stock.quat2axisangle(data.xquat[hand][[1, 2, 3, 0]])
+        fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
+        state = np.concatenate([data.site_xpos[robot.eef_site_id], rotation, fingers])
+        return state.astype(np.float32), data.qpos[robot._ref_joint_pos_indexes].astype(np.float32)
 
     def state_digest(self) -> str:
         return hashlib.sha256(self.data.qpos.tobytes() + self.data.qvel.tobytes()).hexdigest()
 
-    def close_renderer(self) -> None:
+    def close(self) -> None:
         if self.renderer is not None:
             self.renderer.close()
             self.renderer = None
 
-    def close(self) -> None:
-        self.close_renderer()
+    def _things(self) -> list[Any]:
+        return [*self.env.objects_dict.values(), *self.env.fixtures_dict.values()]
+
+    def _restore_model(self) -> None:
+        """Undoes all that placements and lit burners changed."""
+        self.model.body_pos[...], self.model.body_quat[...] = self._body_pos, self._body_quat
+        self.model.site_rgba[...] = self._site_rgba
+        for names, off in zip(self._lights, self._lights_off, strict=True):
+            names.update(off)
+
+    def _set_state(self, state: np.ndarray) -> None:
+        """`state`: (1 + nq + nv,) time, qpos, qvel. Everything else is as in a fresh simulation."""
+        mujoco.mj_resetData(self.model, self.data)
+        nq = self.model.nq
+        self.data.time, self.data.qpos[:], self.data.qvel[:] = state[0], state[1 : 1 + nq], state[1 + nq :]
+        mujoco.mj_forward(self.model, self.data)
+        self.controller.reset()
+        self.env._check_success()
+        self.env._post_process()
+        self.clock.reset()
+        self.sample.take()
 
     def __enter__(self) -> Self:
         return self

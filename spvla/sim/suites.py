@@ -1,0 +1,78 @@
+"""LIBERO's suites and tasks, read from its files without importing it (which takes a second and 150 MB)."""
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from spvla.errors import UserError
+from spvla.types import MAX_STEPS
+
+SUITES = tuple(MAX_STEPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskInfo:
+    """One of a suite's tasks, by LIBERO's own number."""
+
+    suite: str
+    id: int
+    name: str
+    instruction: str
+
+    @property
+    def bddl_file(self) -> Path:
+        return package("libero") / "libero/bddl_files" / self.suite / f"{self.name}.bddl"
+
+    @property
+    def init_file(self) -> Path:
+        return package("libero") / "libero/init_files" / self.suite / f"{self.name}.pruned_init"
+
+
+def tasks(suite: str) -> list[TaskInfo]:
+    """Every task of a suite, in LIBERO's order."""
+    if suite not in SUITES:
+        raise UserError(f"suite {suite}", expected=f"one of {', '.join(SUITES)}", remedy="Correct the name.")
+    return [
+        TaskInfo(suite=suite, id=i, name=name, instruction=_instruction(name))
+        for i, name in enumerate(_task_map()[suite])
+    ]
+
+
+def task_info(suite: str, task: int) -> TaskInfo:
+    found = tasks(suite)
+    if not 0 <= task < len(found):
+        raise UserError(f"task {task} of {suite}", expected=f"0 to {len(found) - 1}", remedy="Correct the number.")
+    return found[task]
+
+
+def package(name: str) -> Path:
+    """The folder of an installed package, found without importing it."""
+    found = importlib.util.find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"no package {name}", expected="hf-libero and robosuite 1.4.0", remedy="Run `make setup`.")
+    return Path(found.submodule_search_locations[0])
+
+
+def load_file(name: str, path: Path) -> ModuleType:
+    """Runs one file as a module, without the package around it."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def _task_map() -> dict[str, list[str]]:
+    return load_file(
+        "libero_suite_task_map", package("libero") / "libero/benchmark/libero_suite_task_map.py"
+    ).libero_task_map
+
+
+def _instruction(name: str) -> str:
+    """LIBERO's rule: the file's name, after its scene where it has one."""
+    words = name.split("_")
+    scene = [i for i, word in enumerate(words) if word.startswith("SCENE")]
+    return " ".join(words[scene[0] + 1 :] if scene else words)
