@@ -20,6 +20,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#eef1f4",
     "xtick.color": INK,
     "ytick.color": INK,
@@ -38,6 +39,7 @@ def curves(title: str, series: Series, *, x_label: str = "optimiser step") -> st
             xs, ys = zip(*points, strict=True)
             axes.plot(xs, ys, color=colour, label=label, linewidth=1.4, marker="o" if len(xs) < 3 else None)
         axes.set_xlabel(x_label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if len(series) > 1:
             axes.legend(fontsize=7.5, loc="best")
         return _svg(figure)

@@ -207,7 +207,7 @@ def error_entry(error: ErrorRow) -> ErrorEntry:
 
 def success_plot(tables: Sequence[EvaluationTable]) -> str:
     rows = [
-        (f"{row.task[:52]}  [{table.policy}]" if len(tables) > 1 else row.task[:64], row)
+        (f"{row.task[:60]}  [{table.policy}]" if len(tables) > 1 else row.task[:64], row)
         for table in tables
         for row in table.rows
         if row.trials
