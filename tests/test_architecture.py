@@ -32,6 +32,7 @@ FLOORS = {
     # RLDS -> batches
     "spvla.data.store": 2,
     "spvla.data.rlds": 2,
+    "spvla.data.spool": 2,
     "spvla.data.demos": 3,
     "spvla.data.loader": 3,
     "spvla.data.index": 4,
@@ -48,6 +49,7 @@ FLOORS = {
     "spvla.sim.libero": 4,
     "spvla.sim.episode": 2,
     "spvla.sim.expert": 5,
+    "spvla.sim.recorders": 6,
     # self-play
     "spvla.selfplay.objective": 1,
     "spvla.selfplay.scoring": 3,
@@ -79,7 +81,7 @@ FLOORS = {
     "spvla.report": 3,
     "spvla.status": 4,
     "spvla.doctor": 4,
-    "spvla.collect": 6,
+    "spvla.collect": 7,
     "spvla.sweep": 10,
     "spvla.demo": 11,
     "spvla.cli": 12,

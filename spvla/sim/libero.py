@@ -60,10 +60,14 @@ class LiberoEnv:
                 expected=f"0 to {len(self.init_states) - 1}",
                 remedy="Ask for fewer trials a task.",
             )
+        self.reset_to(self.init_states[init_state], episode=init_state)
+
+    def reset_to(self, state: np.ndarray, *, episode: int) -> None:
+        """Any state (1 + nq + nv,) of this task, in the world of its `episode`-th episode."""
         self._restore_model()
-        for pose in self.placements.episode(init_state):
+        for pose in self.placements.episode(episode):
             self.model.body_pos[pose.body], self.model.body_quat[pose.body] = pose.position, pose.quaternion
-        self._set_state(self.init_states[init_state])
+        self._set_state(state)
 
     def step(self, action: np.ndarray) -> bool:
         action = np.asarray(action, np.float64)

@@ -1,0 +1,122 @@
+"""Demonstrations on their way into a data set: LIBERO's HDF5 files, the no-op filter, the replay that takes pictures.
+
+Replaying drops steps in which nothing was asked of the arm, renders both cameras anew at 256 x 256, and keeps a
+demonstration only if its last step still solves the task, as OpenVLA's LIBERO data sets were made.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from spvla.errors import DatasetError
+from spvla.policy.images import encode_jpeg
+from spvla.types import ACTION_DIM, Env, Episode
+
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+STILL = 1e-4  # norm of the six arm actions below which nothing was asked
+SUFFIX = "_demo.hdf5"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """One recorded demonstration: where the world stood, and what was then done."""
+
+    state: np.ndarray  # (S,) float64: time, qpos, qvel before the first action
+    actions: np.ndarray  # (T, 7) float64, gripper -1 open, +1 closed
+    source: str
+
+
+def demo_files(folder: Path, task_names: list[str]) -> dict[int, Path]:
+    """Task number -> its HDF5 file, of those that are there. Raises DatasetError when none is."""
+    found = {i: folder / f"{name}{SUFFIX}" for i, name in enumerate(task_names)}
+    found = {i: file for i, file in found.items() if file.is_file()}
+    if not found:
+        raise DatasetError(
+            f"--demos {folder} holds none of the suite's demonstrations",
+            expected=f"files such as {task_names[0]}{SUFFIX}",
+            remedy="Give the folder of LIBERO's HDF5 files of this suite, or another --task_suite_name.",
+        )
+    return found
+
+
+def count_demos(file: Path) -> int:
+    with _open(file) as opened:
+        return len(_demos(opened, file))
+
+
+def read_demo(file: Path, number: int) -> Demo:
+    """The `number`-th demonstration of a file. Raises DatasetError for one that is not LIBERO's."""
+    with _open(file) as opened:
+        demo = _demos(opened, file).get(f"demo_{number}")
+        if not isinstance(demo, h5py.Group) or not {"actions", "states"} <= set(demo):
+            raise _broken(file, f"demo_{number} has no actions and states")
+        actions, states = np.asarray(demo["actions"], np.float64), np.asarray(demo["states"], np.float64)
+    if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or len(states) < 1 or not np.isfinite(actions).all():
+        raise _broken(file, f"demo_{number} has actions of shape {actions.shape}")
+    return Demo(state=states[0], actions=actions, source=f"{file.name}#demo_{number}")
+
+
+def read_hdf5_demos(file: Path) -> Iterator[Demo]:
+    for number in range(count_demos(file)):
+        yield read_demo(file, number)
+
+
+def drop_noops(actions: np.ndarray) -> np.ndarray:
+    """(T, 7) -> (T', 7): without the steps that ask nothing of the arm and repeat the last kept gripper command.
+
+    The first step goes if it asks nothing of the arm, whatever its gripper command.
+    """
+    kept: list[np.ndarray] = []
+    for action in actions:
+        same_gripper = not kept or action[6] == kept[-1][6]
+        if not (np.linalg.norm(action[:6]) < STILL and same_gripper):
+            kept.append(action)
+    return np.array(kept).reshape(-1, ACTION_DIM)
+
+
+def replay(env: Env, actions: np.ndarray, *, source: str) -> Episode | None:
+    """Films the (T, 7) actions from where the world stands; None unless the last one solves the task."""
+    images: dict[str, list[bytes]] = {camera: [] for camera in CAMERAS}
+    proprio: list[tuple[np.ndarray, np.ndarray]] = []
+    solved = False
+    for action in actions:
+        for camera in CAMERAS:
+            images[camera].append(encode_jpeg(np.ascontiguousarray(env.image(camera)[::-1, ::-1])))
+        proprio.append(env.proprio())
+        solved = env.step(action)
+    if not solved:
+        return None
+    return Episode(
+        images=images[CAMERAS[0]],
+        wrist_images=images[CAMERAS[1]],
+        states=np.array([state for state, _ in proprio]),
+        joint_states=np.array([joints for _, joints in proprio]),
+        actions=actions.astype(np.float32),
+        instruction=env.instruction,
+        source=source,
+    )
+
+
+def _open(file: Path) -> h5py.File:
+    try:
+        return h5py.File(file, "r")
+    except OSError as e:
+        raise _broken(file, "no HDF5 file, or a truncated one") from e
+
+
+def _demos(opened: h5py.File, file: Path) -> h5py.Group:
+    data = opened.get("data")
+    if not isinstance(data, h5py.Group):
+        raise _broken(file, "no group 'data'")
+    return data
+
+
+def _broken(file: Path, what: str) -> DatasetError:
+    return DatasetError(
+        f"{file}: {what}",
+        expected="LIBERO's layout, data/demo_N/{actions, states}",
+        remedy="Download the file again, or move it out of the folder.",
+    )

@@ -1,0 +1,77 @@
+"""Episodes that wait on disk until their data set is complete: a long recording goes on after a kill.
+
+FOLDER/task_03_take_0012.npz      an episode
+FOLDER/task_03_take_0013.failed   a take that was no success
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from spvla.types import Episode
+
+_NAME = re.compile(r"task_(\d+)_take_(\d+)\.(npz|failed)")
+
+
+class Spool:
+    """Takes, by (task, take). One that was cut short while being written was never there."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+
+    def takes(self) -> dict[tuple[int, int], bool]:
+        """(task, take) -> whether it was a success."""
+        names = (_NAME.fullmatch(file.name) for file in self.folder.iterdir())
+        return {(int(m[1]), int(m[2])): m[3] == "npz" for m in names if m}
+
+    def put(self, task: int, take: int, episode: Episode | None) -> None:
+        file = self.folder / f"task_{task:02d}_take_{take:04d}"
+        if episode is None:
+            file.with_suffix(".failed").touch()
+            return
+        beside = self.folder / f".{file.name}.npz"
+        np.savez(beside, **_to_arrays(episode))
+        beside.replace(file.with_suffix(".npz"))
+
+    def get(self, task: int, take: int) -> Episode:
+        with np.load(self.folder / f"task_{task:02d}_take_{take:04d}.npz", allow_pickle=False) as arrays:
+            return _from_arrays(arrays)
+
+
+def _to_arrays(episode: Episode) -> dict[str, np.ndarray]:
+    return {
+        "images": _joined(episode.images),
+        "image_sizes": np.array([len(image) for image in episode.images]),
+        "wrist_images": _joined(episode.wrist_images),
+        "wrist_image_sizes": np.array([len(image) for image in episode.wrist_images]),
+        "states": episode.states,
+        "joint_states": episode.joint_states,
+        "actions": episode.actions,
+        "words": np.array([episode.instruction, episode.source]),
+    }
+
+
+def _from_arrays(arrays: np.lib.npyio.NpzFile) -> Episode:
+    instruction, source = arrays["words"]
+    return Episode(
+        images=list(_split(arrays["images"], arrays["image_sizes"])),
+        wrist_images=list(_split(arrays["wrist_images"], arrays["wrist_image_sizes"])),
+        states=arrays["states"],
+        joint_states=arrays["joint_states"],
+        actions=arrays["actions"],
+        instruction=str(instruction),
+        source=str(source),
+    )
+
+
+def _joined(images: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(images), np.uint8)
+
+
+def _split(joined: np.ndarray, sizes: np.ndarray) -> Iterator[bytes]:
+    ends = np.cumsum(sizes)
+    for start, end in zip(ends - sizes, ends, strict=True):
+        yield joined[start:end].tobytes()
