@@ -102,6 +102,7 @@ class LiberoEnv:
         return hashlib.sha256(self.data.qpos.tobytes() + self.data.qvel.tobytes()).hexdigest()
 
     def close(self) -> None:
+        """Silent, and may be repeated."""
         if self.renderer is not None:
             self.renderer.close()
             self.renderer = None

@@ -1,16 +1,23 @@
 """Off-screen pictures of a MuJoCo world, the same to the bit as robosuite's, one camera at a time and on demand.
 
-MUJOCO_GL chooses egl (default) or osmesa. With EGL the device is MUJOCO_EGL_DEVICE_ID if set, else the first of
-CUDA_VISIBLE_DEVICES, which is the GPU that Ray gave this process.
+MUJOCO_GL chooses egl (the default) or osmesa. With EGL the device is MUJOCO_EGL_DEVICE_ID where set, else the first
+of CUDA_VISIBLE_DEVICES, which is the GPU that Ray gave this process, else the first that works.
 """
 
+import atexit
 import os
+from functools import cache
 from typing import Protocol
+from weakref import WeakSet
 
 import mujoco
 import numpy as np
 
+from spvla.errors import InfrastructureError
 from spvla.types import CAMERA_SIZE
+
+MAX_GEOMS = 1000  # robosuite's: what a scene may hold
+BUFFER = (640, 480)  # ignored by EGL; OSMesa draws into it
 
 
 class GLContext(Protocol):
@@ -18,27 +25,40 @@ class GLContext(Protocol):
     def free(self) -> None: ...
 
 
+def open_context() -> GLContext:
+    """Raises InfrastructureError where this machine cannot draw."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        if os.environ["MUJOCO_GL"] == "osmesa":
+            from mujoco.osmesa import GLContext as Context
+        else:
+            from mujoco.egl import GLContext as Context
+
+            choose_device()
+        context = Context(*BUFFER)
+        context.make_current()
+    except Exception as e:  # each backend fails in its own ways
+        kind = os.environ["MUJOCO_GL"]
+        raise InfrastructureError(
+            f"MuJoCo cannot draw with MUJOCO_GL={kind} ({e}); expected a working driver. `spvla doctor` names the gap."
+        ) from e
+    return context
+
+
 def choose_device() -> None:
-    """Makes MuJoCo's EGL display open on the GPU this process was given."""
+    """Names the EGL device of the GPU this process was given, unless someone named one already."""
+    from mujoco.egl import egl_ext
+
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    if first.isdigit():  # a UUID (MIG) names no EGL device: MuJoCo then takes the first that works
+    # A UUID (as with MIG) names no EGL device, and a machine may list GPUs without being able to draw with them.
+    if first.isdigit() and int(first) < len(egl_ext.eglQueryDevicesEXT()):
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", first)
 
 
-def open_context() -> GLContext:
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    if os.environ["MUJOCO_GL"] == "osmesa":
-        from mujoco.osmesa import GLContext as Context
-    else:
-        choose_device()
-        from mujoco.egl import GLContext as Context
-    return Context(640, 480)
-
-
+@cache
 def renderer_name() -> str:
-    """OpenGL's own words, such as "Mesa llvmpipe (LLVM 15.0.6, 256 bits)": a protocol's pixels depend on it."""
+    """OpenGL's own words, such as "Mesa llvmpipe (LLVM 15.0.6, 256 bits)". Pixels differ between renderers."""
     context = open_context()
-    context.make_current()
     from OpenGL import GL
 
     name = f"{GL.glGetString(GL.GL_VENDOR).decode()} {GL.glGetString(GL.GL_RENDERER).decode()}"
@@ -47,35 +67,53 @@ def renderer_name() -> str:
 
 
 class Renderer:
-    """One OpenGL context and one model's textures and meshes on the device."""
+    """An OpenGL context with one model's meshes and textures."""
 
     def __init__(self, model: mujoco.MjModel) -> None:
         self.model = model
-        self.context = open_context()
-        self.context.make_current()
-        self.scene = mujoco.MjvScene(model, maxgeom=1000)
+        self.context: GLContext | None = open_context()
+        self.scene = mujoco.MjvScene(model, maxgeom=MAX_GEOMS)
         self.device = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.device)
         self.options = mujoco.MjvOption()
-        self.options.geomgroup[0] = 0  # collision meshes
-        self.options.geomgroup[1] = 1  # visual meshes
+        self.options.geomgroup[0] = 0  # collision shapes
+        self.options.geomgroup[1] = 1  # what they look like
         self.camera = mujoco.MjvCamera()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self.nothing_held = mujoco.MjvPerturb()
+        self.perturbation = mujoco.MjvPerturb()
         self.viewport = mujoco.MjrRect(0, 0, CAMERA_SIZE, CAMERA_SIZE)
+        _close_at_exit()
+        _OPEN.add(self)
 
     def render(self, data: mujoco.MjData, camera: str) -> np.ndarray:
-        """(256, 256, 3) uint8, bottom row first as OpenGL has it: LIBERO's observations are the same."""
+        """(256, 256, 3) uint8, bottom row first as OpenGL has it; LIBERO's observations are the same."""
+        assert self.context is not None, "closed"
         self.context.make_current()
         self.camera.fixedcamid = self.model.camera(camera).id
         everything = mujoco.mjtCatBit.mjCAT_ALL
-        mujoco.mjv_updateScene(self.model, data, self.options, self.nothing_held, self.camera, everything, self.scene)
+        mujoco.mjv_updateScene(self.model, data, self.options, self.perturbation, self.camera, everything, self.scene)
         mujoco.mjr_render(self.viewport, self.scene, self.device)
         image = np.empty((CAMERA_SIZE, CAMERA_SIZE, 3), np.uint8)
         mujoco.mjr_readPixels(image, None, self.viewport, self.device)
         return image
 
     def close(self) -> None:
-        self.context.make_current()
-        self.device.free()
-        self.context.free()
+        """Silent, and may be repeated. Textures go before their context, and the context before the display."""
+        if self.context is not None:
+            self.context.make_current()
+            self.device.free()
+            self.context.free()
+            self.context = None
+
+    def __del__(self) -> None:
+        if getattr(self, "context", None) is not None:
+            self.close()
+
+
+_OPEN: WeakSet[Renderer] = WeakSet()
+
+
+@cache
+def _close_at_exit() -> None:
+    """Registered after MuJoCo's own exit function, which ends the display, and therefore called before it."""
+    atexit.register(lambda: [renderer.close() for renderer in list(_OPEN)])

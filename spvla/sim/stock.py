@@ -5,11 +5,15 @@ robosuite's and gym's. Through this door it is silent, and only the cache folder
 """
 
 import contextlib
+import ctypes
+import gc
 import io
 import logging
 import os
 import sys
 from pathlib import Path
+
+import mujoco
 
 from spvla.files import cache_dir, write_text
 from spvla.sim.suites import load_file, package
@@ -73,7 +77,7 @@ __all__ = [
 def build_problem(bddl_file: Path, assets: Path) -> MujocoEnv:
     """LIBERO's problem for a task, its objects read from the folder `assets`, without cameras or a renderer."""
     libero.libero._assets_path_cache = str(assets)
-    return TASK_MAPPING[get_problem_info(str(bddl_file))["problem_name"]](
+    problem = TASK_MAPPING[get_problem_info(str(bddl_file))["problem_name"]](
         str(bddl_file),
         robots=["Panda"],
         controller_configs=load_controller_config(default_controller="OSC_POSE"),
@@ -82,3 +86,14 @@ def build_problem(bddl_file: Path, assets: Path) -> MujocoEnv:
         has_offscreen_renderer=False,
         use_camera_obs=False,
     )
+    _free_leftovers()
+    return problem
+
+
+def _free_leftovers() -> None:
+    """Gives back what building leaves behind: 220 to 290 MB, much with thirty environments on a node."""
+    mujoco.MjModel.from_xml_string("<mujoco/>")  # MuJoCo keeps the last model it parsed; now it keeps this one
+    mujoco.mj_clearCache(mujoco.mj_getCache())
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
