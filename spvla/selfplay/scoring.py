@@ -1,0 +1,251 @@
+"""The opponent's reply, and both actions scored in one pass.
+
+One pass lays out, for each sample,
+    BOS | 256 patches | prompt, real action, end, padding | first six generated tokens
+Real and generated follow the same prefix without seeing each other (network.py), so the prefix is computed once. The
+generated tokens' positions restart where the real action begins. The seventh is predicted and never fed.
+
+The opponent needs one such pass too: it scores the real action, and the keys and values left behind serve to decode its
+own reply, whose log-probs fall out of the decoding.
+
+Legend: B batch, T text tokens, L rows before the generated ones (256 + T), A action dims (7), V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spvla.policy.images import to_pixel_values
+from spvla.policy.vision import NUM_PATCHES
+from spvla.selfplay.network import Loras, Network, Rows
+from spvla.selfplay.objective import cap_logits, token_logps
+from spvla.types import ACTION_DIM, Batch
+
+REAL_ROWS = ACTION_DIM + 1  # seven action tokens and the end of sequence
+FED = ACTION_DIM - 1  # generated tokens that are fed back
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A batch on the device."""
+
+    pixels: Tensor  # (B, 6, 224, 224) float32
+    text: Tensor  # (B, T) int64: the batch's ids without the last column, which predicts nothing
+    start: Tensor  # (B,) column of the first action token
+    targets: Tensor  # (B, A + 1) the real action tokens and the end of sequence
+
+    @property
+    def real(self) -> Tensor:
+        return self.targets[:, :ACTION_DIM]
+
+    @property
+    def first(self) -> Tensor:
+        """(B,) row that predicts the first action token."""
+        return NUM_PATCHES + self.start - 1
+
+
+def to_inputs(batch: Batch, device: torch.device | str, *, multiple: int = 1) -> Inputs:
+    """Moves a batch to the device. Rows are padded until T is a multiple, so that compiled code sees few shapes."""
+    ids, lengths = batch.input_ids, batch.attention_mask.sum(1)
+    start = lengths - REAL_ROWS
+    targets = np.take_along_axis(ids, start[:, None] + np.arange(REAL_ROWS), 1)
+    columns = -(-(ids.shape[1] - 1) // multiple) * multiple
+    text = np.zeros((len(ids), columns), np.int64)  # what pads is never seen: attention is causal
+    text[:, : ids.shape[1] - 1] = ids[:, :-1]
+    return Inputs(
+        pixels=to_pixel_values(_to(batch.images, device)),
+        text=_to(text, device),
+        start=_to(start, device),
+        targets=_to(targets, device),
+    )
+
+
+def _to(array: np.ndarray, device: torch.device | str) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    on_gpu = torch.device(device).type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLogits:
+    real: Tensor  # (B, A + 1, V) predicts the real action and the end of sequence
+    generated: Tensor  # (B, A, V) predicts the generated action
+
+
+def score_real(network: Network, inputs: Inputs, loras: Loras, *, cache: Callable | None = None) -> Tensor:
+    """Logits of the real action and the end of sequence: (B, A + 1, V)."""
+    x = _prefix_and_real(network, inputs, loras)
+    cos, sin = network.rotary(torch.arange(x.shape[1], device=x.device)[None])
+    rows = Rows(cos=cos, sin=sin, mask=None, extra=0)
+    keep = inputs.first[:, None] + torch.arange(REAL_ROWS, device=x.device)
+    return network.logits(network.hidden(x, rows, loras, keep=keep, cache=cache), loras)
+
+
+def score_pair(network: Network, inputs: Inputs, generated: Tensor, loras: Loras) -> PairLogits:
+    """Logits of both actions in one pass; `generated` is (B, A)."""
+    x = torch.cat((_prefix_and_real(network, inputs, loras), network.embed(generated[:, :FED])), 1)
+    rows = pair_rows(network, inputs.first, length=x.shape[1] - FED)
+    steps = torch.arange(REAL_ROWS, device=x.device)
+    keep = torch.cat((inputs.first[:, None] + steps, (x.shape[1] - FED + steps[:FED]).expand(len(x), -1)), 1)
+    logits = network.logits(network.hidden(x, rows, loras, keep=keep), loras)
+    real, after = logits.split((REAL_ROWS, FED), 1)
+    return PairLogits(real=real, generated=torch.cat((real[:, :1], after), 1))  # both first tokens: one prediction
+
+
+def pair_rows(network: Network, first: Tensor, *, length: int) -> Rows:
+    """Positions and mask of one pass over a pair: the generated tokens go on from row `first` (B,)."""
+    steps = torch.arange(FED, device=first.device)
+    plain = torch.arange(length, device=first.device).expand(len(first), -1)
+    cos, sin = network.rotary(torch.cat((plain, first[:, None] + 1 + steps), 1))
+    column = torch.arange(length + FED, device=first.device)
+    prefix = column <= first[:, None, None]  # (B, 1, L + 6)
+    own = (column >= length) & (column - length <= steps[:, None])  # (6, L + 6)
+    return Rows(cos=cos, sin=sin, mask=(prefix | own)[:, None], extra=FED)
+
+
+def _prefix_and_real(network: Network, inputs: Inputs, loras: Loras) -> Tensor:
+    """(B, L, D): BOS, patches, text."""
+    patches, text = network.patches(inputs.pixels, loras), network.embed(inputs.text)
+    return torch.cat((text[:, :1], patches, text[:, 1:]), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What the opponent answered to each sample, and how probable it finds both actions. No gradient."""
+
+    generated: Tensor  # (B, A) int64
+    real_logps: Tensor  # (B, A)
+    generated_logps: Tensor  # (B, A)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speech:
+    """How actions are drawn and log-probs taken."""
+
+    temperature: float = 0.0  # 0: greedy
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def logps(self, logits: Tensor, ids: Tensor) -> Tensor:
+        return token_logps(cap_logits(logits.float(), self.logit_softcap), ids, scale=self.logit_scale)
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        """Log-prob of each position's most likely token."""
+        return self.logps(logits, logits.argmax(-1))
+
+    def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """(B, V) logits, (B,) numbers in [0, 1) -> (B,) ids. Sampling inverts the cumulative distribution."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        heights = cap_logits(logits.float(), self.logit_softcap).div(self.temperature).softmax(-1).cumsum(-1)
+        ids = torch.searchsorted(heights, (uniform * heights[:, -1])[:, None], right=True)[:, 0]
+        return ids.clamp(max=logits.shape[-1] - 1)
+
+
+class Opponent:
+    """Scores the real action and plays its own. On a GPU decoding is one CUDA graph for each shape."""
+
+    def __init__(self, network: Network, loras: Loras, speech: Speech) -> None:
+        self.network, self.loras, self.speech = network, loras, speech
+        self._decoders: dict[tuple[int, int], _Decoder] = {}
+
+    @torch.no_grad()
+    def reply(self, inputs: Inputs, uniforms: Tensor) -> Reply:
+        """`uniforms` (B, A) in [0, 1) decide what is sampled; greedy decoding ignores them."""
+        decoder = self._decoder(inputs)
+        logits = score_real(self.network, inputs, self.loras, cache=decoder.store)[:, :ACTION_DIM]
+        generated, generated_logps = decoder.decode(logits[:, 0], inputs.first, uniforms)
+        return Reply(
+            generated=generated,
+            real_logps=self.speech.logps(logits, inputs.real),
+            generated_logps=generated_logps,
+        )
+
+    @torch.no_grad()
+    def own_greedy(self, inputs: Inputs) -> Reply:
+        """The fork's form: the most likely token at each position, given the real ones before it."""
+        logits = score_real(self.network, inputs, self.loras)[:, :ACTION_DIM]
+        return Reply(
+            generated=logits.argmax(-1),
+            real_logps=self.speech.logps(logits, inputs.real),
+            generated_logps=self.speech.greedy(logits),
+        )
+
+    def _decoder(self, inputs: Inputs) -> "_Decoder":
+        shape = (inputs.text.shape[0], NUM_PATCHES + inputs.text.shape[1])
+        if shape not in self._decoders:
+            self._decoders.clear()  # caches are large: one shape at a time
+            self._decoders[shape] = _Decoder(self.network, self.loras, self.speech, *shape)
+        return self._decoders[shape]
+
+
+class _Decoder:
+    """Decodes seven tokens after a scored prefix, over static keys and values. The real action's are overwritten."""
+
+    def __init__(self, network: Network, loras: Loras, speech: Speech, batch: int, length: int) -> None:
+        self.network, self.loras, self.speech = network, loras, speech
+        device = network.device
+        self.keys, self.values = torch.zeros(2, *network.cache_shape(batch, length), dtype=network.dtype, device=device)
+        self.logits = torch.zeros(batch, network.vocabulary, dtype=network.dtype, device=device)
+        self.first = torch.full((batch,), NUM_PATCHES, device=device)
+        self.uniforms = torch.zeros(batch, ACTION_DIM, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.out: tuple[Tensor, Tensor] | None = None
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        self.keys[layer].copy_(keys)
+        self.values[layer].copy_(values)
+
+    def decode(self, logits: Tensor, first: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, V) logits of the first token, its predictor's row (B,) -> ids (B, A), log-probs (B, A)."""
+        self.logits.copy_(logits)
+        self.first.copy_(first)
+        self.uniforms.copy_(uniforms)
+        if self.network.device.type != "cuda":
+            return self._loop()
+        if self.graph is None:
+            self._capture()
+        self.graph.replay()
+        return self.out[0].clone(), self.out[1].clone()
+
+    def _capture(self) -> None:
+        """Records the loop; what it writes into the caches while warming up is written again by the replay."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._loop()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = self._loop()
+
+    def _loop(self) -> tuple[Tensor, Tensor]:
+        logits, ids, logps = self.logits, [], []
+        for step in range(ACTION_DIM):
+            ids.append(self.speech.choose(logits, self.uniforms[:, step]))
+            logps.append(self.speech.logps(logits, ids[-1]))
+            if step < FED:
+                logits = self._next(ids[-1], self.first + 1 + step)
+        return torch.stack(ids, 1), torch.stack(logps, 1)
+
+    def _next(self, ids: Tensor, at: Tensor) -> Tensor:
+        """Feeds one token each at row `at` (B,): (B,) ids -> (B, V) logits."""
+        cos, sin = self.network.rotary(at[:, None])
+        rows = Rows(cos=cos, sin=sin, mask=None, extra=0)
+        x = self.network.embed(ids[:, None])
+        hidden = self.network.decode_hidden(x, rows, self.loras, keys=self.keys, values=self.values, at=at)
+        return self.network.logits(hidden[:, 0], self.loras)
+
+
+def generate(network: Network, inputs: Inputs, loras: Loras, *, temperature: float = 0.0, uniforms: Tensor) -> Tensor:
+    """The adapter's own actions: (B, A) ids."""
+    return Opponent(network, loras, Speech(temperature=temperature)).reply(inputs, uniforms).generated
+
+
+def draw_uniforms(seed: int, visit: int, samples: np.ndarray) -> np.ndarray:
+    """(B,) sample numbers -> (B, A) float32 in [0, 1), the same for a sample whoever shares its batch."""
+    rows = [np.random.default_rng((seed, visit, int(s))).random(ACTION_DIM, np.float32) for s in samples]
+    return np.stack(rows)

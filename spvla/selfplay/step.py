@@ -1,0 +1,329 @@
+"""One update in plain torch: replies of the opponent, losses, gradient, clip, AdamW. No Ray, no files.
+
+    learner = Learner(model, StepConfig.of(train_config))      # the model carries adapter "policy", perhaps "opponent"
+    metrics = learner.step(batches)                            # one optimiser step over len(batches) micro-batches
+
+First the opponent answers every micro-batch, then the policy learns from each. So the number of pairs that count is
+known before the first backward pass, and the gradient is that of one mean over all micro-batches and workers.
+Workers (torch.distributed, if initialised) meet twice a step: once to add that number, once to add the gradient, which
+covers the adapter only. The host waits for the device once a step, to read the metrics and to skip what is not finite.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spvla.config import TrainConfig
+from spvla.errors import CheckpointError, TrainingError, UserError
+from spvla.policy import actions
+from spvla.selfplay.adapters import Adapter, Flat, has_adapter
+from spvla.selfplay.clock import Clock, memory_gib
+from spvla.selfplay.measures import Margin, collided, extremes, imitation, selfplay
+from spvla.selfplay.network import Loras, Network, bare
+from spvla.selfplay.objective import LossType, Reduction
+from spvla.selfplay.replies import ReplyStore
+from spvla.selfplay.scoring import Inputs, Opponent, Reply, Speech, draw_uniforms, score_pair, score_real, to_inputs
+from spvla.types import ACTION_DIM, Batch
+
+POLICY, OPPONENT = "policy", "opponent"  # names of the two adapters
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """The training flags that one step depends on; see TrainConfig for their meaning."""
+
+    objective: Literal["spin", "spvla", "sft"] = "spin"
+    beta: float = 0.1
+    eta: float = 0.0
+    sft_weight: float = 0.0
+    loss_type: LossType = "sigmoid"
+    logp_reduction: Reduction = "sum"
+    opponent_temperature: float = 0.0
+    opponent_update: Literal["iteration", "ema"] = "iteration"
+    ema_decay: float = 0.9999
+    skip_hard_above: float | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    drop_collisions: bool = False
+    use_lora: bool = True
+    lora_dropout: float = 0.0
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float | None = None
+    max_steps: int = 200_000
+    seed: int = 7
+    max_nonfinite_steps: int = 10
+    compile: bool = False
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "StepConfig":
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+
+
+def learning_rate(config: StepConfig, step: int) -> float:
+    """Rate of optimiser step `step` = 0, 1, ...: linear warm-up, then constant, or falling to 0 at max_steps."""
+    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    done = min(1.0, max(0, step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
+    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.lr_schedule]
+    return config.learning_rate * warm * shape
+
+
+class Shares(NamedTuple):
+    """What one sample, and one pair that counts, weigh in the mean over micro-batches and workers."""
+
+    sample: float
+    pair: float | Tensor
+
+
+class Measured(NamedTuple):
+    sums: dict[str, Tensor]  # scalars; added over micro-batches and workers they are the step's metrics
+    extremes: Tensor  # (2,) largest action logit, and smallest negated
+
+
+class Learner:
+    """Policy, opponent, optimiser and their state. `step` trains, `evaluate` does not."""
+
+    def __init__(self, model: nn.Module, config: StepConfig, *, replies: ReplyStore | None = None) -> None:
+        """`model` is an OpenVLA, under peft where use_lora, with adapter "policy" and, unless the bare base plays,
+        "opponent". `replies` keeps the opponent's answers over epochs: only where images are not augmented.
+        """
+        require_consistent(config, replies)
+        self.config, self.replies = config, replies
+        self.network = Network(model, compiled=config.compile)
+        self.device = self.network.device
+        self.policy, self.loras = self._trained()
+        self.average, opponent_loras = self._playing()
+        self.speech = Speech(
+            temperature=config.opponent_temperature,
+            logit_scale=config.logit_scale,
+            logit_softcap=config.logit_softcap,
+        )
+        self.margin = Margin(
+            beta=config.beta, eta=config.eta, loss_type=config.loss_type, reduction=config.logp_reduction
+        )
+        self.opponent = Opponent(self.network, opponent_loras, self.speech)
+        self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self._share_start()
+        self.total = torch.zeros_like(self.policy.master)  # the gradient of a whole step
+        parameter = nn.Parameter(self.policy.master)
+        parameter.grad = self.total
+        fused = self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW([parameter], weight_decay=config.weight_decay, fused=fused)
+        centers = actions.decode(np.arange(self.network.vocabulary))
+        self.centers = torch.from_numpy(centers).float().to(self.device)  # (V,) action of each id
+        self.steps = 0  # taken, skipped ones included
+        self.nonfinite = 0  # in a row
+
+    def step(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """One optimiser step over all micro-batches and workers. Raises TrainingError as max_nonfinite_steps says."""
+        clock = Clock(self.device)
+        self.total.zero_()
+        self._seed_dropout()
+        with clock("data"):
+            inputs = [to_inputs(b, self.device, multiple=self.multiple) for b in batches]
+        with clock("opponent"):
+            replies = [self._reply(b, x) for b, x in zip(batches, inputs, strict=True)]
+        shares = self._shares(inputs, replies)
+        measured = []
+        for x, reply in zip(inputs, replies, strict=True):
+            with clock("forward"):
+                objective, measures = self._losses(x, reply, shares)
+            with clock("backward"):
+                objective.backward()
+                self.policy.take_grad(self.total)
+            measured.append(measures)
+        metrics = self._gather(measured)
+        self._remember(batches, replies)
+        self._update(metrics)
+        return metrics | clock.seconds() | {"memory_gib": memory_gib(self.device)}
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> dict[str, float]:
+        """Teacher-forced `train_loss`, `action_accuracy` and `l1_loss` of one batch on this worker, without a step."""
+        inputs = to_inputs(batch, self.device, multiple=self.multiple)
+        logits = score_real(self.network, inputs, self.loras)
+        measures = imitation(logits, inputs, self.centers, self.config.logit_softcap)
+        values = torch.stack([value.mean() for value in measures.values()]).tolist()
+        return dict(zip(measures, values, strict=True))
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything that a later step depends on, exactly: tensors and numbers."""
+        moments = self.optimizer.state_dict()["state"].get(0, {})
+        return {
+            "steps": self.steps,
+            "nonfinite": self.nonfinite,
+            "policy": self.policy.master.clone(),
+            "opponent": None if self.average is None else self.average.master.clone(),
+            "moments": {name: value.clone() for name, value in moments.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Inverse of `state_dict`. Raises CheckpointError where the state is another model's."""
+        if state["policy"].shape != self.policy.master.shape:
+            raise CheckpointError(
+                f"a training state of {len(state['policy'])} trained numbers",
+                expected=f"{len(self.policy.master)}, as this model with this --lora_rank has",
+                remedy="Go on with the flags that the run was started with.",
+            )
+        self.steps, self.nonfinite = int(state["steps"]), int(state["nonfinite"])
+        self.policy.load(state["policy"])
+        if self.average is not None:
+            self.average.load(state["opponent"])
+        moments = {0: state["moments"]} if state["moments"] else {}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+    @property
+    def multiple(self) -> int:
+        """Text is padded to this multiple: compiled code wants few shapes."""
+        return 8 if self.config.compile else 1
+
+    def _trained(self) -> tuple[Flat, Loras]:
+        if not self.config.use_lora:
+            return self.network.train_all(), bare
+        policy = Adapter(POLICY, self.network.parts, dtype=self.network.dtype, trainable=True)
+        return policy, policy.lora
+
+    def _playing(self) -> tuple[Adapter | None, Loras]:
+        """The moving average, if the opponent is one; and the adapter that plays."""
+        ema, named = self.config.opponent_update == "ema", has_adapter(self.network.parts, OPPONENT)
+        if self.config.objective == "sft" or not (ema or named):
+            return None, bare
+        name = OPPONENT if named else POLICY  # an average that has no adapter of its own starts as the policy
+        opponent = Adapter(name, self.network.parts, dtype=self.network.dtype, trainable=False, bind=named)
+        return (opponent if ema else None), opponent.lora
+
+    def _share_start(self) -> None:
+        """All workers start from rank 0's weights."""
+        if self.world > 1:
+            dist.broadcast(self.policy.master, 0)
+            self.policy.refresh()
+
+    def _seed_dropout(self) -> None:
+        """Stateless: step N draws the same masks whether or not the run was resumed before it."""
+        if self.config.lora_dropout:
+            rank = dist.get_rank() if self.world > 1 else 0
+            torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.steps, rank)).generate_state(1)[0]))
+
+    def _reply(self, batch: Batch, inputs: Inputs) -> Reply | None:
+        if self.config.objective == "sft":
+            return None
+        known = self.replies.get(batch.samples, self.device) if self.replies else None
+        if known is not None:
+            return known
+        if self.config.objective == "spvla":
+            return self.opponent.own_greedy(inputs)
+        visit = 0 if self.replies else self.steps
+        uniforms = draw_uniforms(self.config.seed, visit, batch.samples)
+        return self.opponent.reply(inputs, torch.from_numpy(uniforms).to(self.device))
+
+    def _remember(self, batches: Sequence[Batch], replies: Sequence[Reply | None]) -> None:
+        for batch, reply in zip(batches, replies, strict=True):
+            if self.replies is not None and reply is not None:
+                self.replies.put(batch.samples, reply)
+
+    def _shares(self, inputs: Sequence[Inputs], replies: Sequence[Reply | None]) -> Shares:
+        sample = 1 / (sum(len(x.text) for x in inputs) * self.world)
+        if self.config.objective == "sft" or not self.config.drop_collisions:
+            return Shares(sample=sample, pair=sample)
+        kept = sum((~collided(x, r)).sum() for x, r in zip(inputs, replies, strict=True)).float()
+        if self.world > 1:
+            dist.all_reduce(kept)
+        return Shares(sample=sample, pair=1 / kept.clamp(min=1))
+
+    def _losses(self, inputs: Inputs, reply: Reply | None, shares: Shares) -> tuple[Tensor, Measured]:
+        """A micro-batch's part of the objective, and of the metrics. Parts add up over the step."""
+        config = self.config
+        logits, generated_logps = self._score(inputs, reply)
+        measures = imitation(logits, inputs, self.centers, config.logit_softcap)
+        weights = dict.fromkeys(measures, shares.sample)
+        objective = (measures["train_loss"] * shares.sample).sum()
+        if reply is not None:
+            real_logps = self.speech.logps(logits[:, :ACTION_DIM], inputs.real)
+            same = collided(inputs, reply)
+            pairs = selfplay(real_logps, generated_logps, reply, self.margin) | {"collision_rate": same.float()}
+            weights |= dict.fromkeys(pairs, shares.sample)
+            weights["selfplay_loss"] = shares.pair * ~same if config.drop_collisions else shares.pair
+            measures |= pairs
+            objective = config.sft_weight * objective + (pairs["selfplay_loss"] * weights["selfplay_loss"]).sum()
+        sums = {name: (value.detach() * weights[name]).sum() for name, value in measures.items()}
+        if config.skip_hard_above is not None:
+            hard = measures["train_loss"].detach().mean() >= config.skip_hard_above
+            objective = objective.masked_fill(hard, 0.0)
+            sums["hard_rate"] = hard * (shares.sample * len(inputs.text))
+        sums["total_loss"] = objective.detach()
+        return objective, Measured(sums=sums, extremes=extremes(logits[:, :ACTION_DIM]))
+
+    def _score(self, inputs: Inputs, reply: Reply | None) -> tuple[Tensor, Tensor | None]:
+        """The policy's logits (B, A + 1, V), and its log-probs of the generated action (B, A)."""
+        loras = partial(self.loras, dropout=self.config.lora_dropout) if self.config.lora_dropout else self.loras
+        if self.config.objective == "spin":
+            pair = score_pair(self.network, inputs, reply.generated, loras)
+            return pair.real, self.speech.logps(pair.generated, reply.generated)
+        logits = score_real(self.network, inputs, loras)
+        return logits, None if reply is None else self.speech.greedy(logits[:, :ACTION_DIM])
+
+    def _gather(self, measured: Sequence[Measured]) -> dict[str, float]:
+        """Adds up micro-batches and workers, gradient included; the step's one wait for the device."""
+        names = list(measured[0].sums)
+        sums = torch.stack([torch.stack([m.sums[name].float() for name in names]) for m in measured]).sum(0)
+        peaks = torch.stack([m.extremes for m in measured]).amax(0)
+        if self.world > 1:
+            dist.all_reduce(self.total)
+            dist.all_reduce(sums)
+            dist.all_reduce(peaks, dist.ReduceOp.MAX)
+        *means, high, low, norm = torch.cat((sums, peaks, self.total.norm()[None])).tolist()
+        return dict(zip(names, means, strict=True)) | {
+            "grad_norm": norm,
+            "action_logit_max": high,
+            "action_logit_min": -low,
+            "learning_rate": learning_rate(self.config, self.steps),
+        }
+
+    def _update(self, metrics: dict[str, float]) -> None:
+        """Steps the optimiser and the average, unless something is not finite or every micro-batch was hard."""
+        finite = math.isfinite(metrics["total_loss"]) and math.isfinite(metrics["grad_norm"])
+        hard = metrics.get("hard_rate", 0.0) > 1 - 1e-6
+        self.steps += 1
+        self.nonfinite = 0 if finite else self.nonfinite + 1
+        metrics["skipped"] = float(hard or not finite)
+        metrics["nonfinite_in_a_row"] = float(self.nonfinite)
+        self._stop_if_hopeless(metrics)
+        if metrics["skipped"]:
+            return
+        if self.config.max_grad_norm is not None:
+            self.total.mul_(min(1.0, self.config.max_grad_norm / (metrics["grad_norm"] + 1e-6)))
+        self.optimizer.param_groups[0]["lr"] = metrics["learning_rate"]
+        self.optimizer.step()
+        self.policy.refresh()
+        if self.average is not None:
+            self.average.master.lerp_(self.policy.master, 1 - self.config.ema_decay)
+            self.average.refresh()
+
+    def _stop_if_hopeless(self, metrics: dict[str, float]) -> None:
+        if self.nonfinite < self.config.max_nonfinite_steps:
+            return
+        raise TrainingError(
+            f"{self.nonfinite} steps in a row with a loss or gradient that is not finite (the last: loss "
+            f"{metrics['total_loss']}, gradient norm {metrics['grad_norm']}). The last checkpoint stays. "
+            "Lower --learning_rate, or set --max_grad_norm, --warmup_steps or --logit_softcap."
+        )
+
+
+def require_consistent(config: StepConfig, replies: ReplyStore | None) -> None:
+    if replies is not None and config.opponent_update == "ema":
+        raise UserError(
+            "replies kept over epochs for an opponent that moves",
+            expected="a frozen opponent",
+            remedy="Use --opponent_update iteration, or keep no replies.",
+        )
