@@ -161,15 +161,15 @@ def gather(tally: Tally, spool: Spool, make: Callable[[], Recorder], num_workers
     """Runs takes on actors until none is due. Raises what a recorder raised, or InfrastructureError after crashes."""
     require_resources("recording", CPU=1)
     total = sum(tally.wanted.values())
-    with closing(Workers(make, num_workers or int(ray.cluster_resources()["CPU"]))) as workers:
-        with Progress("record", total=total, unit="episodes") as progress:
-            show(progress, tally)
-            while workers.start(tally):
-                for take, episode in workers.finished():
-                    tally.running.discard(take)
-                    spool.put(*take, episode)
-                    tally.done[take] = episode is not None
-                    show(progress, tally)
+    count = num_workers or int(ray.cluster_resources()["CPU"])
+    with closing(Workers(make, count)) as workers, Progress("record", total=total, unit="episodes") as progress:
+        show(progress, tally)
+        while workers.start(tally):
+            for take, episode in workers.finished():
+                tally.running.discard(take)
+                spool.put(*take, episode)
+                tally.done[take] = episode is not None
+                show(progress, tally)
 
 
 def show(progress: Progress, tally: Tally) -> None:
@@ -178,7 +178,7 @@ def show(progress: Progress, tally: Tally) -> None:
 
 
 class Workers:
-    """At most `count` actors, each with the environment of its last task. A dead one is replaced, its take made again."""
+    """At most `count` actors, each with the environment of its last task. A dead one's take is made again."""
 
     def __init__(self, make: Callable[[], Recorder], count: int) -> None:
         self.make, self.count = make, count
@@ -195,10 +195,15 @@ class Workers:
                 if actor is not None:
                     self.idle.append((actor, last))
                 break
-            actor = actor or ray.remote(max_restarts=0)(_Actor).remote(self.make)
             tally.running.add(take)
-            self.busy[actor.record.remote(*take)] = actor, take
+            self._run(actor or self._new(), take)
         return bool(self.busy)
+
+    def _new(self) -> ray.actor.ActorHandle:
+        return ray.remote(num_cpus=1, max_restarts=0)(_Actor).remote(self.make)
+
+    def _run(self, actor: ray.actor.ActorHandle, take: tuple[int, int]) -> None:
+        self.busy[actor.record.remote(*take)] = actor, take
 
     def finished(self) -> Iterator[tuple[tuple[int, int], Episode | None]]:
         """Waits for one take or more. A take whose actor died is started again elsewhere."""
