@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "train": (config.TrainConfig, "spvla.selfplay.train:train"),
     "evaluate": (config.EvaluateConfig, "spvla.farm.evaluate:evaluate"),
     "selfplay": (config.SelfplayConfig, "spvla.selfplay.iterate:selfplay"),
-    "sweep": (config.SweepConfig, "spvla.sweep:sweep"),
+    "sweep": (config.SweepConfig, "spvla.sweep.sweep:sweep"),
     "report": (config.ReportConfig, "spvla.report.html:report"),
     "status": (config.StatusConfig, "spvla.status:status"),
     "doctor": (config.DoctorConfig, "spvla.doctor:doctor"),
