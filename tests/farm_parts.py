@@ -1,6 +1,22 @@
-"""What several of the farm's tests stand on."""
+"""What several of the farm's tests stand on: a protocol, and a farm on real Ray whose worlds and policy are fakes."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fakes
+from ray import cloudpickle
+
+from spvla.config import FarmConfig
+from spvla.farm.actors import ServerSettings, Version, WorkerSettings
+from spvla.farm.farm import Farm
+from spvla.farm.ledger import Ledger
 from spvla.farm.protocol import Protocol
+from spvla.farm.run import Job
+from spvla.types import MAX_STEPS, Trial
+
+cloudpickle.register_pickle_by_value(fakes)  # workers do not see the tests' folder
 
 PROTOCOL = Protocol(
     assets="primitives",
@@ -16,3 +32,75 @@ PROTOCOL = Protocol(
     dtype="float32",
     decode_batch_size=4,
 )
+VERSION = Version(digest="p0", name="fake", path="/fake", base="/fake", is_adapter=False)
+SUITE = "libero_object"
+
+
+def fake_policy(base: str, settings: ServerSettings) -> fakes.FakePolicy:
+    return fakes.FakePolicy(speed=0.2)
+
+
+def fake_env(suite: str, task: int, assets: object) -> fakes.FakeEnv:
+    return fakes.FakeEnv(goal=1.0 + task)
+
+
+@contextmanager
+def fake_farm(folder: Path, config: FarmConfig, *, open_env: object = fake_env, load: object = fake_policy) -> Iterator:
+    """A farm, and what it said."""
+    said: list[str] = []
+    working = WorkerSettings(
+        assets=None,
+        num_steps_wait=0,
+        center_crop=True,
+        max_steps=MAX_STEPS,
+        call_timeout_s=config.call_timeout_s,
+        log_folder=str(folder / "workers"),
+        open_env=open_env,
+    )
+    serving = ServerSettings(
+        device="cpu",
+        dtype="float32",
+        load_in_8bit=False,
+        load_in_4bit=False,
+        decode_batch_size=2,
+        max_batch=2,
+        wait_ms=None,
+        log_folder=str(folder / "workers"),
+        load=load,
+    )
+    for module in (open_env, load):
+        register(module)
+    with Farm(config, working=working, serving=serving, say=said.append) as farm:
+        farm.start([VERSION])
+        yield farm, said
+
+
+def register(function: object) -> None:
+    cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
+
+
+def trials(tasks: int, init_states: int) -> list[Trial]:
+    return [
+        Trial(policy=VERSION.digest, suite=SUITE, task=t, init_state=i)
+        for t in range(tasks)
+        for i in range(init_states)
+    ]
+
+
+def open_ledger(folder: Path, wanted: list[Trial]) -> Ledger:
+    ledger = Ledger.create(folder / "ledger.sqlite")
+    ledger.add_protocol(PROTOCOL)
+    ledger.add_policy(VERSION.digest, name=VERSION.name, path=VERSION.path)
+    ledger.add_tasks({(t.suite, t.task): f"task {t.task}" for t in wanted})
+    ledger.add_trials(PROTOCOL.digest, wanted)
+    return ledger
+
+
+def job(wanted: list[Trial]) -> Job:
+    return Job(
+        protocol=PROTOCOL.digest,
+        trials=wanted,
+        unnorm_keys={(VERSION.digest, SUITE): SUITE},
+        instructions={(t.suite, t.task): f"task {t.task}" for t in wanted},
+        steps_limit=MAX_STEPS,
+    )

@@ -31,9 +31,10 @@ FLOORS = {
     "spvla.policy.checkpoint": 4,
     # RLDS -> batches
     "spvla.data.store": 2,
-    "spvla.data.rlds": 2,
+    "spvla.data.layout": 2,
+    "spvla.data.rlds": 3,
     "spvla.data.spool": 2,
-    "spvla.data.demos": 3,
+    "spvla.data.demos": 4,
     "spvla.data.loader": 3,
     "spvla.data.index": 4,
     # LIBERO

@@ -25,7 +25,7 @@ def planned(folder: Path) -> Ledger:
     ledger = Ledger.create(folder / "ledger.sqlite")
     ledger.add_protocol(PROTOCOL)
     ledger.add_policy("p0", name="tiny", path="/policies/tiny")
-    ledger.add_tasks("libero_object", ["pick the soup", "pick the milk"])
+    ledger.add_tasks({("libero_object", 0): "pick the soup", ("libero_object", 1): "pick the milk"})
     ledger.add_trials(P, TRIALS)
     return ledger
 

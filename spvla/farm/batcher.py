@@ -24,8 +24,7 @@ class Client:
     """One caller, which asks, waits, is answered, and asks again `think_s` later."""
 
     think_s: float | None = None  # running mean from an answer to the next request
-    answered_at_s: float | None = None  # None: it waits now, or has not asked yet
-    seen_at_s: float = 0.0
+    answered_at_s: float | None = None  # None: it waits now
 
     def expected_in_s(self, now_s: float) -> float | None:
         """Seconds until its next request; None when it is not expected."""
@@ -88,7 +87,7 @@ class BatchStats:
     requests: int = 0
     busy_s: float = 0.0
     oldest_wait_s: float = 0.0  # age of the request that has waited longest, in a batch or for one
-    quiet_s: dict[str, float] = field(default_factory=dict)  # client -> seconds since it asked or was answered
+    quiet_s: dict[str, float] = field(default_factory=dict)  # client -> seconds since its last answer; 0 while it waits
 
     @property
     def mean_size(self) -> float:
@@ -148,7 +147,7 @@ class Batcher(Generic[Item, Answer]):
     def stats(self) -> BatchStats:
         now, t = self._clock(), self._totals
         oldest = max((now - r.arrived_at_s for r in (*self._serving, *self._queue)), default=0.0)
-        quiet = {name: now - c.seen_at_s for name, c in self._clients.items()}
+        quiet = {n: 0.0 if c.answered_at_s is None else now - c.answered_at_s for n, c in self._clients.items()}
         return BatchStats(t.batches, t.requests, t.busy_s, oldest, quiet)
 
     async def close(self) -> None:
@@ -160,7 +159,7 @@ class Batcher(Generic[Item, Answer]):
         if client.answered_at_s is not None:
             think = now - client.answered_at_s
             client.think_s = think if client.think_s is None else client.think_s + SMOOTHING * (think - client.think_s)
-        client.answered_at_s, client.seen_at_s = None, now
+        client.answered_at_s = None
 
     async def _run(self) -> None:
         while True:
@@ -208,7 +207,7 @@ class Batcher(Generic[Item, Answer]):
         self._totals.busy_s += now - start
         for request, answer in zip(batch, answers, strict=True):
             if client := self._clients.get(request.client):
-                client.answered_at_s = client.seen_at_s = now
+                client.answered_at_s = now
             if request.answer.done():
                 continue  # the caller went away
             if isinstance(answer, Exception):

@@ -12,7 +12,7 @@ import socket
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,10 +207,10 @@ class Ledger:
         with self._transaction():
             self._db.execute("INSERT OR IGNORE INTO policies VALUES (?, ?, ?, ?)", (digest, name, path, time.time()))
 
-    def add_tasks(self, suite: str, instructions: Iterable[str]) -> None:
-        """`instructions` of task 0, 1, ..."""
+    def add_tasks(self, instructions: Mapping[tuple[str, int], str]) -> None:
+        """(suite, task) -> instruction."""
+        rows = [(*task, text) for task, text in instructions.items()]
         with self._transaction():
-            rows = [(suite, i, text) for i, text in enumerate(instructions)]
             self._db.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?)", rows)
 
     def add_trials(self, protocol: str, trials: Iterable[Trial]) -> None:
@@ -324,11 +324,6 @@ class Ledger:
                 expected="the fields of spvla.farm.protocol.Protocol",
                 remedy="Use the spvla that wrote it, or give another --local_log_dir.",
             ) from e
-
-    def instructions(self, suite: str) -> list[str]:
-        """Of task 0, 1, ...; empty if the suite never ran here."""
-        rows = self._rows("SELECT instruction FROM tasks WHERE suite = ? ORDER BY task", (suite,))
-        return [row["instruction"] for row in rows]
 
 
 def _key(protocol: str, trial: Trial) -> tuple[str, str, str, int, int]:

@@ -1,0 +1,383 @@
+"""What runs on the cluster: environment workers, and policy servers that batch their requests.
+
+A worker plays whole trials; each of its steps asks a server for one action, so the driver is in no step's way. Both
+are plain classes; `ray.remote` comes last. Neither is ever restarted by Ray: the driver sees a death, keeps the books,
+and starts another.
+"""
+
+import asyncio
+import faulthandler
+import importlib.metadata
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from spvla.errors import InfrastructureError
+from spvla.farm.batcher import Batcher, BatchStats
+from spvla.farm.videos import encode_mp4
+from spvla.sim import assets
+from spvla.sim.assets import AssetSet
+from spvla.types import Env, Outcome, Status, Trial
+
+
+def differing(one: object, other: object, names: Sequence[str]) -> list[str]:
+    pairs = ((n, getattr(one, n), getattr(other, n)) for n in names)
+    return [f"{n}: {a} here, {b} there" for n, a, b in pairs if a != b]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """One policy that the farm knows: a base checkpoint, or an adapter on one."""
+
+    digest: str
+    name: str
+    path: str
+    base: str  # checkpoint that is loaded; the adapter, if any, joins it
+    is_adapter: bool
+
+
+def load_checkpoint(base: str, settings: "ServerSettings") -> Any:
+    """An OpenVLAPolicy: a `Policy` that also takes adapters in and lets them go."""
+    from spvla.policy.checkpoint import load_policy
+
+    return load_policy(
+        base,
+        device=settings.device,
+        dtype=settings.dtype,
+        load_in_8bit=settings.load_in_8bit,
+        load_in_4bit=settings.load_in_4bit,
+        decode_batch_size=settings.decode_batch_size,
+    )
+
+
+def open_libero(suite: str, task: int, assets: AssetSet) -> Env:
+    from spvla.sim.libero import LiberoEnv
+
+    return LiberoEnv(suite, task, assets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    device: str  # "cpu" or "cuda"
+    dtype: str
+    load_in_8bit: bool
+    load_in_4bit: bool
+    decode_batch_size: int  # every batch is padded to this; 0: batches keep their own size
+    max_batch: int
+    wait_ms: float | None
+    log_folder: str | None
+    load: Callable[[str, "ServerSettings"], Any] = load_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerFacts:
+    """What the protocol must know of a policy server."""
+
+    device: str  # "cpu" or the GPU's name
+    pid: int
+
+    def differences(self, other: "ServerFacts") -> list[str]:
+        return differing(self, other, ("device",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One step's question. 150 KB, mostly image: it travels inline in Ray's message."""
+
+    version: str  # digest
+    image: np.ndarray  # (224, 224, 3) uint8
+    instruction: str
+    unnorm_key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    assets: Path | None
+    num_steps_wait: int
+    center_crop: bool
+    max_steps: dict[str, int]  # suite -> limit
+    call_timeout_s: float
+    log_folder: str | None
+    open_env: Callable[[str, int, AssetSet], Env] = open_libero
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerFacts:
+    """What the protocol must know of a machine that simulates."""
+
+    assets: str
+    assets_digest: str
+    renderer: str
+    versions: dict[str, str]  # package -> version
+    pid: int
+    log: str
+
+    def differences(self, other: "WorkerFacts") -> list[str]:
+        return differing(self, other, ("assets_digest", "renderer", "versions"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    trial: Trial
+    unnorm_key: str
+    film: frozenset[Status]  # outcomes worth a video
+
+
+# kinds of faults
+POLICY_GONE, POLICY_RAISED, EXCEPTION = "policy actor gone", "policy actor raised", "exception"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """An infrastructure error under a trial."""
+
+    kind: str
+    message: str
+    traceback: str
+    policy_at_fault: bool  # the policy actor fell, not the environment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What came of an order: an outcome or a fault."""
+
+    outcome: Outcome | None = None
+    fault: Fault | None = None
+    video: bytes | None = None
+    rss_bytes: int = 0
+
+
+class PolicyUnavailable(InfrastructureError):
+    """The policy actor died, does not answer, or raised."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"no action from the policy actor: {type(cause).__name__}: {cause}")
+        self.kind = POLICY_RAISED if isinstance(cause, ray.exceptions.RayTaskError) else POLICY_GONE
+
+
+class PolicyServer:
+    """Loaded policies and their batcher: an async class whose decoding runs on one thread of its own."""
+
+    def __init__(self, name: str, settings: ServerSettings) -> None:
+        log_to(settings.log_folder, name)
+        self.settings = settings
+        self.policies: dict[str, Any] = {}  # base path -> OpenVLAPolicy
+        self.versions: dict[str, Version] = {}
+        self.decoding = ThreadPoolExecutor(1, "decode", initializer=self._prepare_thread)
+        self.batcher: Batcher[Request, np.ndarray] = Batcher(
+            self._decode,
+            size=settings.max_batch,
+            wait_ms=settings.wait_ms,
+            fixed_cost=settings.decode_batch_size > 0,
+        )
+
+    def _prepare_thread(self) -> None:
+        import torch
+
+        if self.settings.device == "cpu":
+            torch.set_num_threads(1)  # a sum's order, and so its last bit, follows the number of threads
+
+    async def prepare(self, versions: Sequence[Version], adapters: dict[str, list[ray.ObjectRef]]) -> ServerFacts:
+        """Makes versions resident. `adapters` holds, by digest, the files of one whose folder is elsewhere."""
+        return await asyncio.get_running_loop().run_in_executor(self.decoding, self._prepare, versions, adapters)
+
+    def _prepare(self, versions: Sequence[Version], adapters: dict[str, list[ray.ObjectRef]]) -> ServerFacts:
+        import torch
+
+        for version in versions:
+            if version.digest not in self.versions:
+                here = not version.is_adapter or Path(version.path).is_dir()
+                self.add(version, None if here else ray.get(adapters[version.digest][0]))
+        device = torch.cuda.get_device_name() if self.settings.device == "cuda" else "cpu"
+        return ServerFacts(device=device, pid=os.getpid())
+
+    def add(self, version: Version, files: dict[str, bytes] | None = None) -> None:
+        """Loads a base checkpoint, or an adapter beside its base: from its folder, or from `files`."""
+        if version.base not in self.policies:
+            self.policies[version.base] = self.settings.load(version.base, self.settings)
+        if version.is_adapter:
+            with unpacked(files, otherwise=Path(version.path)) as folder:
+                self.policies[version.base].add_adapter(version.digest, folder)
+        self.versions[version.digest] = version
+
+    async def remove(self, digest: str) -> None:
+        """Forgets a version, and its base when no other version needs it."""
+        await asyncio.get_running_loop().run_in_executor(self.decoding, self._remove, digest)
+
+    def _remove(self, digest: str) -> None:
+        version = self.versions.pop(digest, None)
+        if version is None:
+            return
+        if version.is_adapter:
+            self.policies[version.base].remove_adapter(digest)
+        if not any(v.base == version.base for v in self.versions.values()):
+            del self.policies[version.base]
+
+    async def act(self, client: str, request: Request) -> np.ndarray:
+        """(7,) float64: un-normalised, gripper 1 open."""
+        return await self.batcher.submit(request, client=client)
+
+    async def rest(self, client: str) -> None:
+        self.batcher.rest(client)
+
+    async def stats(self) -> BatchStats:
+        return self.batcher.stats()
+
+    async def _decode(self, requests: list[Request]) -> Sequence[np.ndarray]:
+        return await asyncio.get_running_loop().run_in_executor(self.decoding, self.act_now, requests)
+
+    def act_now(self, requests: list[Request]) -> list[np.ndarray]:
+        """One pass for each base among the requests; adapters of one base share a pass."""
+        actions: list[np.ndarray] = [np.empty(0)] * len(requests)
+        by_base: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            by_base.setdefault(self.versions[request.version].base, []).append(i)
+        for base, rows in by_base.items():
+            group = [requests[i] for i in rows]
+            answers = self.policies[base].act(
+                [r.image for r in group],
+                [r.instruction for r in group],
+                unnorm_key=[r.unnorm_key for r in group],
+                adapters=[r.version if self.versions[r.version].is_adapter else None for r in group],
+            )
+            for i, action in zip(rows, answers, strict=True):
+                actions[i] = action
+        return actions
+
+
+class EnvWorker:
+    """Plays trials one at a time, keeping the environment of its last task open."""
+
+    def __init__(self, name: str, settings: WorkerSettings) -> None:
+        self.name, self.settings = name, settings
+        self.log = log_to(settings.log_folder, name)
+        self.assets = assets.resolve(settings.assets)
+        self.task: tuple[str, int] | None = None
+        self.env: Env | None = None
+
+    def facts(self) -> WorkerFacts:
+        from spvla.sim.rendering import renderer_name
+
+        return WorkerFacts(
+            assets=self.assets.name,
+            assets_digest=self.assets.digest,
+            renderer=renderer_name(),
+            versions={p: importlib.metadata.version(p) for p in ("mujoco", "robosuite", "hf-libero")},
+            pid=os.getpid(),
+            log=str(self.log),
+        )
+
+    def run(self, order: Order, server: Any) -> Report:
+        """Plays one trial with actions from `server` (a PolicyServer's handle). Never raises."""
+        act = self._remote_act(order, server)
+        try:
+            return self.play(order, act)
+        except PolicyUnavailable as e:
+            return Report(fault=fault_of(e, e.kind, policy_at_fault=True))
+        except Exception as e:
+            self._drop_env()
+            return Report(fault=fault_of(e, EXCEPTION, policy_at_fault=False))
+        finally:
+            server.rest.remote(self.name)
+
+    def play(self, order: Order, act: Callable[[np.ndarray, str], np.ndarray]) -> Report:
+        """Plays one trial with any `act`. Raises InfrastructureError."""
+        from spvla.sim.episode import run_trial
+
+        frames: list[np.ndarray] = []
+        trial = order.trial
+        outcome = run_trial(
+            self._env_of(trial),
+            act,
+            trial,
+            num_steps_wait=self.settings.num_steps_wait,
+            center_crop=self.settings.center_crop,
+            max_steps=self.settings.max_steps[trial.suite],
+            on_frame=frames.append if order.film else None,
+        )
+        video = encode_mp4(frames) if outcome.status in order.film and frames else None
+        return Report(outcome=outcome, video=video, rss_bytes=resident_bytes())
+
+    def _remote_act(self, order: Order, server: Any) -> Callable[[np.ndarray, str], np.ndarray]:
+        def act(image: np.ndarray, instruction: str) -> np.ndarray:
+            request = Request(
+                version=order.trial.policy, image=image, instruction=instruction, unnorm_key=order.unnorm_key
+            )
+            try:
+                return ray.get(server.act.remote(self.name, request), timeout=self.settings.call_timeout_s)
+            except (ray.exceptions.RayError, TimeoutError) as e:
+                raise PolicyUnavailable(e) from e
+
+        return act
+
+    def _env_of(self, trial: Trial) -> Env:
+        if self.task != (trial.suite, trial.task):
+            self._drop_env()
+            self.env = self.settings.open_env(trial.suite, trial.task, self.assets)
+            self.task = (trial.suite, trial.task)
+        return self.env
+
+    def _drop_env(self) -> None:
+        env, self.env, self.task = self.env, None, None
+        if env is not None:
+            env.close()
+
+
+@contextmanager
+def unpacked(files: dict[str, bytes] | None, *, otherwise: Path) -> Iterator[Path]:
+    """A folder with `files` in it that vanishes afterwards, or the folder `otherwise`."""
+    if files is None:
+        yield otherwise
+        return
+    with tempfile.TemporaryDirectory(prefix="spvla-adapter-") as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        yield Path(folder)
+
+
+def fault_of(e: Exception, kind: str, *, policy_at_fault: bool) -> Fault:
+    return Fault(
+        kind=kind, message=str(e), traceback="".join(traceback.format_exception(e)), policy_at_fault=policy_at_fault
+    )
+
+
+def resident_bytes() -> int:
+    """Memory this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def log_to(folder: str | None, name: str) -> Path | None:
+    """Sends this process's stdout and stderr, crashes in native code included, to `folder`/`name`.log.
+
+    None leaves them alone: for use in the caller's own process.
+    """
+    if folder is None:
+        return None
+    path = Path(folder) / f"{name}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("a", buffering=1)
+    except OSError:  # another machine, which does not see the driver's disk
+        path = Path(tempfile.gettempdir()) / f"spvla-{name}.log"
+        log = path.open("a", buffering=1)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log.fileno(), stream.fileno())
+    print(f"--- {name}, process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
+    faulthandler.enable(log)
+    return path
+
+
+RemotePolicyServer = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=1000)(PolicyServer)
+RemoteEnvWorker = ray.remote(max_restarts=0, max_task_retries=0)(EnvWorker)

@@ -1,0 +1,136 @@
+"""The farm: crews of environment workers and policy servers on the cluster, kept alive, of one mind about the protocol.
+
+Start it once, then play as many jobs on it as you like (spvla.farm.run).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from spvla.config import FarmConfig
+from spvla.errors import InfrastructureError
+from spvla.farm.actors import (
+    RemoteEnvWorker,
+    RemotePolicyServer,
+    ServerFacts,
+    ServerSettings,
+    Version,
+    WorkerFacts,
+    WorkerSettings,
+)
+from spvla.farm.pool import Crew, Slot
+from spvla.farm.sizing import DECODER_CPUS, Sizes, sizes
+
+RESIZE_EVERY_S = 5.0
+SERVER_START_S = 900.0  # 15 GB from a slow disk
+WORKER_START_S = 300.0
+
+
+class Farm:
+    """`with Farm(config, ...) as farm:` inside a Ray connection."""
+
+    def __init__(
+        self, config: FarmConfig, *, working: WorkerSettings, serving: ServerSettings, say: Callable[[str], None]
+    ) -> None:
+        self.config, self.working, self.serving, self.say = config, working, serving, say
+        self.versions: list[Version] = []
+        self.adapters: dict[str, list[ray.ObjectRef]] = {}
+        self.workers: Crew[WorkerFacts] = Crew("env", self._launch_worker, WORKER_START_S)
+        self.servers: Crew[ServerFacts] = Crew("policy", self._launch_server, SERVER_START_S)
+        self.expected: tuple[WorkerFacts, ServerFacts] | None = None
+        self.logs: dict[str, Path] = {}
+        self.sizes = cluster_sizes(config, serving.device)
+        self.resized_at_s = 0.0
+
+    def __enter__(self) -> "Farm":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.workers.close()
+        self.servers.close()
+
+    def start(self, versions: Sequence[Version]) -> tuple[WorkerFacts, ServerFacts]:
+        """Brings the policies in; returns what the first worker and the first server say of themselves."""
+        self.use(versions)
+        while self.expected is None:
+            self.tend()
+            workers, servers = self.workers.ready(), self.servers.ready()
+            if workers and servers:
+                self.expected = workers[0].facts, servers[0].facts
+            time.sleep(0.05)
+        return self.expected
+
+    def use(self, versions: Sequence[Version]) -> None:
+        """The policies that every server holds from now on. Adapters are moved as their few files only."""
+        gone = [v.digest for v in self.versions if v not in versions]
+        self.versions = list(versions)
+        if sum(node["Alive"] for node in ray.nodes()) > 1:
+            self.adapters = {v.digest: [ray.put(files_of(Path(v.path)))] for v in versions if v.is_adapter}
+        for slot in self.servers.ready():
+            for digest in gone:
+                slot.actor.remove.remote(digest)
+            slot.facts, slot.starting = None, slot.actor.prepare.remote(self.versions, self.adapters)
+            slot.since_s = time.monotonic()
+
+    def tend(self) -> None:
+        """Fills empty places, welcomes who has started, and grows with the cluster. Raises when nobody is left."""
+        now = time.monotonic()
+        if now - self.resized_at_s > RESIZE_EVERY_S:
+            self.resized_at_s, self.sizes = now, cluster_sizes(self.config, self.serving.device)
+            self.workers.grow_to(self.sizes.envs)
+            self.servers.grow_to(self.sizes.decoders)
+        for crew in (self.servers, self.workers):
+            crew.fill()
+            for slot, why in crew.started():
+                if why:
+                    self.say(f"{slot.name} fell while starting: {why}")
+                else:
+                    self._welcome(crew, slot)
+            if not crew.alive():
+                raise InfrastructureError(
+                    f"no {crew.kind} actor is left ({crew.slots[-1].given_up}); logs: {self.working.log_folder}"
+                )
+
+    def _welcome(self, crew: Crew, slot: Slot) -> None:
+        """Only who would give the same results may join."""
+        if crew is self.workers:
+            self.logs[slot.name] = Path(slot.facts.log)
+        if self.expected is None:
+            return
+        wanted = self.expected[0 if crew is self.workers else 1]
+        if changed := wanted.differences(slot.facts):
+            why = f"{slot.name} runs another protocol ({'; '.join(changed)})"
+            self.say(f"{why}: left out")
+            crew.dismiss(slot, why)
+
+    def _launch_worker(self, name: str) -> tuple[Any, ray.ObjectRef]:
+        extra = {"spvla_env": 0.01} if "spvla_env" in ray.cluster_resources() else {}
+        actor = RemoteEnvWorker.options(num_cpus=self.sizes.env_cpus, num_gpus=0, resources=extra).remote(
+            name, self.working
+        )
+        return actor, actor.facts.remote()
+
+    def _launch_server(self, name: str) -> tuple[Any, ray.ObjectRef]:
+        num_gpus = 1 if self.serving.device == "cuda" else 0
+        actor = RemotePolicyServer.options(num_cpus=DECODER_CPUS, num_gpus=num_gpus).remote(name, self.serving)
+        return actor, actor.prepare.remote(self.versions, self.adapters)
+
+
+def cluster_sizes(config: FarmConfig, device: str | None = None) -> Sizes:
+    """What the connected cluster should carry now; `device` is kept once it is chosen."""
+    resources = ray.cluster_resources()
+    return sizes(
+        cpus=resources.get("CPU", 0),
+        gpus=0 if device == "cpu" else resources.get("GPU", 0),
+        num_envs=config.num_envs,
+        num_decoders=config.num_decoders,
+    )
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What an adapter needs on another machine: not the training state."""
+    files = (f for f in folder.iterdir() if f.is_file() and not f.name.startswith("training_state"))
+    return {f.name: f.read_bytes() for f in files}

@@ -1,0 +1,102 @@
+"""From flags to trials: every mistake in them is found here, before anything long begins."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spvla.config import EvaluateConfig
+from spvla.errors import CheckpointError, UserError
+from spvla.farm.actors import Version
+from spvla.policy import checkpoint
+from spvla.sim import libero
+from spvla.types import Trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be evaluated."""
+
+    versions: list[Version]
+    trials: list[Trial]  # version by version, or init state by init state if `paired`
+    unnorm_keys: dict[tuple[str, str], str]  # (policy digest, suite) -> key
+    instructions: dict[tuple[str, int], str]  # (suite, task) -> text
+
+    @property
+    def suites(self) -> list[str]:
+        return sorted({suite for suite, _ in self.instructions})
+
+
+def make_plan(config: EvaluateConfig, checkpoints: Sequence[str | Path]) -> Plan:
+    """Raises UserError for a checkpoint, suite, task, key or number of trials that does not exist."""
+    tasks = [(suite, task) for suite in config.task_suite_name.split(",") for task in chosen_tasks(suite, config.tasks)]
+    for suite, task in tasks:
+        require_init_states(suite, task, config.num_trials_per_task)
+    versions = [describe(str(path)) for path in checkpoints]
+    keys = {(v.digest, suite): unnorm_key(v, suite, config.unnorm_key) for v in versions for suite, _ in tasks}
+    trials = [
+        Trial(policy=v.digest, suite=suite, task=task, init_state=i)
+        for v in versions
+        for suite, task in tasks
+        for i in range(config.num_trials_per_task)
+    ]
+    if config.stop_when_settled:
+        trials.sort(key=lambda t: t.init_state)  # stable: pairs end together
+    return Plan(
+        versions=versions,
+        trials=list(dict.fromkeys(trials)),
+        unnorm_keys=keys,
+        instructions={(suite, task): libero.task_info(suite, task).instruction for suite, task in tasks},
+    )
+
+
+def chosen_tasks(suite: str, numbers: Sequence[int]) -> list[int]:
+    every = [t.id for t in libero.tasks(suite)]
+    for number in numbers:
+        if number not in every:
+            raise UserError(
+                f"--tasks names task {number} of {suite}", expected=f"0 to {every[-1]}", remedy="Correct --tasks."
+            )
+    return list(numbers) or every
+
+
+def require_init_states(suite: str, task: int, trials: int) -> None:
+    if trials > (there := libero.num_init_states(suite, task)):
+        raise UserError(
+            f"--num_trials_per_task {trials}",
+            expected=f"{there} at most, the init states of {suite} task {task}",
+            remedy="A trial is an init state, so more trials would repeat some: lower it.",
+        )
+
+
+def describe(path: str) -> Version:
+    """Identifies a checkpoint by what decides its behaviour."""
+    base, adapter = checkpoint.base_of(path)
+    folder = Path(adapter or base)
+    return Version(
+        digest=checkpoint.policy_digest(path),
+        name=readable_name(folder),
+        path=str(folder),
+        base=str(base),
+        is_adapter=adapter is not None,
+    )
+
+
+def readable_name(folder: Path) -> str:
+    """.../runs/x/checkpoints/step_000300 -> x/step_000300."""
+    if folder.parent.name in ("checkpoints", "merged"):
+        return f"{folder.parent.parent.name}/{folder.name}"
+    return folder.name
+
+
+def unnorm_key(version: Version, suite: str, asked: str | None) -> str:
+    """The key of the action statistics: the flag's, else the suite's name or that + "_no_noops"."""
+    there = checkpoint.norm_keys(version.path)
+    wanted = (asked,) if asked else (suite, f"{suite}_no_noops")
+    for key in wanted:
+        if key in there:
+            return key
+    raise CheckpointError(
+        f"{version.path} has no action statistics for {' or '.join(wanted)}",
+        expected=f"one of its keys: {', '.join(there) or '(none)'}",
+        remedy="Name one with --unnorm_key, or evaluate the suite it was trained on.",
+    )

@@ -1,0 +1,129 @@
+"""Crews of Ray actors that are kept alive: started a few at a time, replaced when they die, given up at last.
+
+The driver's side of fault tolerance. Ray itself restarts nothing (max_restarts=0): a death is then seen in hundredths
+of a second, and what was running is put back by whoever keeps the books.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import ray
+
+Facts = TypeVar("Facts")
+
+GIVE_UP_AFTER = 5  # deaths in a row
+STARTS_AT_ONCE = 8
+POLL_S = 0.2
+
+
+@dataclass
+class Slot(Generic[Facts]):
+    """One place in a crew, filled by one actor after another under the same name."""
+
+    name: str
+    actor: Any = None
+    starting: ray.ObjectRef | None = None  # resolves to the actor's facts
+    facts: Facts | None = None  # known: the actor is ready
+    since_s: float = 0.0  # when the actor was started
+    deaths: int = 0  # in a row
+    wait_until_s: float = 0.0
+    given_up: str = ""  # why
+
+    @property
+    def ready(self) -> bool:
+        return self.facts is not None
+
+
+@dataclass
+class Crew(Generic[Facts]):
+    """`launch(name)` starts an actor and returns its handle and a reference that resolves when it can work."""
+
+    kind: str
+    launch: Callable[[str], tuple[Any, ray.ObjectRef]]
+    start_timeout_s: float
+    slots: list[Slot[Facts]] = field(default_factory=list)
+
+    def grow_to(self, size: int) -> None:
+        while len(self.slots) < size:
+            self.slots.append(Slot(name=f"{self.kind}-{len(self.slots)}"))
+
+    def ready(self) -> list[Slot[Facts]]:
+        return [s for s in self.slots if s.ready]
+
+    def alive(self) -> bool:
+        """Somebody works, or may yet."""
+        return any(not s.given_up for s in self.slots)
+
+    def fill(self) -> None:
+        """Starts actors in empty slots, a few at a time: many at once starve each other of disk and memory."""
+        now = time.monotonic()
+        room = STARTS_AT_ONCE - sum(1 for s in self.slots if s.starting is not None)
+        empty = [s for s in self.slots if s.actor is None and not s.given_up and s.wait_until_s <= now]
+        for slot in empty[: max(0, room)]:
+            slot.actor, slot.starting = self.launch(slot.name)
+            slot.since_s = now
+
+    def started(self) -> Iterator[tuple[Slot[Facts], str]]:
+        """Looks after starting actors; yields (slot, "") for each that became ready, (slot, why) for each that fell."""
+        for slot in self.slots:
+            if slot.starting is None:
+                continue
+            if ray.wait([slot.starting], timeout=0)[0]:
+                reference, slot.starting = slot.starting, None
+                try:
+                    slot.facts = ray.get(reference)
+                    yield slot, ""
+                except ray.exceptions.RayError as e:
+                    yield slot, self.lost(slot, last_line(str(e)))
+            elif time.monotonic() - slot.since_s > self.start_timeout_s:
+                yield slot, self.lost(slot, f"not ready within {self.start_timeout_s:.0f} s")
+
+    def lost(self, slot: Slot[Facts], why: str) -> str:
+        """The actor is dead or must go: empties its slot, and counts it. Returns `why`."""
+        self.retire(slot)
+        slot.deaths += 1
+        slot.wait_until_s = time.monotonic() + min(10.0, 0.1 * 2**slot.deaths)
+        if slot.deaths >= GIVE_UP_AFTER:
+            slot.given_up = f"{slot.name} died {slot.deaths} times in a row, at last of: {why}"
+        return why
+
+    def retire(self, slot: Slot[Facts]) -> None:
+        """Ends the actor, if it lives, without blame."""
+        if slot.actor is not None:
+            ray.kill(slot.actor)
+        slot.actor = slot.starting = slot.facts = None
+
+    def dismiss(self, slot: Slot[Facts], why: str) -> None:
+        """Ends the actor for good."""
+        self.retire(slot)
+        slot.given_up = why
+
+    def close(self) -> None:
+        for slot in self.slots:
+            self.retire(slot)
+
+
+def tail(log: Path | None, lines: int = 40) -> str:
+    """The last lines of an actor's log, where this machine sees it."""
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log else ""
+    except OSError:
+        return ""
+
+
+def cause_of_death(log: Path | None) -> str:
+    """What Python's fault handler wrote for the last process of a log: "Fatal Python error: ..." or nothing."""
+    last = tail(log, 400).rsplit("\n--- ", 1)[-1]
+    return next((line for line in reversed(last.splitlines()) if line.startswith("Fatal Python error")), "")
+
+
+def first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else "no message"
+
+
+def last_line(text: str) -> str:
+    """Of a remote traceback: the exception itself."""
+    return text.strip().splitlines()[-1].strip() if text.strip() else "no message"

@@ -1,0 +1,244 @@
+"""An evaluation under way: its ledger, its console and, once anything is missing, its farm.
+
+One session evaluates one checkpoint after another, or several together, on workers that are started once.
+"""
+
+import importlib.metadata
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from datetime import datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from spvla.cluster import connection
+from spvla.config import EvaluateConfig
+from spvla.farm.actors import ServerFacts, ServerSettings, WorkerFacts, WorkerSettings
+from spvla.farm.console import Console, Tally, View
+from spvla.farm.exports import export, log_to_wandb
+from spvla.farm.farm import Farm, cluster_sizes
+from spvla.farm.ledger import Ledger, TrialRow
+from spvla.farm.logfile import write_log
+from spvla.farm.plan import Plan, make_plan
+from spvla.farm.protocol import Protocol, require_same
+from spvla.farm.run import Job, Run
+from spvla.farm.settle import verdict
+from spvla.farm.sizing import decode_batch_size
+from spvla.farm.summary import Summary, summarise
+from spvla.files import require_writable
+from spvla.runs import LEDGER
+from spvla.sim import assets
+from spvla.types import MAX_STEPS, Trial
+
+WORKER_LOGS = "workers"
+LOOK_EVERY_S = 0.5
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+PACKAGES = {"mujoco": "mujoco", "robosuite": "robosuite", "libero": "hf-libero"}  # field of Protocol -> distribution
+
+
+@contextmanager
+def session(config: EvaluateConfig) -> Iterator["Session"]:
+    """Opens the ledger in --local_log_dir. Raises UserError if it cannot be used."""
+    folder = require_writable(config.local_log_dir, flag="--local_log_dir")
+    with Ledger.create(folder / LEDGER) as ledger, Console() as console, ExitStack() as stack:
+        yield Session(config, ledger, console, stack)
+
+
+class Session:
+    def __init__(self, config: EvaluateConfig, ledger: Ledger, console: Console, stack: ExitStack) -> None:
+        self.config, self.ledger, self.console, self.stack = config, ledger, console, stack
+        self.farm: Farm | None = None
+        self.asset_set = assets.resolve(config.libero_assets)
+        self.began = datetime.now()
+
+    @property
+    def folder(self) -> Path:
+        return self.ledger.path.parent
+
+    def run(self, checkpoints: Sequence[str | Path]) -> list[Summary]:
+        """Plays every trial of these checkpoints that has no outcome yet; returns their summaries."""
+        plan = make_plan(self.config, checkpoints)
+        self._require_known_protocol()
+        done = {row.trial for row in self.ledger.outcomes()}
+        missing = [t for t in plan.trials if t not in done]
+        try:
+            if missing:
+                self._play(plan, missing)
+            else:
+                self.console.say(f"evaluate  nothing is missing: {len(plan.trials)} trials are in {self.ledger.path}")
+        finally:
+            self._write(plan)
+        return summarise(self._rows(plan))
+
+    def _require_known_protocol(self) -> None:
+        """Refuses at once what the flags alone show to be another protocol than the ledger's."""
+        if (old := self.ledger.protocol()) is None:
+            return
+        known = replace(old, **self._known())
+        if self.config.decode_batch_size or not self.config.repeatable:
+            known = replace(known, decode_batch_size=self._batch_size(1))
+        require_same(old, known, where=str(self.ledger.path))
+
+    def _known(self) -> dict[str, Any]:
+        """Fields of the protocol that the flags and this machine decide."""
+        c = self.config
+        return {
+            "assets": self.asset_set.name,
+            "assets_digest": self.asset_set.digest,
+            "num_steps_wait": c.num_steps_wait,
+            "max_steps": c.max_steps,
+            "center_crop": c.center_crop,
+            "unnorm_key": c.unnorm_key,
+            "seed": c.seed,
+            "quantization": "8bit" if c.load_in_8bit else "4bit" if c.load_in_4bit else "none",
+            **{name: importlib.metadata.version(package) for name, package in PACKAGES.items()},
+        }
+
+    def _batch_size(self, default: int) -> int:
+        """Of every decoded batch: the flag's, the ledger's, or the default; 0 if batches may have any size."""
+        if not self.config.repeatable:
+            return 0
+        old = self.ledger.protocol()
+        return self.config.decode_batch_size or (old.decode_batch_size if old else 0) or default
+
+    def _play(self, plan: Plan, missing: Sequence[Trial]) -> None:
+        """Brings the farm up, settles what the protocol is, and plays."""
+        if self.farm is None:
+            self.farm = self._open_farm()
+        protocol = self._protocol(*self.farm.start(plan.versions))
+        self._register(plan, protocol)
+        job = Job(
+            protocol=protocol.digest,
+            trials=missing,
+            unnorm_keys=plan.unnorm_keys,
+            instructions=plan.instructions,
+            steps_limit={suite: protocol.steps_limit(suite) for suite in plan.suites},
+        )
+        watcher = Watcher(self, plan)
+        Run(self.farm, job, self.ledger).play(watcher.tick)
+
+    def _open_farm(self) -> Farm:
+        c = self.config
+        self.stack.enter_context(connection())
+        sizes = cluster_sizes(c)
+        batch_size = self._batch_size(decode_batch_size(sizes))
+        logs = str(self.folder / WORKER_LOGS)
+        self.console.say(
+            f"evaluate  {sizes.envs} environments ({self.asset_set.name} assets), {sizes.decoders} policy actors on"
+            f" {sizes.device}; logs in {logs}"
+        )
+        working = WorkerSettings(
+            assets=c.libero_assets.resolve() if c.libero_assets else None,
+            num_steps_wait=c.num_steps_wait,
+            center_crop=c.center_crop,
+            max_steps={suite: min(limit, c.max_steps or limit) for suite, limit in MAX_STEPS.items()},
+            call_timeout_s=c.call_timeout_s,
+            log_folder=logs,
+        )
+        serving = ServerSettings(
+            device=sizes.device,
+            dtype=DTYPES[sizes.device],
+            load_in_8bit=c.load_in_8bit,
+            load_in_4bit=c.load_in_4bit,
+            decode_batch_size=batch_size,
+            max_batch=batch_size or sizes.envs,
+            wait_ms=c.wait_ms,
+            log_folder=logs,
+        )
+        return self.stack.enter_context(Farm(c, working=working, serving=serving, say=self.console.say))
+
+    def _protocol(self, worker: WorkerFacts, server: ServerFacts) -> Protocol:
+        serving = self.farm.serving
+        measured = {name: worker.versions[package] for name, package in PACKAGES.items()}
+        return Protocol(
+            **self._known()
+            | measured
+            | {
+                "assets": worker.assets,
+                "assets_digest": worker.assets_digest,
+                "renderer": worker.renderer,
+                "device": server.device,
+                "dtype": serving.dtype,
+                "decode_batch_size": serving.decode_batch_size,
+            }
+        )
+
+    def _register(self, plan: Plan, protocol: Protocol) -> None:
+        self.ledger.add_protocol(protocol)
+        for v in plan.versions:
+            self.ledger.add_policy(v.digest, name=v.name, path=v.path)
+        self.ledger.add_tasks(plan.instructions)
+        self.ledger.add_trials(protocol.digest, plan.trials)
+
+    def _rows(self, plan: Plan) -> list[TrialRow]:
+        trials = set(plan.trials)
+        return [row for row in self.ledger.trials() if row.trial in trials]
+
+    def _write(self, plan: Plan) -> None:
+        """OpenVLA's log for each policy and suite, the exports, and W&B's table: of what is done, finished or not."""
+        rows = [row for row in self._rows(plan) if row.status is not None]
+        if not rows:
+            return
+        for (_, _, name), of_one in groupby(rows, key=lambda r: (r.policy, r.suite, r.policy_name)):
+            note = [self.config.run_id_note] if self.config.run_id_note else []
+            note += [name.replace("/", "-")] if len(plan.versions) > 1 else []
+            path = write_log(self.folder, list(of_one), at=self.began, note="--".join(note) or None)
+            self.console.say(f"evaluate  log: {path}")
+        for path in export(self.ledger):
+            self.console.say(f"evaluate  export: {path}")
+        if self.config.use_wandb:
+            name = f"EVAL-{self.config.task_suite_name.replace(',', '+')}-openvla-{self.began:%Y_%m_%d-%H_%M_%S}"
+            log_to_wandb(self.config, summarise(self._rows(plan)), folder=self.folder, run_name=name)
+
+
+class Watcher:
+    """Looks at a run several times a second: shows it, and ends a comparison that is settled."""
+
+    def __init__(self, session: Session, plan: Plan) -> None:
+        self.session, self.plan = session, plan
+        self.view = View("evaluate", batch_size=session.farm.serving.max_batch)
+        self.looked_at_s = -float("inf")
+        self.settled = False
+
+    def tick(self, run: Run) -> None:
+        now = time.monotonic()
+        if now - self.looked_at_s < LOOK_EVERY_S and not run.scheduler.finished:
+            return
+        self.looked_at_s = now
+        rows = self.session._rows(self.plan)
+        self.view.tallies = tallies(rows)
+        self.view.made = run.made
+        self.view.workers, self.view.servers = len(run.farm.workers.ready()), len(run.farm.servers.ready())
+        self.view.batches = run.batch_stats()
+        self.session.console.show(self.view, now=run.scheduler.finished)
+        if self.session.config.stop_when_settled and not self.settled:
+            self._settle(rows, run)
+
+    def _settle(self, rows: Sequence[TrialRow], run: Run) -> None:
+        first, second = (v.digest for v in self.plan.versions)
+        won = {(r.policy, r.suite, r.task, r.init_state): r.status == "success" for r in rows if r.status is not None}
+        places = [key[1:] for key in won if key[0] == first and (second, *key[1:]) in won]
+        only_first = sum(won[(first, *p)] and not won[(second, *p)] for p in places)
+        only_second = sum(won[(second, *p)] and not won[(first, *p)] for p in places)
+        pairs = len(self.plan.trials) // 2
+        if words := verdict(only_first, only_second, pairs_left=pairs - len(places)):
+            self.settled = True
+            dropped = run.drop(self.plan.trials)
+            names = " and ".join(v.name for v in self.plan.versions)
+            self.session.console.say(
+                f"evaluate  {names}: settled after {len(places)} of {pairs} pairs: {words}; {dropped} trials left out"
+            )
+
+
+def tallies(rows: Sequence[TrialRow]) -> dict[tuple[str, int], Tally]:
+    """Counts for each (suite, task), over all policies."""
+    counts: dict[tuple[str, int], Tally] = {}
+    for row in rows:
+        tally = counts.setdefault((row.suite, row.task), Tally(row.instruction))
+        tally.planned += 1
+        tally.done += row.status is not None
+        tally.successes += row.status == "success"
+        tally.errors += row.errors
+    return counts

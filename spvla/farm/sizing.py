@@ -1,0 +1,39 @@
+"""How many environments and policy actors a cluster should carry. Pure arithmetic."""
+
+import math
+from dataclasses import dataclass
+
+DECODER_CPUS = 0.01  # a policy actor on the CPU: next to nothing booked, so that it fits beside the environments
+ENV_CPUS = 0.99
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    envs: int
+    decoders: int
+    env_cpus: float  # booked for each environment
+    device: str  # "cpu" or "cuda", for the policy actors
+
+
+def sizes(*, cpus: float, gpus: float, num_envs: int, num_decoders: int) -> Sizes:
+    """`num_envs` and `num_decoders` as the flags give them, 0 for by default.
+
+    By default each GPU gets a policy actor and each CPU that those leave an environment; on a CPU-only cluster one
+    policy actor shares the CPUs with the environments, of which there are then two at least, because a lone one
+    leaves a core idle whenever it waits. More environments than CPUs share them.
+    """
+    device = "cuda" if gpus >= 1 else "cpu"
+    decoders = num_decoders or (int(gpus) if device == "cuda" else 1)
+    envs = num_envs or max(2, int(cpus) - decoders)
+    share = (cpus - decoders * DECODER_CPUS) / envs if cpus > 0 else ENV_CPUS
+    return Sizes(
+        envs=envs,
+        decoders=decoders,
+        env_cpus=max(0.01, min(ENV_CPUS, math.floor(share * 100) / 100)),
+        device=device,
+    )
+
+
+def decode_batch_size(sizes: Sizes) -> int:
+    """Half of the environments that share a policy actor: one half steps while the other is decoded."""
+    return max(1, math.ceil(sizes.envs / sizes.decoders / 2))
