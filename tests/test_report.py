@@ -49,7 +49,7 @@ def run(tmp_path: Path) -> Path:
     runs.write_config(run, "evaluate", EvaluateConfig(pretrained_checkpoint="a", run_id_note="n"))
     with Ledger.create(run / runs.LEDGER) as ledger:
         ledger.add_protocol(protocol())
-        ledger.add_tasks("libero_object", [HOSTILE, "second task"])
+        ledger.add_tasks({("libero_object", 0): HOSTILE, ("libero_object", 1): "second task"})
         for name in ("policy-a", "policy-b"):
             ledger.add_policy(name, name=name, path=f"/{name}")
             trials = [
