@@ -84,6 +84,8 @@ def trials(tasks: int, init_states: int) -> list[Trial]:
         Trial(policy=VERSION.digest, suite=SUITE, task=t, init_state=i)
         for t in range(tasks)
         for i in range(init_states)
+        for t in range(tasks)
+        for i in range(init_states)
     ]
 
 
