@@ -1,0 +1,181 @@
+"""A TFDS data set -> a FrameStore: one Ray task a shard, each finished shard kept, so that a second run goes on.
+
+TensorFlow is imported in the tasks only. On a cluster the data root must be a folder that all machines share.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from spvla.cluster import connection
+from spvla.config import IndexConfig
+from spvla.data import layout
+from spvla.data.layout import Layout, Shard
+from spvla.data.store import (
+    FORMAT,
+    INDEX,
+    STATISTICS,
+    FrameStore,
+    actions_of,
+    read_batches,
+    read_index,
+    statistics_of,
+    write_batches,
+)
+from spvla.errors import DatasetError, SpvlaError
+from spvla.files import write_json
+from spvla.progress import Progress
+
+FOLDER = "index"
+
+
+def index(config: IndexConfig) -> None:
+    """`spvla index`: builds or completes the index and says what is in it."""
+    root = config.data_root_dir.expanduser().resolve()
+    path = ensure_index(root, config.dataset_name, skip_corrupt=config.skip_corrupt, num_workers=config.num_workers)
+    store = FrameStore.open(path)
+    print(f"index  {path}: {len(store.episode_lengths)} episodes, {len(store)} frames")
+    for message in store.index["skipped"]:
+        print(f"skipped  {message}")
+
+
+def ensure_index(data_root_dir: Path, dataset_name: str, *, skip_corrupt: bool = False, num_workers: int = 0) -> Path:
+    """The index's folder. Builds what is missing and what belongs to a shard that has changed since.
+
+    Costs one stat a shard when nothing has changed. Raises DatasetError; finished shards stay for the next run.
+    """
+    source = layout.find(Path(data_root_dir), dataset_name)
+    folder = Path(data_root_dir) / dataset_name / FOLDER
+    stale = [s for s in source.shards if not is_current(folder, s, skip_corrupt)]
+    if not stale and matches(folder, source):
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / INDEX).unlink(missing_ok=True)  # from here on there is no whole index
+    if stale:
+        with connection():
+            index_shards(stale, folder, source, skip_corrupt, num_workers)
+    finish(folder, source)
+    return folder
+
+
+def is_current(folder: Path, shard: Shard, skip_corrupt: bool) -> bool:
+    """Whether the shard was indexed, is as it was then, and lacks nothing that may not be lacking."""
+    done = read_entry(folder, shard)
+    return done is not None and done["source"] == fingerprint(shard) and (skip_corrupt or not done["skipped"])
+
+
+def matches(folder: Path, source: Layout) -> bool:
+    """Whether a whole index is there, of these shards in this order."""
+    try:
+        return [s["file"] for s in read_index(folder)["shards"]] == [file_name(s) for s in source.shards]
+    except DatasetError:
+        return False
+
+
+def fingerprint(shard: Shard) -> dict[str, Any]:
+    """What can be had without reading the file, and changes when it is written again."""
+    stat = shard.path.stat()
+    return {"path": str(shard.path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "records": shard.records}
+
+
+def file_name(shard: Shard) -> str:
+    return f"{shard.path.name}.arrow"
+
+
+def read_entry(folder: Path, shard: Shard) -> dict[str, Any] | None:
+    """What was noted when the shard had been indexed; None if it never was, or its file has gone or changed."""
+    try:
+        entry = json.loads((folder / f"{file_name(shard)}.json").read_text())
+        whole = (folder / entry["file"]).stat().st_size == entry["bytes"] and entry["format"] == FORMAT
+    except (OSError, KeyError, json.JSONDecodeError):
+        return None
+    return entry if whole else None
+
+
+def index_shards(shards: list[Shard], folder: Path, source: Layout, skip_corrupt: bool, num_workers: int) -> None:
+    """Runs the tasks, `num_workers` at a time, and shows how far they are. The first error cancels the rest."""
+    task = ray.remote(num_cpus=1, max_retries=2)(index_shard)
+    limit = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting, running = list(reversed(shards)), []
+    finished = len(source.shards) - len(shards)
+    with Progress(f"index {source.name}", total=len(source.shards), unit="shards") as progress:
+        progress.update(finished)
+        while waiting or running:
+            while waiting and len(running) < limit:
+                running.append(task.remote(waiting.pop(), folder, skip_corrupt))
+            done, running = ray.wait(running)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayTaskError as e:
+                for ref in running:
+                    ray.cancel(ref)
+                raise (e.cause if isinstance(e.cause, SpvlaError) else e) from None
+            finished += len(done)
+            progress.update(finished)
+
+
+def index_shard(shard: Shard, folder: Path, skip_corrupt: bool) -> None:
+    """One shard -> one Arrow file and, after it, its entry. Both appear whole or not at all."""
+    from spvla.data.rlds import read_episodes  # TensorFlow, in this process only
+
+    before = fingerprint(shard)
+    skipped: list[str] | None = [] if skip_corrupt else None
+    path = folder / file_name(shard)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        lengths = write_batches(beside, read_episodes([shard], skipped=skipped))
+        size_bytes = beside.stat().st_size
+        beside.replace(path)
+        entry = {
+            "format": FORMAT,
+            "file": path.name,
+            "bytes": size_bytes,
+            "split": shard.split,
+            "episodes": len(lengths),
+            "frames": sum(lengths),
+            "skipped": skipped or [],
+            "sha256": shard.content_digest(),
+            "source": before,
+        }
+        write_json(folder / f"{path.name}.json", entry)
+    except OSError as e:
+        raise DatasetError(
+            f"{path} cannot be written ({e.strerror or e})",
+            expected="room on that disk",
+            remedy="Free the disk and run again: finished shards are kept.",
+        ) from e
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def finish(folder: Path, source: Layout) -> None:
+    """Statistics over every episode, then the index itself, last."""
+    entries = [entry for s in source.shards if (entry := read_entry(folder, s))]
+    batches = [b for e in entries for b in read_batches(folder / e["file"], e["bytes"])]
+    skipped = [message for e in entries for message in e["skipped"]]
+    if not any(e["episodes"] for e in entries if e["split"] == "train"):
+        raise DatasetError(
+            f"{source.folder} has no readable episode in its train split ({len(skipped)} skipped)",
+            expected="at least one",
+            remedy="Download or make the data set again.",
+        )
+    write_json(folder / STATISTICS, {source.name: statistics_of(actions_of(batches), len(batches))})
+    whole = {
+        "format": FORMAT,
+        "dataset_name": source.name,
+        "digest": hashlib.sha256("".join(f"{e['split']} {e['sha256']}\n" for e in entries).encode()).hexdigest(),
+        "episodes": len(batches),
+        "frames": sum(b.num_rows for b in batches),
+        "skipped": skipped,
+        "shards": [{k: e[k] for k in ("file", "bytes", "split", "episodes", "frames")} for e in entries],
+    }
+    write_json(folder / INDEX, whole)
+    keep = {e["file"] for e in entries}
+    for path in folder.glob("*.arrow"):  # of shards that the source no longer has
+        if path.name not in keep:
+            path.unlink()
+            path.with_name(f"{path.name}.json").unlink(missing_ok=True)

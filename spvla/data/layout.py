@@ -1,0 +1,145 @@
+"""Where a TFDS data set keeps what: found by reading its two JSON files, without TensorFlow.
+
+DATA_ROOT/libero_10_no_noops/1.0.0/dataset_info.json     splits, and how many records each shard holds
+                                   features.json         names, shapes and types
+                                   liber_o10-train.tfrecord-00000-of-00032, ...   named after the builder, not us
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spvla.errors import DatasetError
+from spvla.types import ACTION_DIM, CAMERA_SIZE
+
+SPLITS = ("train", "val")
+FRAME_SHAPE = (CAMERA_SIZE, CAMERA_SIZE, 3)
+FEATURES: Mapping[str, tuple[int, ...]] = {
+    "steps/observation/image": FRAME_SHAPE,
+    "steps/observation/wrist_image": FRAME_SHAPE,
+    "steps/observation/state": (8,),
+    "steps/observation/joint_state": (7,),
+    "steps/action": (ACTION_DIM,),
+    "steps/language_instruction": (),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One TFRecord file; a record is an episode."""
+
+    path: Path
+    split: str
+    records: int  # as dataset_info.json has it
+
+    def content_digest(self) -> str:
+        """sha256 of the file."""
+        with self.path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    name: str  # of the folder; OpenVLA's users say this, and statistics are stored under it
+    folder: Path  # the version's
+    shards: tuple[Shard, ...]  # the train split's first, each split in order
+
+
+def find(data_root_dir: Path, dataset_name: str) -> Layout:
+    """The newest version of a data set, its features and shards checked. Raises DatasetError."""
+    folder = newest_version(data_root_dir, dataset_name)
+    check_features(folder)
+    info = read_json(folder / "dataset_info.json")
+    if info.get("fileFormat", "tfrecord") != "tfrecord":
+        raise DatasetError(
+            f"{folder} holds {info['fileFormat']} files", expected="tfrecord", remedy="Convert it with tfds."
+        )
+    sizes = {s["name"]: [int(n) for n in s.get("shardLengths", ())] for s in info.get("splits", ())}
+    shards = tuple(shard for split in SPLITS for shard in shards_of(folder, split, sizes.get(split, [])))
+    if not any(s.records for s in shards if s.split == "train"):
+        raise DatasetError(
+            f"{folder} has no episodes in its train split",
+            expected="at least one",
+            remedy="Collect demonstrations again (spvla collect), or download the data set again.",
+        )
+    return Layout(name=dataset_name, folder=folder, shards=shards)
+
+
+def newest_version(data_root_dir: Path, dataset_name: str) -> Path:
+    """DATA_ROOT/NAME/1.0.0, or DATA_ROOT/NAME itself if it holds the files."""
+    folder = data_root_dir / dataset_name
+    if not folder.is_dir():
+        found = sorted(p.name for p in data_root_dir.glob("*/") if any(versions(p)))
+        raise DatasetError(
+            f"{data_root_dir} holds no data set {dataset_name}",
+            expected=f"one of {', '.join(found)}" if found else "a TFDS data set in a folder of that name",
+            remedy="Correct --dataset_name or --data_root_dir, or make one with spvla collect.",
+        )
+    if every := sorted(versions(folder), key=lambda p: [int(n) for n in p.name.split(".")]):
+        return every[-1]
+    if (folder / "dataset_info.json").exists():
+        return folder
+    raise DatasetError(
+        f"{folder} has no version with a dataset_info.json",
+        expected=f"{folder}/1.0.0/dataset_info.json",
+        remedy="Download it again, whole, or make it again.",
+    )
+
+
+def versions(folder: Path) -> Iterator[Path]:
+    return (p.parent for p in folder.glob("[0-9]*.[0-9]*.[0-9]*/dataset_info.json"))
+
+
+def check_features(folder: Path) -> None:
+    """Names and shapes as in the LIBERO data sets that OpenVLA trains on."""
+    found = dict(flatten(read_json(folder / "features.json")))
+    if missing := [name for name in FEATURES if name not in found]:
+        raise DatasetError(
+            f"{folder}/features.json lacks {', '.join(missing)} (it has {', '.join(sorted(found))})",
+            expected="the features of OpenVLA's modified_libero_rlds",
+            remedy="Write the data set in that form, or give another --dataset_name.",
+        )
+    for name, shape in FEATURES.items():
+        if found[name] != shape:
+            raise DatasetError(
+                f"{folder}/features.json says that {name} has shape {found[name]}",
+                expected=f"{shape}",
+                remedy="Make the data set again with frames of 256 x 256 and actions of 7 dimensions.",
+            )
+
+
+def flatten(feature: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
+    """("steps/action", (7,)), ... of a features.json; an unknown dimension is -1."""
+    if "sequence" in feature:
+        yield from flatten(feature["sequence"]["feature"], prefix)
+    elif "featuresDict" in feature:
+        for name, inner in feature["featuresDict"]["features"].items():
+            yield from flatten(inner, f"{prefix}/{name}" if prefix else name)
+    else:
+        kind = next((feature[k] for k in ("tensor", "image", "text") if k in feature), {})
+        yield prefix, tuple(int(n) for n in kind.get("shape", {}).get("dimensions", ()))
+
+
+def shards_of(folder: Path, split: str, sizes: list[int]) -> Iterator[Shard]:
+    for i, records in enumerate(sizes):
+        suffix = f"-{split}.tfrecord-{i:05d}-of-{len(sizes):05d}"
+        fitting = sorted(folder.glob(f"*{suffix}"))
+        if len(fitting) != 1:
+            raise DatasetError(
+                f"{folder} has {len(fitting)} files *{suffix}",
+                expected=f"one for each of the {len(sizes)} shards that dataset_info.json names",
+                remedy="Download the data set again, whole.",
+            )
+        yield Shard(path=fitting[0], split=split, records=records)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as e:
+        raise DatasetError(
+            f"{path} cannot be read ({e})", expected="a JSON file written by TFDS", remedy="Download it again."
+        ) from e
