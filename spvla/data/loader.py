@@ -1,13 +1,13 @@
 """Frames -> batches: which sample comes when is a pure function of (seed, sample number), so any run can be resumed.
 
-All ranks share one endless stream of samples s = 0, 1, 2, ...; step t gives rank r of W the samples
-(t W + r) B ... + B - 1. For one data set of N frames, s is position s % N of the permutation drawn for epoch s // N: every
-frame once an epoch, whatever W and B are. The stream does not stop at an epoch's end: where B W does not divide N, the
-last step of an epoch is filled up with the next one's first samples, and none is dropped. A run that stopped after s
-samples goes on at s, with as many workers as it likes.
+All ranks share one endless stream of samples s = 0, 1, 2, ...; step t gives rank r of W the B samples from
+(t W + r) B on. For one data set of N frames, s is position s % N of the permutation drawn for epoch s // N: every frame
+once an epoch, whatever W and B are. The stream does not stop at an epoch's end: where B W does not divide N, the last
+step of an epoch is filled up with the next one's first samples, and none is dropped. A run that stopped after s samples
+goes on at s, with as many workers as it likes.
 
-Several data sets share the stream in blocks of 10,000 samples, shuffled, of which each gets its weight's share; each walks
-through its own epochs.
+Several data sets share the stream in blocks of 10,000 samples, shuffled, of which each gets its weight's share; each
+walks through its own epochs.
 
 Threads, not processes: decoding and arithmetic release the GIL, and a batch need not be copied.
 """
@@ -127,7 +127,7 @@ class Loader:
         workers: int = 2,
         prefetch: int = 4,
     ) -> None:
-        """`weights` are the data sets' shares of the samples, equal by default. Raises DatasetError on an empty split."""
+        """`weights` are the data sets' shares of the samples, equal by default. Raises DatasetError if a split is empty."""
         self.stores, self.tokenizer = list(stores), tokenizer
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.image_aug, self.split, self.workers, self.prefetch = image_aug, split, workers, prefetch

@@ -183,7 +183,7 @@ def spool(record: bytes, file: IO[bytes]) -> tuple[str, int, int]:
 def write_shards(
     index: list[tuple[str, int, int]], records: IO[bytes], folder: Path, name: str
 ) -> tuple[list[int], int]:
-    """Copies the records, in the index's order, into shards of about SHARD_BYTES; returns their lengths and all bytes."""
+    """Copies the records, in the index's order, into shards of about SHARD_BYTES; returns lengths and total bytes."""
     size = sum(length for _, _, length in index)
     groups = np.array_split(np.arange(len(index)), min(len(index), -(-size // SHARD_BYTES)))
     for i, group in enumerate(groups):

@@ -1,13 +1,13 @@
 """Indexed frames on disk: written once, memory-mapped, read by number.
 
-DATA_ROOT/NAME/index/libero_spatial-train.tfrecord-00000-of-00016.arrow   one for each shard of the source
-                     ....arrow.json                                     written after it: episodes, frames, source digest
-                     dataset_statistics.json                            as OpenVLA writes it
-                     index.json                                         written last; without it there is no index
+DATA_ROOT/NAME/index/libero_spatial-train.tfrecord-00000-of-00016.arrow        one for each shard of the source
+                     libero_spatial-train.tfrecord-00000-of-00016.arrow.json   written after it: sizes, source digest
+                     dataset_statistics.json                                   as OpenVLA writes it
+                     index.json                                                written last; without it there is no index
 
-Arrow's IPC format (pyarrow, which Ray and its users keep well): a file is a list of record batches, here one an episode,
-with columns `image` (JPEG, as in the source), `action` (7 float32, after the LIBERO transform) and `instruction`.
-Mapping it costs no memory, every process of a machine shares one copy in the page cache, and any frame is one slice away.
+Arrow's IPC format (pyarrow, which Ray stands on, too): a file is a list of record batches, here one an episode, with
+columns `image` (JPEG, as in the source), `action` (7 float32, after the LIBERO transform) and `instruction`. Mapping it
+costs no memory, all processes of a machine share one copy in the page cache, and any frame is one slice away.
 """
 
 import json
