@@ -127,7 +127,7 @@ class Loader:
         workers: int = 2,
         prefetch: int = 4,
     ) -> None:
-        """`weights` are the data sets' shares of the samples, equal by default. Raises DatasetError if a split is empty."""
+        """`weights` are the data sets' shares of samples, equal by default. Raises DatasetError if a split is empty."""
         self.stores, self.tokenizer = list(stores), tokenizer
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.image_aug, self.split, self.workers, self.prefetch = image_aug, split, workers, prefetch

@@ -3,7 +3,7 @@
 DATA_ROOT/NAME/index/libero_spatial-train.tfrecord-00000-of-00016.arrow        one for each shard of the source
                      libero_spatial-train.tfrecord-00000-of-00016.arrow.json   written after it: sizes, source digest
                      dataset_statistics.json                                   as OpenVLA writes it
-                     index.json                                                written last; without it there is no index
+                     index.json                                                written last; without it, no index
 
 Arrow's IPC format (pyarrow, which Ray stands on, too): a file is a list of record batches, here one an episode, with
 columns `image` (JPEG, as in the source), `action` (7 float32, after the LIBERO transform) and `instruction`. Mapping it

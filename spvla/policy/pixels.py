@@ -53,26 +53,26 @@ def lanczos(x: np.ndarray) -> np.ndarray:
 @jit
 def resample(image, row_starts, row_weights, col_starts, col_weights):  # type: ignore[no-untyped-def]
     """Separable filter, rows first: (H, W, 3) uint8 -> (H', W', 3) uint8, rounded half to even."""
-    width_in, height, width = image.shape[1], len(row_starts), len(col_starts)
-    out = np.empty((height, width, 3), np.uint8)
-    row = np.empty((width_in, 3), np.float32)
-    for y in range(height):
-        row[:] = 0
-        for k in range(min(row_weights.shape[1], image.shape[0] - row_starts[y])):
-            w, line = row_weights[y, k], image[row_starts[y] + k]
-            for x in range(width_in):
-                for c in range(3):
-                    row[x, c] += w * np.float32(line[x, c])
-        for x in range(width):
-            r = g = b = np.float32(0)
-            for k in range(min(col_weights.shape[1], width_in - col_starts[x])):
-                w, i = col_weights[x, k], col_starts[x] + k
-                r += w * row[i, 0]
-                g += w * row[i, 1]
-                b += w * row[i, 2]
-            out[y, x, 0] = min(max(np.rint(r), np.float32(0)), np.float32(255))
-            out[y, x, 1] = min(max(np.rint(g), np.float32(0)), np.float32(255))
-            out[y, x, 2] = min(max(np.rint(b), np.float32(0)), np.float32(255))
+    wide = filter_rows(image.reshape(image.shape[0], -1), row_starts, row_weights, 1)  # (H', W 3)
+    tall = filter_rows(wide.T.copy(), col_starts, col_weights, 3)  # (W' 3, H'): turned, so that both run along memory
+    out = np.empty(tall.shape, np.uint8)
+    for i in range(tall.shape[0]):
+        for j in range(tall.shape[1]):
+            out[i, j] = np.uint8(min(max(np.rint(tall[i, j]), np.float32(0)), np.float32(255)))
+    return out.T.copy().reshape(len(row_starts), len(col_starts), 3)
+
+
+@jit
+def filter_rows(lines, starts, weights, channels):  # type: ignore[no-untyped-def]
+    """Each output pixel's lines as the weighted sum of input lines; a pixel is `channels` consecutive lines."""
+    out = np.zeros((len(starts) * channels, lines.shape[1]), np.float32)
+    for y in range(len(starts)):
+        for c in range(channels):
+            total = out[y * channels + c]
+            for k in range(min(weights.shape[1], lines.shape[0] // channels - starts[y])):
+                w, line = weights[y, k], lines[(starts[y] + k) * channels + c]
+                for x in range(len(line)):
+                    total[x] += w * np.float32(line[x])
     return out
 
 
