@@ -90,7 +90,7 @@ def readable_name(folder: Path) -> str:
 
 def unnorm_key(version: Version, suite: str, asked: str | None) -> str:
     """The key of the action statistics: the flag's, else the suite's name or that + "_no_noops"."""
-    there = checkpoint.norm_keys(version.path)
+    there = {**checkpoint.norm_stats(Path(version.base)), **checkpoint.norm_stats(Path(version.path))}
     wanted = (asked,) if asked else (suite, f"{suite}_no_noops")
     for key in wanted:
         if key in there:
