@@ -1,0 +1,190 @@
+"""Seven action tokens for a batch of images and prompts: one prefill, six cached steps.
+
+Prompts of different lengths share a batch: they are padded on the right, where causal attention never looks, and a
+row's generated tokens are written into the cache over its padding. So the prefill needs no mask (the fastest attention
+there is), every row has the positions it would have alone, and its tokens equal those of a batch of one.
+
+On a GPU the whole of it, from pixels to seven tokens, is one CUDA graph with static buffers, its steps compiled once
+for all layers. A decoder has a fixed batch size and prompt length, its bucket: smaller batches are filled up, larger
+ones split. The same kernels then run whoever shares the batch, and so a request's result does not depend on it.
+
+Legend: B bucket, T prompt tokens, A action tokens (7), V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from spvla.errors import UserError
+from spvla.policy.llama import EAGER, Cache, Kernels, LlamaLayer
+from spvla.policy.openvla import OpenVLA, with_patches
+from spvla.policy.prompt import PAD
+from spvla.policy.vision import NUM_PATCHES, Block
+from spvla.types import ACTION_DIM, IMAGE_SIZE
+
+WARM_UPS = 2  # passes before a graph is captured: the first compiles
+SLOT_MULTIPLE = 8  # cache lengths are multiples of this: masked attention on a GPU asks for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What one pass reads: static buffers under a CUDA graph."""
+
+    pixel_values: Tensor  # (B, 6, 224, 224)
+    prompts: Tensor  # (B, T) int64, right-padded
+    lengths: Tensor  # (B,) int64, tokens of each prompt
+    temperatures: Tensor  # (B,) float32, 0: greedy
+    uniforms: Tensor  # (B, A) float64 in [0, 1): what sampling draws, one number a token
+
+    def take(self, other: "Inputs") -> None:
+        for name in self.__dataclass_fields__:
+            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    ids: Tensor  # (B, A) int64
+    logits: Tensor  # (B, A, V) float32, before temperature
+
+
+@torch.inference_mode()
+def generate(model: OpenVLA, inputs: Inputs, kv: Cache, kernels: Kernels = EAGER) -> Decoded:
+    """The whole decoding as a function of tensors. `kv` needs T + 256 + 6 slots."""
+    x = with_patches(model.embed(inputs.prompts), model.patches(inputs.pixel_values, kernels))
+    last = inputs.lengths + NUM_PATCHES - 1
+    kv.at = None
+    hidden = model.hidden(x, cache=kv, last=last, kernels=kernels)  # (B, 1, D)
+    ids, every = [], []
+    for step in range(ACTION_DIM):
+        if step:
+            kv.at = last + step
+            hidden = model.hidden(model.embed(ids[-1][:, None]), None, kv.at[:, None], cache=kv, kernels=kernels)
+        logits = model.logits(hidden)[:, 0].float()
+        ids.append(choose(logits, inputs.temperatures, inputs.uniforms[:, step]))
+        every.append(logits)
+    return Decoded(ids=torch.stack(ids, 1), logits=torch.stack(every, 1))
+
+
+def choose(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
+    """Logits (B, V) float32 -> ids (B,): the greedy one at temperature 0, else drawn by inverting the distribution."""
+    greedy = logits.argmax(-1)
+    warm = torch.where(temperatures > 0, temperatures, torch.ones_like(temperatures))
+    cumulative = (logits / warm[:, None]).softmax(-1).double().cumsum(-1)
+    drawn = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return torch.where(temperatures > 0, drawn.clamp(max=logits.shape[-1] - 1), greedy)
+
+
+def draw_uniforms(seed: int) -> Tensor:
+    """(A,) float64: a request's own randomness, whatever batch it is in."""
+    return torch.rand(ACTION_DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Decoder:
+    """Decodes in a fixed bucket: `batch_size` rows, prompts of up to `max_prompt` tokens (BOS counted).
+
+    cuda_graphs: None uses them on a GPU. Which resident adapter a row uses is in the model's `Rows` (see linear.py).
+    """
+
+    def __init__(self, model: OpenVLA, *, batch_size: int, max_prompt: int, cuda_graphs: bool | None = None) -> None:
+        self.model, self.batch_size, self.max_prompt = model, batch_size, max_prompt
+        slots = NUM_PATCHES + max_prompt + ACTION_DIM - 1
+        slots = -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        like = model.embed(torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+        self.kv = Cache(model.config.llm, batch_size, slots, like)
+        self.inputs = self._buffers(like)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.kernels = EAGER
+        if model.device.type == "cuda" if cuda_graphs is None else cuda_graphs:
+            self._capture()
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        pixel_values: Tensor,
+        prompts: Sequence[Sequence[int]],
+        *,
+        temperatures: Sequence[float] | float = 0.0,
+        seeds: Sequence[int] | None = None,
+    ) -> Decoded:
+        """(n, 6, 224, 224) and n <= batch_size prompts -> n rows. Seeds, one a request, are needed to sample."""
+        self.inputs.take(self._padded(pixel_values, prompts, temperatures, seeds))
+        if self.graph is None:
+            out = generate(self.model, self.inputs, self.kv, self.kernels)
+        else:
+            self.graph.replay()
+            out = self.out
+        n = len(prompts)
+        return Decoded(ids=out.ids[:n].clone(), logits=out.logits[:n])
+
+    def _padded(
+        self,
+        pixel_values: Tensor,
+        prompts: Sequence[Sequence[int]],
+        temperatures: Sequence[float] | float,
+        seeds: Sequence[int] | None,
+    ) -> Inputs:
+        """Fills the bucket up by repeating the first request."""
+        n = len(prompts)
+        assert 0 < n <= self.batch_size and len(pixel_values) == n
+        if max(map(len, prompts)) > self.max_prompt:
+            raise UserError(
+                f"a prompt of {max(map(len, prompts))} tokens",
+                expected=f"{self.max_prompt} at most",
+                remedy="Make the decoder with a larger max_prompt.",
+            )
+        heat = [temperatures] * n if isinstance(temperatures, int | float) else list(temperatures)
+        if any(heat) and seeds is None:
+            raise UserError(
+                f"temperature {max(heat)} without seeds", expected="a seed for each request", remedy="Give seeds."
+            )
+        rows = list(range(n)) + [0] * (self.batch_size - n)
+        padded = [[*p, *[PAD] * (self.max_prompt - len(p))] for p in prompts]
+        drawn = torch.stack([draw_uniforms(s) for s in seeds or [0] * n])
+        return Inputs(
+            pixel_values=pixel_values[rows] if len(rows) > n else pixel_values,
+            prompts=torch.tensor([padded[i] for i in rows]),
+            lengths=torch.tensor([len(prompts[i]) for i in rows]),
+            temperatures=torch.tensor([float(heat[i]) for i in rows]),
+            uniforms=drawn[rows],
+        )
+
+    def _buffers(self, like: Tensor) -> Inputs:
+        b, device = self.batch_size, like.device
+        return Inputs(
+            pixel_values=torch.zeros(b, 6, IMAGE_SIZE, IMAGE_SIZE, dtype=like.dtype, device=device),
+            prompts=torch.full((b, self.max_prompt), PAD, device=device),
+            lengths=torch.full((b,), self.max_prompt, device=device),
+            temperatures=torch.zeros(b, device=device),
+            uniforms=torch.zeros(b, ACTION_DIM, dtype=torch.float64, device=device),
+        )
+
+    def _capture(self) -> None:
+        """Compiles the steps of a layer, then records one whole pass."""
+        self.model.language_model.pack()
+        self.kernels = compiled_kernels()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                generate(self.model, self.inputs, self.kv, self.kernels)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = generate(self.model, self.inputs, self.kv, self.kernels)
+
+
+@cache
+def compiled_kernels() -> Kernels:
+    """Each step compiled once for each shape, and shared by all layers and decoders of the process."""
+    torch._dynamo.config.recompile_limit = max(
+        64, torch._dynamo.config.recompile_limit
+    )  # many buckets, few shapes each
+    options = {"dynamic": False, "fullgraph": True}
+    return Kernels(
+        run_block=torch.compile(Block.forward, **options),
+        project=torch.compile(LlamaLayer.project, **options),
+        finish=torch.compile(LlamaLayer.finish, **options),
+    )

@@ -1,0 +1,76 @@
+"""Linear maps that can carry resident LoRA versions: one base, many adapters, each row of a batch naming its own.
+
+A map's `lora` is None until a first adapter becomes resident, and then costs nothing for models without any. The stacks
+are plain tensors, neither parameters nor buffers: a model's state dict has the checkpoint's names, adapters or not.
+
+Legend: B batch, T tokens, N slots (slot 0 is the base: zeros), r rank.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """Which slot each row of the coming batch uses; shared by all maps of a model."""
+
+    slots: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))  # (B,)
+
+
+@dataclass(kw_only=True)
+class Stack:
+    """The resident adapters of one map: y += B[slot] A[slot] x. Scale is folded into B."""
+
+    a: Tensor  # (N, r, in)
+    b: Tensor  # (N, out, r)
+    rows: Rows
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """(B, T, in), (B, T, out) -> (B, T, out)."""
+        narrow = torch.bmm(x, self.a[self.rows.slots].transpose(1, 2))  # (B, T, r)
+        return torch.baddbmm(y, narrow, self.b[self.rows.slots].transpose(1, 2))
+
+
+class Linear(nn.Linear):
+    lora: Stack | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.lora is None else self.lora.add(x, y)
+
+
+class PatchConv(nn.Conv2d):
+    """A convolution whose stride is its kernel: a linear map of patches. (B, 3, H, W) -> (B, out, H / 14, W / 14)."""
+
+    lora: Stack | None = None
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        y = super().forward(pixels)
+        if self.lora is None:
+            return y
+        patches = F.unfold(pixels, self.kernel_size, stride=self.stride).transpose(1, 2)  # (B, P, 3 * 14 * 14)
+        return self.lora.add(patches, y.flatten(2).transpose(1, 2)).transpose(1, 2).view(y.shape)
+
+
+def together(x: Tensor, maps: list[nn.Module], packed: Tensor | None) -> list[Tensor]:
+    """Several maps of one input: a single matrix product where their weights lie in one tensor."""
+    if packed is None:
+        return [m(x) for m in maps]
+    parts = F.linear(x, packed).split([m.out_features for m in maps], -1)
+    return [y if m.lora is None else m.lora.add(x, y) for m, y in zip(maps, parts, strict=True)]
+
+
+def pack(maps: list[nn.Module]) -> Tensor | None:
+    """Lays the weights of plain maps one after another in one tensor, whose parts they become: no second copy.
+
+    None where that cannot be: maps with a bias, wrapped by peft, or quantised.
+    """
+    if any(type(m) is not Linear or m.bias is not None for m in maps):
+        return None
+    packed = torch.cat([m.weight.data for m in maps])  # (sum of out, in)
+    for m, rows in zip(maps, packed.split([m.out_features for m in maps]), strict=True):
+        m.weight.data = rows
+    return packed

@@ -1,0 +1,175 @@
+"""`OpenVLAPolicy`: images and instructions in, actions out, for any number of resident adapters on one base.
+
+Legend: B batch, A action dims (7), V vocabulary.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from spvla.errors import UserError
+from spvla.policy.actions import ActionStats, decode
+from spvla.policy.adapters import STATISTICS, read_adapter
+from spvla.policy.decoding import Decoder
+from spvla.policy.images import to_pixel_values
+from spvla.policy.openvla import OpenVLA
+from spvla.policy.prompt import prompt_ids
+from spvla.policy.resident import Residents, read_statistics
+from spvla.types import IMAGE_SIZE
+
+PROMPT_MULTIPLE = 16  # prompt lengths of a fixed bucket grow in these steps
+
+
+class OpenVLAPolicy:
+    """What `load_policy` returns. `norm_stats` are the base's; each adapter brings its own over them."""
+
+    def __init__(
+        self,
+        *,
+        model: OpenVLA,
+        tokenizer: Tokenizer,
+        norm_stats: dict[str, Any],
+        name: str,
+        decode_batch_size: int = 0,
+    ) -> None:
+        self.model, self.tokenizer, self.norm_stats, self.name = model, tokenizer, norm_stats, name
+        self.decode_batch_size = decode_batch_size
+        self.default_adapter: str | None = None
+        self.residents = Residents(model)
+        self._stats: dict[str | None, dict[str, Any]] = {None: norm_stats}
+        self._decoder: Decoder | None = None
+        self._max_prompt = 0
+
+    def act(
+        self,
+        images: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        *,
+        unnorm_key: str | Sequence[str],
+        adapters: Sequence[str | None] | None = None,
+    ) -> np.ndarray:
+        """B images (224, 224, 3) uint8 and instructions -> (B, A) float64 actions, un-normalised, gripper 1 open.
+
+        adapters: for each request the name of a resident adapter, or None for the base; by default all use what
+        the policy was loaded as. Raises UserError.
+        """
+        keys = [unnorm_key] * len(images) if isinstance(unnorm_key, str) else list(unnorm_key)
+        names = self._adapter_names(adapters, len(images))
+        stats = [self.action_stats(key, name) for key, name in zip(keys, names, strict=True)]
+        ids = self.decode(images, instructions, adapters=adapters)
+        return np.stack([s.unnormalise(decode(row)) for s, row in zip(stats, ids, strict=True)])
+
+    def decode(
+        self,
+        images: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        *,
+        logits: bool = False,
+        temperature: float | Sequence[float] = 0.0,
+        seeds: Sequence[int] | None = None,
+        adapters: Sequence[str | None] | None = None,
+    ) -> Any:
+        """As `act`, giving ids (B, A) int64, or with `logits` (ids, logits (B, A, V) float32), as arrays.
+
+        Sampling (temperature above 0) needs a seed for each request.
+        """
+        check_images(images)
+        check_length("instructions", instructions, len(images))
+        prompts = [prompt_ids(self.tokenizer, text) for text in instructions]
+        names = self._adapter_names(adapters, len(images))
+        heat = [temperature] * len(images) if isinstance(temperature, int | float) else list(temperature)
+        check_length("temperature", heat, len(images))
+        if seeds is not None:
+            check_length("seeds", seeds, len(images))
+        elif any(heat):
+            raise UserError(
+                f"temperature {max(heat)} without seeds", expected="one seed a request", remedy="Add seeds."
+            )
+        decoder = self.prepare(len(images), max(map(len, prompts)))
+        parts = []
+        for start in range(0, len(images), decoder.batch_size):
+            part = slice(start, start + decoder.batch_size)
+            self.residents.select(names[part], decoder.batch_size)
+            pixels = self._pixels(images[part])
+            out = decoder.decode(
+                pixels, prompts[part], temperatures=heat[part], seeds=None if seeds is None else seeds[part]
+            )
+            parts.append((out.ids.cpu().numpy(), out.logits.cpu().numpy() if logits else None))
+        ids = np.concatenate([p[0] for p in parts])
+        return (ids, np.concatenate([p[1] for p in parts])) if logits else ids
+
+    def prepare(self, batch_size: int = 1, max_prompt: int = 0) -> Decoder:
+        """The decoder for a batch. In a fixed bucket it is made once, and again when a longer prompt comes."""
+        if not self.decode_batch_size:
+            return Decoder(self.model, batch_size=batch_size, max_prompt=max_prompt, cuda_graphs=False)
+        if self._decoder is None or max_prompt > self._decoder.max_prompt or self._stale:
+            rounded = -(-max_prompt // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+            self._max_prompt = max(rounded, self._max_prompt)
+            self._decoder = None  # its memory goes before the next one's comes
+            self.residents.select([], self.decode_batch_size)
+            self._decoder = Decoder(self.model, batch_size=self.decode_batch_size, max_prompt=self._max_prompt)
+            self._version = self.residents.version
+        return self._decoder
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Makes the adapter of a folder resident under `name`; moves its weights only."""
+        adapter = read_adapter(Path(folder))
+        self.residents.add(name, adapter)
+        self._stats[name] = read_statistics(Path(folder) / STATISTICS)
+
+    def remove_adapter(self, name: str) -> None:
+        self.residents.remove(name)
+        self._stats.pop(name, None)
+
+    @property
+    def adapters(self) -> list[str]:
+        return self.residents.names
+
+    def action_stats(self, unnorm_key: str, adapter: str | None = None) -> ActionStats:
+        """Raises UserError listing the keys there are."""
+        stats = {**self.norm_stats, **self._stats.get(adapter, {})}
+        if unnorm_key not in stats:
+            raise UserError(
+                f"unnorm_key {unnorm_key!r} of {self.name}",
+                expected=f"one of {', '.join(stats) or '(the checkpoint holds no action statistics)'}",
+                remedy="Give the key of the data set that the policy was trained on.",
+            )
+        return ActionStats.from_json(stats[unnorm_key]["action"])
+
+    @property
+    def _stale(self) -> bool:
+        return self._decoder is not None and self._version != self.residents.version
+
+    def _adapter_names(self, adapters: Sequence[str | None] | None, count: int) -> list[str | None]:
+        names = [self.default_adapter] * count if adapters is None else list(adapters)
+        check_length("adapters", names, count)
+        return names
+
+    def _pixels(self, images: Sequence[np.ndarray]) -> Tensor:
+        return to_pixel_values(torch.from_numpy(np.stack(images)).to(self.model.device))
+
+
+def check_images(images: Sequence[np.ndarray]) -> None:
+    wanted = (IMAGE_SIZE, IMAGE_SIZE, 3)
+    if not len(images):
+        raise UserError("no images", expected="at least one", remedy="Give images and instructions.")
+    for i, image in enumerate(images):
+        shape, dtype = getattr(image, "shape", type(image).__name__), getattr(image, "dtype", None)
+        if shape != wanted or dtype != np.uint8:
+            raise UserError(
+                f"images[{i}] of shape {shape} and type {dtype}",
+                expected=f"{wanted} uint8",
+                remedy="Use spvla.policy.images.evaluation_image for camera frames, or resize_lanczos.",
+            )
+
+
+def check_length(name: str, values: Sequence[Any], count: int) -> None:
+    if len(values) != count or isinstance(values, str):
+        raise UserError(
+            f"{name}: {len(values)} for {count} images", expected="one for each image", remedy=f"Correct {name}."
+        )

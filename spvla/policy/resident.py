@@ -1,0 +1,105 @@
+"""Many LoRA versions beside one base: each gets a slot in every map's stack; slot 0 is the base itself.
+
+Adding a version copies its A and B into a free slot and moves nothing else. When slots or rank run out the stacks grow,
+and `version` tells holders of CUDA graphs that the tensors they recorded are gone.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spvla.errors import UserError
+from spvla.policy.adapters import StoredAdapter
+from spvla.policy.linear import Linear, PatchConv, Rows, Stack
+from spvla.policy.openvla import OpenVLA
+
+FIRST_SLOTS = 2  # the base and one adapter; doubled when full
+
+
+class Residents:
+    def __init__(self, model: OpenVLA) -> None:
+        self.model = model
+        self.rows = Rows()
+        self.slots: dict[str, int] = {}
+        self.rank = self.capacity = self.version = 0
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.slots)
+
+    def add(self, name: str, adapter: StoredAdapter) -> None:
+        """Raises CheckpointError, changing nothing, if the adapter does not fit the base."""
+        maps = self._maps()
+        adapter.require_base({f"{n}.weight": map_shape(m) for n, m in maps.items()})
+        used = {*self.slots.values()}
+        slot = self.slots.get(name) or next(i for i in range(1, len(used) + 2) if i not in used)
+        if slot >= self.capacity or adapter.rank > self.rank:
+            self._grow(maps, max(self.capacity * 2, FIRST_SLOTS), max(self.rank, adapter.rank))
+        for module in maps.values():
+            module.lora.a[slot] = 0
+            module.lora.b[slot] = 0
+        for key, a, b in adapter.pairs():
+            stack = maps[key].lora
+            stack.a[slot, : adapter.rank] = a
+            stack.b[slot, :, : adapter.rank] = adapter.scale * b.float()
+        self.slots[name] = slot
+
+    def remove(self, name: str) -> None:
+        """The slot is free for another; when none is used the base runs without stacks again."""
+        self._slot(name)
+        del self.slots[name]
+        if not self.slots:
+            for module in self._maps().values():
+                module.lora = None
+            self.rank = self.capacity = 0
+            self.version += 1
+
+    def select(self, names: Sequence[str | None], batch_size: int) -> None:
+        """Says which adapter each row of the coming batch uses; rows past `names` use the base."""
+        wanted = [0 if name is None else self._slot(name) for name in names]
+        slots = torch.tensor(wanted + [0] * (batch_size - len(wanted)))
+        if len(self.rows.slots) == batch_size and self.rows.slots.device == self.model.device:
+            self.rows.slots.copy_(slots)  # a CUDA graph reads this very tensor
+        else:
+            self.rows.slots = slots.to(self.model.device)
+
+    def _slot(self, name: str) -> int:
+        if name not in self.slots:
+            raise UserError(
+                f"adapter {name!r}",
+                expected=f"one of {', '.join(self.slots) or '(none is resident)'}",
+                remedy="Add it with add_adapter.",
+            )
+        return self.slots[name]
+
+    def _maps(self) -> dict[str, Linear | PatchConv]:
+        return {n: m for n, m in self.model.named_modules() if hasattr(m, "lora")}
+
+    def _grow(self, maps: dict[str, nn.Module], capacity: int, rank: int) -> None:
+        for module in maps.values():
+            old = module.lora
+            outputs, inputs = map_shape(module)
+            like = {"dtype": self.model.dtype, "device": self.model.device}
+            a, b = torch.zeros(capacity, rank, inputs, **like), torch.zeros(capacity, outputs, rank, **like)
+            new = Stack(a=a, b=b, rows=self.rows)
+            if old is not None:
+                new.a[: len(old.a), : old.a.shape[1]] = old.a
+                new.b[: len(old.b), :, : old.b.shape[2]] = old.b
+            module.lora = new
+        self.capacity, self.rank, self.version = capacity, rank, self.version + 1
+
+
+def map_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in); a quantised weight no longer shows it."""
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels, module.in_channels * math.prod(module.kernel_size)
+    return module.out_features, module.in_features
+
+
+def read_statistics(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
