@@ -79,7 +79,7 @@ def matches(folder: Path, source: Layout) -> bool:
 def fingerprint(shard: Shard) -> dict[str, Any]:
     """What can be had without reading the file, and changes when it is written again."""
     stat = shard.path.stat()
-    return {"path": str(shard.path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "records": shard.records}
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "records": shard.records}
 
 
 def file_name(shard: Shard) -> str:
@@ -120,9 +120,13 @@ def index_shards(shards: list[Shard], folder: Path, source: Layout, skip_corrupt
 
 def index_shard(shard: Shard, folder: Path, skip_corrupt: bool) -> None:
     """One shard -> one Arrow file and, after it, its entry. Both appear whole or not at all."""
+    before, digest = fingerprint(shard), shard.content_digest()
+    done = read_entry(folder, shard)
+    if done and done["sha256"] == digest and (skip_corrupt or not done["skipped"]):
+        write_json(folder / f"{done['file']}.json", done | {"source": before})  # moved or touched, but the same
+        return
     from spvla.data.rlds import read_episodes  # TensorFlow, in this process only
 
-    before = fingerprint(shard)
     skipped: list[str] | None = [] if skip_corrupt else None
     path = folder / file_name(shard)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -138,7 +142,7 @@ def index_shard(shard: Shard, folder: Path, skip_corrupt: bool) -> None:
             "episodes": len(lengths),
             "frames": sum(lengths),
             "skipped": skipped or [],
-            "sha256": shard.content_digest(),
+            "sha256": digest,
             "source": before,
         }
         write_json(folder / f"{path.name}.json", entry)

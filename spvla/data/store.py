@@ -159,16 +159,21 @@ def statistics_of(actions: np.ndarray, trajectories: int) -> dict[str, Any]:
     `proprio` is zeros, as in the original, whose fine-tuning uses no proprioception.
     """
     action = {
-        "mean": actions.mean(0),
-        "std": actions.std(0),
-        "max": actions.max(0),
-        "min": actions.min(0),
-        "q01": np.quantile(actions.astype(np.float64), 0.01, axis=0),  # as numpy 1 did for float32
-        "q99": np.quantile(actions.astype(np.float64), 0.99, axis=0),
+        "mean": actions.mean(0).tolist(),
+        "std": actions.std(0).tolist(),
+        "max": actions.max(0).tolist(),
+        "min": actions.min(0).tolist(),
+        "q01": [quantile(column, 0.01) for column in actions.T],
+        "q99": [quantile(column, 0.99) for column in actions.T],
     }
     return {
-        "action": {k: v.tolist() for k, v in action.items()} | {"mask": [True] * (ACTION_DIM - 1) + [False]},
+        "action": action | {"mask": [True] * (ACTION_DIM - 1) + [False]},
         "proprio": {k: [0.0] * ACTION_DIM for k in action},
         "num_transitions": len(actions),
         "num_trajectories": trajectories,
     }
+
+
+def quantile(values: np.ndarray, q: float) -> float:
+    """In float64, as numpy 1 did for float32, too: its successor rounds otherwise."""
+    return float(np.quantile(values.astype(np.float64), q))

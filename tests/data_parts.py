@@ -1,0 +1,63 @@
+"""Small real data sets for the tests: TFDS folders of JPEG frames of 256 x 256, written by the project itself."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from spvla.policy.images import encode_jpeg
+from spvla.types import Episode
+
+NAME = "libero_object_no_noops"
+SENTENCES = ("pick up the milk and place it in the basket", "pick up the butter and place it in the basket")
+
+
+@cache
+def frame(number: int, size: int = 256) -> bytes:
+    """A JPEG of a gradient; another one for each of 64 numbers."""
+    y, x = np.mgrid[:size, :size]
+    level = 4 * (number % 64)
+    return encode_jpeg(np.stack([x % 256, y % 256, np.full_like(x, level)], -1).astype(np.uint8))
+
+
+def episode(number: int, steps: int = 4, **changes: object) -> Episode:
+    """The `number`-th of a series: different actions and frames, two instructions in turn."""
+    rng = np.random.default_rng(number)
+    actions = rng.uniform(-1, 1, (steps, 7)).astype(np.float32)
+    actions[:, 6] = np.sign(actions[:, 6])
+    images = [frame(number * 7 + t) for t in range(steps)]
+    fields: dict = {
+        "images": images,
+        "wrist_images": images[::-1],
+        "states": rng.normal(size=(steps, 8)).astype(np.float32),
+        "joint_states": rng.normal(size=(steps, 7)).astype(np.float32),
+        "actions": actions,
+        "instruction": SENTENCES[number % 2],
+        "source": f"demo_{number}.hdf5",
+    }
+    return Episode(**(fields | changes))
+
+
+def write(root: Path, episodes: Sequence[Episode], *, shards: int = 1, name: str = NAME) -> Path:
+    """A data set of so many shards; returns the version's folder."""
+    from spvla.data import rlds
+
+    sizes = sum(len(rlds.serialise(rlds.libero_features(), e)) for e in episodes)
+    before, rlds.SHARD_BYTES = rlds.SHARD_BYTES, -(-sizes // shards)
+    try:
+        folder = rlds.write_dataset(iter(episodes), root, name)
+    finally:
+        rlds.SHARD_BYTES = before
+    assert len(list(folder.glob("*.tfrecord-*"))) == shards
+    return folder
+
+
+def shard_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.tfrecord-*"))
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
