@@ -65,17 +65,26 @@ def _start(num_cpus: int | None) -> None:
             ray.init(**quiet)
             return
         print("ray  starting a cluster on this machine", file=sys.stderr)
-        mask = os.umask(0o077)  # Ray writes its authentication token at first use: for this user's eyes only
-        try:
-            ray.init(address="local", num_cpus=num_cpus, **quiet)
-        finally:
-            os.umask(mask)
+        _keep_token_private()
+        ray.init(address="local", num_cpus=num_cpus, **quiet)
     except (ConnectionError, RuntimeError) as e:
         raise ClusterError(
             f"no Ray cluster at {address or 'this machine'} ({str(e).splitlines()[0]})",
             expected="a running cluster that accepts this user's token",
             remedy="Correct or unset RAY_ADDRESS; `ray status` shows whether a cluster answers.",
         ) from e
+
+
+def _keep_token_private() -> None:
+    """Ray writes its authentication token into ~/.ray at first use, readable by all: here by this user alone."""
+    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it would announce the file
+    mask = os.umask(0o077)
+    try:
+        ensure_token_if_auth_enabled(create_token_if_missing=True)
+    finally:
+        os.umask(mask)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class Progress:
         self.start_s = time.monotonic()
         self.first: int | None = None
         self.shown_s = -float("inf")
-        self.line = ""
+        self.line = self.shown = ""
 
     def __enter__(self) -> "Progress":
         return self
@@ -41,7 +41,8 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self.line:
-            self._show()
+            if self.line != self.shown:
+                self._show()
             if self.out.isatty():
                 self.out.write("\n")
 
@@ -54,5 +55,6 @@ class Progress:
         return f"{self.label}  {done}/{self.total}{unit}{extra}  {format_seconds(elapsed)} elapsed, {left} left"
 
     def _show(self) -> None:
+        self.shown = self.line
         self.out.write(f"\r\x1b[K{self.line}" if self.out.isatty() else f"{self.line}\n")
         self.out.flush()

@@ -1,0 +1,167 @@
+"""`spvla selfplay`: it-0, it-1, ...: train against the policy before, evaluate on the farm, promote the better one.
+
+    RUN/it-k/            iteration k, a training run of its own
+    RUN/ledger.sqlite    the trials of every policy, the start policy's among them
+    RUN/history.jsonl    one line an iteration
+
+Nothing here remembers anything: a second start walks through the iterations again, and those whose checkpoint and
+trials exist cost only a look. So it may be killed anywhere.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from spvla import runs
+from spvla.cluster import connection
+from spvla.config import EvaluateConfig, SelfplayConfig
+from spvla.farm.evaluate import run_evaluation
+from spvla.farm.ledger import Ledger, TrialRow
+from spvla.files import require_writable, write_text
+from spvla.policy.checkpoint import policy_digest
+from spvla.selfplay.prepare import plain, require_datasets, run_id, start_policy
+from spvla.selfplay.train import train
+from spvla.statistics import Paired, paired
+
+BASELINE = "start"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iteration:
+    """One line of RUN/history.jsonl. The first is the start policy's own."""
+
+    name: str  # "start", "it-0", "it-1", ...
+    checkpoint: str
+    policy: str  # digest
+    opponent: str  # name of the policy it was trained against and is compared with
+    successes: int
+    trials: int
+    difference: float | None  # success rate minus the opponent's, over trials that both have
+    low: float | None
+    high: float | None
+    p_value: float | None
+    verdict: str
+    best: str  # name of the policy to go on from
+
+
+def selfplay(config: SelfplayConfig) -> list[Iteration]:
+    """Runs, or goes on with, all iterations; returns the history. Raises as `train` and `run_evaluation` do."""
+    config.check()
+    require_datasets(config)
+    run = require_writable(config.run_root_dir / selfplay_id(config), flag="--run_root_dir")
+    runs.write_config(run, "selfplay", config)
+    with connection():
+        history = [baseline(config, run)]
+        best = history[0]
+        for k in range(config.iterations):
+            history.append(iterate(config, run, k, best))
+            best = next(h for h in history if h.name == history[-1].best)
+            write_text(run / runs.HISTORY, "".join(json.dumps(asdict(h)) + "\n" for h in history))
+    print(story(history))
+    return history
+
+
+def selfplay_id(config: SelfplayConfig) -> str:
+    return config.run_id or f"selfplay+{run_id(plain(config))}"
+
+
+def baseline(config: SelfplayConfig, run: Path) -> Iteration:
+    """The start policy's success, with which iteration 0 is compared."""
+    start = start_policy(config, run)
+    rows = evaluate_on_farm(config, run, [start])
+    return Iteration(
+        name=BASELINE,
+        checkpoint=start,
+        policy=policy_digest(start),
+        opponent="",
+        **score(rows, policy_digest(start)),
+        difference=None,
+        low=None,
+        high=None,
+        p_value=None,
+        verdict="baseline",
+        best=BASELINE,
+    )
+
+
+def iterate(config: SelfplayConfig, run: Path, k: int, best: Iteration) -> Iteration:
+    """Trains against `best`, evaluates both over the same trials, and decides which of the two to go on from."""
+    name = f"it-{k}"
+    # a seed of its own: after a policy that was not promoted, the next try must not repeat it
+    flags = replace(plain(config), vla_path=best.checkpoint, run_root_dir=run, run_id=name, seed=config.seed + k)
+    trained = train(flags, label=name)
+    checkpoint, digest = str(trained.checkpoint), policy_digest(str(trained.checkpoint))
+    rows = evaluate_on_farm(config, run, [best.checkpoint, checkpoint])
+    result = compare(rows, digest, best.policy)
+    promoted = not significantly_worse(result, config.promote_level)
+    iteration = Iteration(
+        name=name,
+        checkpoint=checkpoint,
+        policy=digest,
+        opponent=best.name,
+        **score(rows, digest),
+        difference=result.difference,
+        low=result.low,
+        high=result.high,
+        p_value=result.p_value,
+        verdict="promoted" if promoted else f"significantly worse: going on from {best.name}",
+        best=name if promoted else best.name,
+    )
+    print(f"{name}  {line(iteration)}", file=sys.stderr)
+    return iteration
+
+
+def evaluate_on_farm(config: SelfplayConfig, run: Path, checkpoints: Sequence[str]) -> list[TrialRow]:
+    """Makes the trials that the run's ledger misses, and returns all that it holds."""
+    farm = EvaluateConfig(
+        pretrained_checkpoint=checkpoints[0],
+        task_suite_name=config.task_suite_name,
+        tasks=config.tasks,
+        num_trials_per_task=config.num_trials_per_task,
+        num_steps_wait=config.num_steps_wait,
+        center_crop=config.image_aug if config.center_crop is None else config.center_crop,
+        libero_assets=config.libero_assets,
+        num_envs=config.num_envs,
+        num_decoders=config.num_decoders,
+        seed=config.seed,
+        local_log_dir=run,
+    )
+    run_evaluation(farm, checkpoints=checkpoints)
+    with Ledger.open(run / runs.LEDGER) as ledger:
+        return ledger.outcomes()
+
+
+def score(rows: Sequence[TrialRow], policy: str) -> dict[str, int]:
+    mine = [r for r in rows if r.policy == policy]
+    return {"successes": sum(r.status == "success" for r in mine), "trials": len(mine)}
+
+
+def compare(rows: Sequence[TrialRow], candidate: str, reference: str) -> Paired:
+    """Both policies over the trials that both have; trials lost to the machines' errors count for neither."""
+    outcomes = {
+        policy: {(r.suite, r.task, r.init_state): r.status == "success" for r in rows if r.policy == policy}
+        for policy in (candidate, reference)
+    }
+    shared = sorted(outcomes[candidate].keys() & outcomes[reference].keys())
+    return paired([outcomes[candidate][t] for t in shared], [outcomes[reference][t] for t in shared])
+
+
+def significantly_worse(result: Paired, level: float) -> bool:
+    return result.difference < 0 and result.p_value < level
+
+
+def story(history: Sequence[Iteration]) -> str:
+    return "\n".join(f"{h.name:<8}{line(h)}" for h in history)
+
+
+def line(iteration: Iteration) -> str:
+    i = iteration
+    success = f"{i.successes}/{i.trials} successes"
+    if i.difference is None or i.low is None or i.high is None:
+        return f"{success}  {i.verdict}"
+    return (
+        f"{success}  {100 * i.difference:+.1f} points against {i.opponent} "
+        f"({100 * i.low:+.1f} to {100 * i.high:+.1f}, p {i.p_value:.3f})  {i.verdict}"
+    )

@@ -1,0 +1,59 @@
+"""Merged models beside training: the adapter of each new checkpoint folded into the base, in OpenVLA's own layout.
+
+It happens in a thread of the command's own process, while the workers train in theirs. An adapter waits in
+--adapter_tmp_dir, since its checkpoint may be gone before its turn; checkpoints that came meanwhile are passed over
+when only the latest is kept.
+"""
+
+import shutil
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+from spvla import runs
+from spvla.files import new_folder
+from spvla.policy.checkpoint import save_merged
+from spvla.selfplay.resume import STATE, prune
+from spvla.selfplay.thread import in_thread
+
+
+class Merger:
+    """`poll` often; `finish` waits for the last."""
+
+    def __init__(self, run: Path, waiting: Path, *, only_latest: bool) -> None:
+        self.run, self.only_latest = run, only_latest
+        self.waiting = waiting / run.name
+        self.busy: Future[None] | None = None
+
+    def poll(self) -> None:
+        if self.busy is not None and not self.busy.done():
+            return
+        if self.busy is not None:
+            self.busy.result()
+        self.busy = None
+        if missing := self._missing():
+            self.busy = in_thread(lambda: self._merge(missing[-1] if self.only_latest else missing[0]))
+
+    def finish(self) -> None:
+        while self.busy is not None or self._missing():
+            if self.busy is not None:
+                self.busy.result()
+            self.poll()
+
+    def _missing(self) -> list[Path]:
+        return [p for _, p in runs.checkpoints(self.run) if not (self.run / runs.MERGED / p.name).exists()]
+
+    def _merge(self, checkpoint: Path) -> None:
+        held = self.waiting / checkpoint.name
+        try:
+            with new_folder(held) as folder:
+                shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(f"{STATE}*"))
+        except FileNotFoundError:
+            return  # a newer checkpoint has taken its place
+        merged = self.run / runs.MERGED / checkpoint.name
+        with new_folder(merged) as folder:
+            save_merged(held, folder)
+        shutil.rmtree(held)
+        if self.only_latest:
+            prune(merged.parent, keep=merged)
+        print(f"merged  {merged}", file=sys.stderr)

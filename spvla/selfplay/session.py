@@ -1,0 +1,192 @@
+"""One worker's training as a plain object: model, data, learner, and where it stands. No Ray.
+
+session = Session(job, place)
+session.load(checkpoint)          # exactly where that run stood
+row = session.advance()           # one optimiser step
+session.write(folder)             # a checkpoint that load_policy reads by itself
+"""
+
+import hashlib
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from spvla.config import TrainConfig
+from spvla.data.loader import Loader, Split
+from spvla.data.store import FrameStore
+from spvla.errors import DatasetError
+from spvla.policy.adapters import add_lora, load_adapter, save_adapter
+from spvla.policy.checkpoint import base_of, load_model, norm_stats, policy_digest, save_model
+from spvla.policy.prompt import load_tokenizer
+from spvla.selfplay.metrics import Row, Smoothed
+from spvla.selfplay.prepare import Job
+from spvla.selfplay.replies import ReplyStore
+from spvla.selfplay.resume import load_state, save_state
+from spvla.selfplay.step import OPPONENT, POLICY, Learner, StepConfig
+
+CPU = torch.device("cpu")
+VALIDATION_SAMPLES = 1024  # at most, over all workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a worker stands among its fellows."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = CPU
+
+    def agree(self, mine: str | None) -> str | None:
+        """Rank 0's value, on every rank."""
+        if self.world == 1:
+            return mine
+        box = [mine]
+        dist.broadcast_object_list(box, src=0, device=CPU)
+        return box[0]
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is true on any rank. By gloo, so the device is not waited for."""
+        if self.world == 1:
+            return mine
+        flag = torch.tensor(int(mine))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def add(self, mine: list[float]) -> list[float]:
+        """Sums over all ranks."""
+        total = torch.tensor(mine, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+
+class Session:
+    def __init__(self, job: Job, place: Place) -> None:
+        """Loads everything, at step 0. Raises UserError."""
+        self.job, self.place, self.config = job, place, job.config
+        self.stores = [FrameStore.open(path) for _, path, _ in job.stores]
+        self.data = digest([store.digest for store in self.stores], [weight for _, _, weight in job.stores])
+        self.base, self.adapter = base_of(job.start)
+        self.tokenizer = load_tokenizer(self.base)
+        self.model = open_model(self.config, self.base, self.adapter, place.device)
+        self.learner = Learner(self.model, StepConfig.of(self.config), replies=self._replies())
+        self.smoothed = Smoothed()
+        self._feed()
+
+    @property
+    def step(self) -> int:
+        return self.learner.steps
+
+    @property
+    def samples_per_step(self) -> int:
+        """The effective batch."""
+        return self.config.batch_size * self.config.grad_accumulation_steps * self.place.world
+
+    def advance(self) -> Row:
+        """One optimiser step. Raises TrainingError as the flags say."""
+        start_s = time.perf_counter()
+        batches = list(islice(self.batches, self.config.grad_accumulation_steps))
+        waited_s = time.perf_counter() - start_s
+        row: Row = {"step": self.step + 1, **self.learner.step(batches)}
+        step_s = time.perf_counter() - start_s
+        row["data_s"] = row.get("data_s", 0.0) + waited_s
+        row["smoothed_loss"] = self.smoothed.add(row["total_loss"])
+        return row | {"step_s": step_s, "samples_per_s": self.samples_per_step / step_s}
+
+    def validate(self) -> Row:
+        """Teacher-forced means over the validation split, its first 1024 samples at most; each worker takes a share."""
+        batches = -(-VALIDATION_SAMPLES // (self.config.batch_size * self.place.world))
+        sums, count = dict.fromkeys(("train_loss", "action_accuracy", "l1_loss"), 0.0), 0
+        for batch in islice(self._loader("val"), batches):
+            count += len(batch.samples)
+            for name, mean in self.learner.evaluate(batch).items():
+                sums[name] += mean * len(batch.samples)
+        *totals, samples = self.place.add([*sums.values(), count])
+        return {f"val_{name}": total / samples for name, total in zip(sums, totals, strict=True)}
+
+    def write(self, folder: Path) -> None:
+        """A checkpoint: adapter (or whole model), action statistics, and everything that the next step depends on."""
+        stats = norm_stats(self.base) | (norm_stats(self.adapter) if self.adapter else {})
+        stats |= {name: value for store in self.stores for name, value in store.statistics.items()}
+        if self.config.use_lora:
+            save_adapter(self.model, folder, adapter_name=POLICY, base=str(self.base), norm_stats=stats)
+        else:
+            save_model(self.model, folder, source=self.base, norm_stats=stats)
+        state = {"learner": self.learner.state_dict(), "smoothed": self.smoothed.value, "data": self.data}
+        save_state(folder, state)
+
+    def load(self, checkpoint: Path) -> None:
+        """Goes to exactly where the run stood. Raises CheckpointError, DatasetError."""
+        state = load_state(checkpoint)
+        if state["data"] != self.data:
+            raise DatasetError(
+                f"the data of {self.job.run} have changed since it began",
+                expected="the same episodes, so that no sample is seen twice or missed",
+                remedy="Start a new run with another --run_id.",
+            )
+        self.learner.load_state_dict(state["learner"])
+        self.smoothed = Smoothed(value=state["smoothed"])
+        self._feed()
+
+    def _feed(self) -> None:
+        """Batches from where the learner stands: which samples come is a function of the seed and that place alone."""
+        self.batches = iter(self._loader("train", start_sample=self.step * self.samples_per_step))
+
+    def _loader(self, split: Split, start_sample: int = 0) -> Loader:
+        config = self.config
+        return Loader(
+            self.stores,
+            self.tokenizer,
+            weights=[weight for _, _, weight in self.job.stores],
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=self.place.rank,
+            world_size=self.place.world,
+            image_aug=config.image_aug,
+            split=split,
+            val_split_from_train=config.val_split_from_train,
+            start_sample=start_sample,
+            workers=2 if self.place.device == CPU else 8,
+        )
+
+    def _replies(self) -> ReplyStore | None:
+        """The opponent's answers of earlier epochs, where they hold: a fixed opponent that sees fixed images."""
+        config = self.config
+        if config.objective == "sft" or config.image_aug or config.opponent_update == "ema":
+            return None
+        flags = (config.objective, config.opponent_temperature, config.logit_scale, config.logit_softcap, config.seed)
+        return ReplyStore(
+            self.job.run / "replies" / f"rank_{self.place.rank}.bin",
+            num_samples=sum(len(store) for store in self.stores),
+            key=digest(policy_digest(self.job.start), self.data, flags),
+        )
+
+
+def open_model(config: TrainConfig, base: Path, adapter: Path | None, device: torch.device) -> nn.Module:
+    """The base with adapter "policy" and, if the start policy is an adapter, its copy as "opponent".
+
+    Where the start policy has no adapter, the bare base is the opponent. Raises CheckpointError.
+    """
+    model = load_model(base, device=str(device), dtype=dtype_of(config, device))
+    if not config.use_lora:
+        return model
+    if adapter is None:
+        dropout, seed = config.lora_dropout, config.seed
+        return add_lora(model, rank=config.lora_rank, dropout=dropout, adapter_name=POLICY, seed=seed)
+    if config.objective != "sft":
+        model = load_adapter(model, adapter, adapter_name=OPPONENT)
+    return load_adapter(model, adapter, adapter_name=POLICY, trainable=True)
+
+
+def dtype_of(config: TrainConfig, device: torch.device) -> str:
+    auto = "bf16" if device.type == "cuda" else "fp32"
+    return {"bf16": "bfloat16", "fp32": "float32"}[auto if config.precision == "auto" else config.precision]
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
