@@ -74,9 +74,14 @@ __all__ = [
 ]
 
 
+def use_assets(folder: Path) -> None:
+    """Objects built from here on are read from `folder`; LIBERO looks it up each time."""
+    libero.libero._assets_path_cache = str(folder)
+
+
 def build_problem(bddl_file: Path, assets: Path) -> MujocoEnv:
     """LIBERO's problem for a task, its objects read from the folder `assets`, without cameras or a renderer."""
-    libero.libero._assets_path_cache = str(assets)
+    use_assets(assets)
     problem = TASK_MAPPING[get_problem_info(str(bddl_file))["problem_name"]](
         str(bddl_file),
         robots=["Panda"],
