@@ -14,6 +14,7 @@ from spvla.farm.farm import Farm
 from spvla.farm.ledger import Ledger
 from spvla.farm.protocol import Protocol
 from spvla.farm.run import Job
+from spvla.files import write_json
 from spvla.types import MAX_STEPS, Trial
 
 cloudpickle.register_pickle_by_value(fakes)  # workers do not see the tests' folder
@@ -77,6 +78,18 @@ def fake_farm(folder: Path, config: FarmConfig, *, open_env: object = fake_env, 
 
 def register(function: object) -> None:
     cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
+
+
+def tiny_with_statistics(folder: Path) -> Path:
+    """A tiny checkpoint with random weights that may act in any suite."""
+    from spvla.policy.presets import create_tiny
+
+    create_tiny(folder)
+    low, high = [-0.9] * 6 + [0.0], [0.9] * 6 + [1.0]
+    limits = {"q01": low, "q99": high, "min": low, "max": high, "mean": [0.0] * 7, "std": [1.0] * 7}
+    statistics = {"action": limits | {"mask": [True] * 6 + [False]}}
+    write_json(folder / "dataset_statistics.json", {f"{suite}_no_noops": statistics for suite in MAX_STEPS})
+    return folder
 
 
 def trials(tasks: int, init_states: int) -> list[Trial]:
