@@ -1,7 +1,7 @@
 """LIBERO's init states, read without executing what a pickle may hold.
 
 The files are torch.save archives whose payload is a pickled numpy array (N, 1 + nq + nv) float64: time, qpos, qvel.
-Only the four names numpy itself needs are let through, and torch is never imported.
+Only the names that numpy itself needs are let through, and torch is never imported.
 """
 
 import io
@@ -15,11 +15,11 @@ from spvla.errors import UserError
 from spvla.sim.suites import task_info
 
 _ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.numeric._frombuffer",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "_codecs.encode",
 }
 
 
@@ -27,9 +27,10 @@ class _Unpickler(pickle.Unpickler):
     """Numpy arrays and nothing else."""
 
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in _ALLOWED:
+        module = module.replace("numpy.core", "numpy._core")  # numpy 1 wrote the former
+        if f"{module}.{name}" not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return super().find_class(module, name)
 
 
 def init_states(suite: str, task: int) -> np.ndarray:
