@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from spvla.data import index, layout
+from spvla.data.store import FrameStore
 from spvla.policy.images import encode_jpeg
 from spvla.types import Episode
 
@@ -41,16 +43,22 @@ def episode(number: int, steps: int = 4, **changes: object) -> Episode:
 
 def write(root: Path, episodes: Sequence[Episode], *, shards: int = 1, name: str = NAME) -> Path:
     """A data set of so many shards; returns the version's folder."""
-    from spvla.data import rlds
+    from spvla.data import rlds  # brings TensorFlow in: only for tests that write
 
-    sizes = sum(len(rlds.serialise(rlds.libero_features(), e)) for e in episodes)
-    before, rlds.SHARD_BYTES = rlds.SHARD_BYTES, -(-sizes // shards)
-    try:
-        folder = rlds.write_dataset(iter(episodes), root, name)
-    finally:
-        rlds.SHARD_BYTES = before
-    assert len(list(folder.glob("*.tfrecord-*"))) == shards
+    size = sum(len(rlds.serialise(rlds.libero_features(), e)) for e in episodes)
+    folder = rlds.write_dataset(iter(episodes), root, name, shard_bytes=-(-size // shards))
+    assert len(shard_files(folder)) == shards
     return folder
+
+
+def index_here(root: Path, name: str = NAME, *, skip_corrupt: bool = False) -> FrameStore:
+    """What the Ray tasks and their driver do, one after the other in this process."""
+    source, folder = layout.find(root, name), root / name / index.FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in source.shards:
+        index.index_shard(shard, folder, skip_corrupt)
+    index.finish(folder, source)
+    return FrameStore.open(folder)
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -61,3 +69,11 @@ def flip_byte(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
     path.write_bytes(data)
+
+
+def corrupt(path: Path, record: int) -> None:
+    """Flips a byte in the data of a TFRecord file's `record`-th record."""
+    offset = 0
+    for _ in range(record):
+        offset += 12 + int.from_bytes(path.read_bytes()[offset : offset + 8], "little") + 4
+    flip_byte(path, offset + 1000)

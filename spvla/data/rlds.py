@@ -146,7 +146,9 @@ def check(condition: bool, got: str, expected: str) -> None:
 # --- writing ---
 
 
-def write_dataset(episodes: Iterator[Episode], data_root_dir: Path, dataset_name: str) -> Path:
+def write_dataset(
+    episodes: Iterator[Episode], data_root_dir: Path, dataset_name: str, *, shard_bytes: int = SHARD_BYTES
+) -> Path:
     """Writes DATA_ROOT/NAME/1.0.0 and returns it; nothing is there before all of it is.
 
     Episodes are ordered by the digest of their content, so that the last 5% are a fair sample (TFDS shuffles, too) and
@@ -158,7 +160,7 @@ def write_dataset(episodes: Iterator[Episode], data_root_dir: Path, dataset_name
         with new_folder(folder) as new, tempfile.TemporaryFile(dir=new) as unordered:
             index = [spool(serialise(features, e), unordered) for e in episodes]
             check(len(index) > 0, f"no episodes for {folder}", "at least one")
-            lengths, size = write_shards(sorted(index), unordered, new, dataset_name)
+            lengths, size = write_shards(sorted(index), unordered, new, dataset_name, shard_bytes)
             write_info(features, new, dataset_name, lengths, size)
     except (OSError, tf.errors.OpError) as e:
         raise DatasetError(
@@ -181,11 +183,11 @@ def spool(record: bytes, file: IO[bytes]) -> tuple[str, int, int]:
 
 
 def write_shards(
-    index: list[tuple[str, int, int]], records: IO[bytes], folder: Path, name: str
+    index: list[tuple[str, int, int]], records: IO[bytes], folder: Path, name: str, shard_bytes: int
 ) -> tuple[list[int], int]:
-    """Copies the records, in the index's order, into shards of about SHARD_BYTES; returns lengths and total bytes."""
+    """Copies the records, in the index's order, into shards of about `shard_bytes`; returns lengths and total bytes."""
     size = sum(length for _, _, length in index)
-    groups = np.array_split(np.arange(len(index)), min(len(index), -(-size // SHARD_BYTES)))
+    groups = np.array_split(np.arange(len(index)), min(len(index), -(-size // shard_bytes)))
     for i, group in enumerate(groups):
         with tf.io.TFRecordWriter(str(folder / f"{name}-train.tfrecord-{i:05d}-of-{len(groups):05d}")) as shard:
             for _, offset, length in (index[k] for k in group):
@@ -240,7 +242,8 @@ def serialise(features: tfds.features.FeaturesDict, episode: Episode) -> bytes:
         for t in range(len(episode.images))
     ]
     example = {"steps": steps, "episode_metadata": {"file_path": episode.source}}
-    return features.serialize_example(features.encode_example(example))
+    record = features.serialize_example(features.encode_example(example))
+    return tf.train.Example.FromString(record).SerializeToString(deterministic=True)  # else in any order of names
 
 
 def check_episode(episode: Episode) -> None:
