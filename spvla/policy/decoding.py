@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from spvla.errors import UserError
+from spvla.policy.linear import Rows
 from spvla.policy.llama import EAGER, Cache, Kernels, LlamaLayer
 from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.prompt import PAD
@@ -38,6 +39,7 @@ class Inputs:
     lengths: Tensor  # (B,) int64, tokens of each prompt
     temperatures: Tensor  # (B,) float32, 0: greedy
     uniforms: Tensor  # (B, A) float64 in [0, 1): what sampling draws, one number a token
+    slots: Tensor  # (B,) int64: each row's resident adapter, 0 the base
 
     def take(self, other: "Inputs") -> None:
         for name in self.__dataclass_fields__:
@@ -85,16 +87,24 @@ def draw_uniforms(seed: int) -> Tensor:
 class Decoder:
     """Decodes in a fixed bucket: `batch_size` rows, prompts of up to `max_prompt` tokens (BOS counted).
 
-    cuda_graphs: None uses them on a GPU. Which resident adapter a row uses is in the model's `Rows` (see linear.py).
+    rows: through which the model's maps learn each row's resident adapter. cuda_graphs: None uses them on a GPU.
     """
 
-    def __init__(self, model: OpenVLA, *, batch_size: int, max_prompt: int, cuda_graphs: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: OpenVLA,
+        *,
+        batch_size: int,
+        max_prompt: int,
+        rows: Rows | None = None,
+        cuda_graphs: bool | None = None,
+    ) -> None:
         self.model, self.batch_size, self.max_prompt = model, batch_size, max_prompt
+        self.rows = rows or Rows()
         slots = NUM_PATCHES + max_prompt + ACTION_DIM - 1
         slots = -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
-        like = model.embed(torch.zeros(1, 1, dtype=torch.int64, device=model.device))
-        self.kv = Cache(model.config.llm, batch_size, slots, like)
-        self.inputs = self._buffers(like)
+        self.kv = Cache(model.config.llm, batch_size, slots, dtype=model.dtype, device=model.device)
+        self.inputs = self._buffers()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.kernels = EAGER
         if model.device.type == "cuda" if cuda_graphs is None else cuda_graphs:
@@ -106,59 +116,74 @@ class Decoder:
         pixel_values: Tensor,
         prompts: Sequence[Sequence[int]],
         *,
-        temperatures: Sequence[float] | float = 0.0,
+        temperature: Sequence[float] | float = 0.0,
         seeds: Sequence[int] | None = None,
+        slots: Sequence[int] | None = None,
     ) -> Decoded:
-        """(n, 6, 224, 224) and n <= batch_size prompts -> n rows. Seeds, one a request, are needed to sample."""
-        self.inputs.take(self._padded(pixel_values, prompts, temperatures, seeds))
-        if self.graph is None:
-            out = generate(self.model, self.inputs, self.kv, self.kernels)
-        else:
-            self.graph.replay()
-            out = self.out
+        """(n, 6, 224, 224) and n <= batch_size prompts -> n rows. Seeds, one a request, are needed to sample.
+
+        slots: of the resident adapter of each request; by default all use the base. Raises UserError.
+        """
         n = len(prompts)
-        return Decoded(ids=out.ids[:n].clone(), logits=out.logits[:n])
+        heat = [float(temperature)] * n if isinstance(temperature, int | float) else list(temperature)
+        self._check(pixel_values, prompts, heat, seeds)
+        self.inputs.take(self._padded(pixel_values, prompts, heat, seeds or [0] * n, slots or [0] * n))
+        out = self._run() if self.graph is None else self._replay()
+        return Decoded(ids=out.ids[:n].clone(), logits=out.logits[:n].clone())
+
+    def _run(self) -> Decoded:
+        self.rows.slots = self.inputs.slots
+        return generate(self.model, self.inputs, self.kv, self.kernels)
+
+    def _replay(self) -> Decoded:
+        assert self.graph is not None
+        self.graph.replay()
+        return self.out
+
+    def _check(
+        self, pixel_values: Tensor, prompts: Sequence[Sequence[int]], heat: Sequence[float], seeds: Sequence[int] | None
+    ) -> None:
+        assert 0 < len(prompts) <= self.batch_size and len(pixel_values) == len(heat) == len(prompts)
+        longest = max(map(len, prompts))
+        if longest > self.max_prompt:
+            raise UserError(
+                f"a prompt of {longest} tokens",
+                expected=f"{self.max_prompt} at most",
+                remedy="Make the decoder with a larger max_prompt.",
+            )
+        if seeds is None and any(heat):
+            raise UserError(f"temperature {max(heat)} without seeds", expected="one a request", remedy="Add seeds.")
 
     def _padded(
         self,
         pixel_values: Tensor,
         prompts: Sequence[Sequence[int]],
-        temperatures: Sequence[float] | float,
-        seeds: Sequence[int] | None,
+        heat: Sequence[float],
+        seeds: Sequence[int],
+        slots: Sequence[int],
     ) -> Inputs:
         """Fills the bucket up by repeating the first request."""
         n = len(prompts)
-        assert 0 < n <= self.batch_size and len(pixel_values) == n
-        if max(map(len, prompts)) > self.max_prompt:
-            raise UserError(
-                f"a prompt of {max(map(len, prompts))} tokens",
-                expected=f"{self.max_prompt} at most",
-                remedy="Make the decoder with a larger max_prompt.",
-            )
-        heat = [temperatures] * n if isinstance(temperatures, int | float) else list(temperatures)
-        if any(heat) and seeds is None:
-            raise UserError(
-                f"temperature {max(heat)} without seeds", expected="a seed for each request", remedy="Give seeds."
-            )
-        rows = list(range(n)) + [0] * (self.batch_size - n)
+        rows = [*range(n), *[0] * (self.batch_size - n)]
         padded = [[*p, *[PAD] * (self.max_prompt - len(p))] for p in prompts]
-        drawn = torch.stack([draw_uniforms(s) for s in seeds or [0] * n])
         return Inputs(
-            pixel_values=pixel_values[rows] if len(rows) > n else pixel_values,
-            prompts=torch.tensor([padded[i] for i in rows]),
-            lengths=torch.tensor([len(prompts[i]) for i in rows]),
-            temperatures=torch.tensor([float(heat[i]) for i in rows]),
-            uniforms=drawn[rows],
+            pixel_values=pixel_values if len(rows) == n else pixel_values[rows],
+            prompts=torch.tensor(padded)[rows],
+            lengths=torch.tensor([len(p) for p in prompts])[rows],
+            temperatures=torch.tensor(heat)[rows],
+            uniforms=torch.stack([draw_uniforms(seed) for seed in seeds])[rows],
+            slots=torch.tensor(slots)[rows],
         )
 
-    def _buffers(self, like: Tensor) -> Inputs:
-        b, device = self.batch_size, like.device
+    def _buffers(self) -> Inputs:
+        b, device = self.batch_size, self.model.device
         return Inputs(
-            pixel_values=torch.zeros(b, 6, IMAGE_SIZE, IMAGE_SIZE, dtype=like.dtype, device=device),
+            pixel_values=torch.zeros(b, 6, IMAGE_SIZE, IMAGE_SIZE, dtype=self.model.dtype, device=device),
             prompts=torch.full((b, self.max_prompt), PAD, device=device),
             lengths=torch.full((b,), self.max_prompt, device=device),
             temperatures=torch.zeros(b, device=device),
             uniforms=torch.zeros(b, ACTION_DIM, dtype=torch.float64, device=device),
+            slots=torch.zeros(b, dtype=torch.int64, device=device),
         )
 
     def _capture(self) -> None:
@@ -169,11 +194,11 @@ class Decoder:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                generate(self.model, self.inputs, self.kv, self.kernels)
+                self._run()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.out = generate(self.model, self.inputs, self.kv, self.kernels)
+            self.out = self._run()
 
 
 @cache

@@ -43,16 +43,21 @@ class Linear(nn.Linear):
 
 
 class PatchConv(nn.Conv2d):
-    """A convolution whose stride is its kernel: a linear map of patches. (B, 3, H, W) -> (B, out, H / 14, W / 14)."""
+    """A convolution whose stride is its kernel, computed as the linear map of patches that it is.
+
+    (B, 3, H, W) -> (B, out, H / 14, W / 14).
+    """
 
     lora: Stack | None = None
 
     def forward(self, pixels: Tensor) -> Tensor:
-        y = super().forward(pixels)
-        if self.lora is None:
-            return y
-        patches = F.unfold(pixels, self.kernel_size, stride=self.stride).transpose(1, 2)  # (B, P, 3 * 14 * 14)
-        return self.lora.add(patches, y.flatten(2).transpose(1, 2)).transpose(1, 2).view(y.shape)
+        b, channels, height, width = pixels.shape
+        side = self.kernel_size[0]
+        grid = pixels.view(b, channels, height // side, side, width // side, side)
+        patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, channels * side * side)  # (B, P, 3 * 14 * 14)
+        y = F.linear(patches, self.weight.flatten(1), self.bias)
+        y = y if self.lora is None else self.lora.add(patches, y)
+        return y.transpose(1, 2).unflatten(2, (height // side, width // side))
 
 
 def together(x: Tensor, maps: list[nn.Module], packed: Tensor | None) -> list[Tensor]:

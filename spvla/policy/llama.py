@@ -112,10 +112,12 @@ class Cache:
     """Keys and values of every layer, for B rows of up to S tokens each, without gaps: a row's next token is written
     over its padding. `at` (B,) is where the coming token of each row goes; None while the prompts are read."""
 
-    def __init__(self, config: LlamaConfig, batch: int, slots: int, like: Tensor) -> None:
+    def __init__(
+        self, config: LlamaConfig, batch: int, slots: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         shape = (config.depth, 2, batch, config.num_heads, slots, config.width // config.num_heads)
-        self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.rows = torch.arange(batch, device=like.device)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.rows = torch.arange(batch, device=device)
         self.at: Tensor | None = None
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,13 +161,13 @@ class LlamaModel(nn.Module):
         rope = rotary(positions, self.config, x.dtype)
         stepping = cache is not None and cache.at is not None
         if stepping:
-            mask = seen(cache.at, cache.kv.shape[4])
+            mask = seen(cache.at, cache.kv.shape[4], x.dtype)
         for i, layer in enumerate(self.layers):
             q, k, v = kernels.project(layer, x, rope)
             if cache is not None:
                 k, v = cache.write(i, k, v)
             if last is not None and i == self.config.depth - 1:
-                x, q, mask = take(x, last), take_head_rows(q, last), seen(last, k.shape[2])
+                x, q, mask = take(x, last), take_head_rows(q, last), seen(last, k.shape[2], x.dtype)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
             x = kernels.finish(layer, x, attended)
         return self.norm(x)
@@ -182,8 +184,10 @@ class Llama(nn.Module):
         """Joins weights that read the same input, for decoding; training and saving go on as before."""
         for layer in self.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            attention.packed = pack([attention.q_proj, attention.k_proj, attention.v_proj])
-            mlp.packed = pack([mlp.gate_proj, mlp.up_proj])
+            if attention.packed is None:
+                attention.packed = pack([attention.q_proj, attention.k_proj, attention.v_proj])
+            if mlp.packed is None:
+                mlp.packed = pack([mlp.gate_proj, mlp.up_proj])
 
     def unpack(self) -> None:
         """Forgets that weights were joined: before they are moved, wrapped or replaced."""
@@ -211,9 +215,10 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return x * cos + torch.cat((-right, left), -1) * sin
 
 
-def seen(at: Tensor, slots: int) -> Tensor:
-    """Positions (B,) -> (B, 1, 1, S) bool: what the token at each may look at."""
-    return (torch.arange(slots, device=at.device) <= at[:, None])[:, None, None]
+def seen(at: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
+    """Positions (B,) -> (B, 1, 1, S) to add to scores: 0 where the token at each may look, else -inf."""
+    hidden = torch.arange(slots, device=at.device) > at[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill(hidden, -torch.inf)[:, None, None]
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from spvla.policy.prompt import prompt_ids
 from spvla.policy.resident import Residents, read_statistics
 from spvla.types import IMAGE_SIZE
 
-PROMPT_MULTIPLE = 16  # prompt lengths of a fixed bucket grow in these steps
+PROMPT_MULTIPLE = 8  # a fixed bucket's prompt length is rounded up to this
 
 
 class OpenVLAPolicy:
@@ -43,7 +43,7 @@ class OpenVLAPolicy:
         self.residents = Residents(model)
         self._stats: dict[str | None, dict[str, Any]] = {None: norm_stats}
         self._decoder: Decoder | None = None
-        self._max_prompt = 0
+        self._version = self.residents.version
 
     def act(
         self,
@@ -58,10 +58,12 @@ class OpenVLAPolicy:
         adapters: for each request the name of a resident adapter, or None for the base; by default all use what
         the policy was loaded as. Raises UserError.
         """
+        check_images(images)
         keys = [unnorm_key] * len(images) if isinstance(unnorm_key, str) else list(unnorm_key)
+        check_length("unnorm_key", keys, len(images))
         names = self._adapter_names(adapters, len(images))
         stats = [self.action_stats(key, name) for key, name in zip(keys, names, strict=True)]
-        ids = self.decode(images, instructions, adapters=adapters)
+        ids = self.decode(images, instructions, adapters=names)
         return np.stack([s.unnormalise(decode(row)) for s, row in zip(stats, ids, strict=True)])
 
     def decode(
@@ -73,47 +75,55 @@ class OpenVLAPolicy:
         temperature: float | Sequence[float] = 0.0,
         seeds: Sequence[int] | None = None,
         adapters: Sequence[str | None] | None = None,
-    ) -> Any:
-        """As `act`, giving ids (B, A) int64, or with `logits` (ids, logits (B, A, V) float32), as arrays.
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """As `act`, giving ids (B, A) int64, or with `logits` (ids, logits (B, A, V) float32).
 
         Sampling (temperature above 0) needs a seed for each request.
         """
+        count = len(images)
         check_images(images)
-        check_length("instructions", instructions, len(images))
+        check_length("instructions", instructions, count)
         prompts = [prompt_ids(self.tokenizer, text) for text in instructions]
-        names = self._adapter_names(adapters, len(images))
-        heat = [temperature] * len(images) if isinstance(temperature, int | float) else list(temperature)
-        check_length("temperature", heat, len(images))
-        if seeds is not None:
-            check_length("seeds", seeds, len(images))
-        elif any(heat):
-            raise UserError(
-                f"temperature {max(heat)} without seeds", expected="one seed a request", remedy="Add seeds."
-            )
-        decoder = self.prepare(len(images), max(map(len, prompts)))
-        parts = []
-        for start in range(0, len(images), decoder.batch_size):
+        heat = [float(temperature)] * count if isinstance(temperature, int | float) else list(temperature)
+        check_length("temperature", heat, count)
+        seeds = [0] * count if seeds is None and not any(heat) else seeds
+        check_length("seeds", seeds or (), count)
+        slots = self.residents.slots_of(self._adapter_names(adapters, count))
+        decoder = self.prepare(count, max(map(len, prompts)))
+        ids, every = [], []
+        for start in range(0, count, decoder.batch_size):
             part = slice(start, start + decoder.batch_size)
-            self.residents.select(names[part], decoder.batch_size)
-            pixels = self._pixels(images[part])
             out = decoder.decode(
-                pixels, prompts[part], temperatures=heat[part], seeds=None if seeds is None else seeds[part]
+                self._pixels(images[part]),
+                prompts[part],
+                temperature=heat[part],
+                seeds=seeds[part],
+                slots=slots[part],
             )
-            parts.append((out.ids.cpu().numpy(), out.logits.cpu().numpy() if logits else None))
-        ids = np.concatenate([p[0] for p in parts])
-        return (ids, np.concatenate([p[1] for p in parts])) if logits else ids
+            ids.append(out.ids.cpu().numpy())
+            every += [out.logits.cpu().numpy()] if logits else []
+        return (np.concatenate(ids), np.concatenate(every)) if logits else np.concatenate(ids)
 
     def prepare(self, batch_size: int = 1, max_prompt: int = 0) -> Decoder:
-        """The decoder for a batch. In a fixed bucket it is made once, and again when a longer prompt comes."""
+        """The decoder for a batch. A fixed bucket's is kept, until a longer prompt or a larger stack of adapters comes.
+
+        Call it ahead with the longest prompt's length, so that no request waits for compilation and all run alike.
+        """
         if not self.decode_batch_size:
-            return Decoder(self.model, batch_size=batch_size, max_prompt=max_prompt, cuda_graphs=False)
-        if self._decoder is None or max_prompt > self._decoder.max_prompt or self._stale:
-            rounded = -(-max_prompt // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-            self._max_prompt = max(rounded, self._max_prompt)
-            self._decoder = None  # its memory goes before the next one's comes
-            self.residents.select([], self.decode_batch_size)
-            self._decoder = Decoder(self.model, batch_size=self.decode_batch_size, max_prompt=self._max_prompt)
+            kind = {"rows": self.residents.rows, "cuda_graphs": False}
+            return Decoder(self.model, batch_size=batch_size, max_prompt=max_prompt, **kind)
+        kept = self._decoder
+        if kept is None or max_prompt > kept.max_prompt or self._version != self.residents.version:
+            longest = max(max_prompt, kept.max_prompt if kept else 0)
+            kept = self._decoder = None  # the old one's memory goes before the new one's comes
             self._version = self.residents.version
+            self._decoder = Decoder(
+                self.model,
+                batch_size=self.decode_batch_size,
+                max_prompt=-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE,
+                rows=self.residents.rows,
+            )
+        assert self._decoder is not None
         return self._decoder
 
     def add_adapter(self, name: str, folder: Path) -> None:
@@ -140,10 +150,6 @@ class OpenVLAPolicy:
                 remedy="Give the key of the data set that the policy was trained on.",
             )
         return ActionStats.from_json(stats[unnorm_key]["action"])
-
-    @property
-    def _stale(self) -> bool:
-        return self._decoder is not None and self._version != self.residents.version
 
     def _adapter_names(self, adapters: Sequence[str | None] | None, count: int) -> list[str | None]:
         names = [self.default_adapter] * count if adapters is None else list(adapters)

@@ -59,14 +59,9 @@ class Residents:
             self.rank = self.capacity = 0
             self.version += 1
 
-    def select(self, names: Sequence[str | None], batch_size: int) -> None:
-        """Says which adapter each row of the coming batch uses; rows past `names` use the base."""
-        wanted = [0 if name is None else self._slot(name) for name in names]
-        slots = torch.tensor(wanted + [0] * (batch_size - len(wanted)))
-        if len(self.rows.slots) == batch_size and self.rows.slots.device == self.model.device:
-            self.rows.slots.copy_(slots)  # a CUDA graph reads this very tensor
-        else:
-            self.rows.slots = slots.to(self.model.device)
+    def slots_of(self, names: Sequence[str | None]) -> list[int]:
+        """Names of adapters, None for the base -> slots. Raises UserError listing what is resident."""
+        return [0 if name is None else self._slot(name) for name in names]
 
     def _slot(self, name: str) -> int:
         if name not in self.slots:
