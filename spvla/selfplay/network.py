@@ -12,7 +12,6 @@ Legend: B batch, T rows (BOS, 256 patches, text, generated), D width, H heads, K
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -144,7 +143,7 @@ class Network:
         for site, names in _site_names(self.core.config):
             self.parts[site] = [self.core.get_submodule(name) for name in names]
             self.sites[site] = fuse(self.parts[site])
-        compile_ = partial(torch.compile, dynamic=False, fullgraph=True) if compiled else (lambda f: f)
+        compile_ = compile_once_a_shape if compiled else (lambda f: f)
         self._vit_block, self._project = compile_(vit_block), compile_(project)
         self._attention, self._rest = compile_(llama_attention), compile_(llama_rest)
         self._decode_attention = compile_(decode_attention)
@@ -263,6 +262,12 @@ class Network:
 
     def _norm(self, name: str) -> Norm:
         return Norm(self.core.get_submodule(name).weight, None, self.llm.rms_norm_eps)
+
+
+def compile_once_a_shape(function: Callable) -> Callable:
+    """Compiled anew for each shape, with and without gradient, with and without adapter: more than torch expects."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
