@@ -190,14 +190,14 @@ class Decoder:
         """Compiles the steps of a layer, then records one whole pass."""
         self.model.language_model.pack()
         self.kernels = compiled_kernels()
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # one of its own: decoders may then run side by side, sharing no work space
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 self._run()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             self.out = self._run()
 
 
