@@ -9,9 +9,9 @@ b  the textbook SPIN step: generate with transformers, then both sequences throu
 c  ours: the opponent's reply decoded afresh, both actions scored over one shared prefix
 d  ours: the opponent's reply known from an earlier epoch
 
-Ways run in processes of their own (c and d share one). The floor of a, b and c is three passes through every weight (the
-policy's forward and backward, frozen weights needing no gradient, and the opponent's forward) at the measured rate of a
-large matrix product; of d, two.
+Ways run in processes of their own (c and d share one). The floor of a, b and c is three passes through every weight
+(the policy's forward and backward, frozen weights needing no gradient, and the opponent's forward) at the measured rate
+of a large matrix product; of d, two.
 """
 
 import argparse

@@ -215,8 +215,10 @@ class Network:
             x = self._finish(i, x, attended, loras)
         return rms_norm(x, self._norm(f"{LLAMA}.norm"))
 
-    def decode_hidden(self, x: Tensor, rows: Rows, loras: Loras, *, keys: Tensor, values: Tensor, at: Tensor) -> Tensor:
-        """One token further: (B, 1, D) -> (B, 1, D), writing row `at` (B,) of the caches (layers, B, H, T, K)."""
+    def decode_hidden(
+        self, x: Tensor, rows: Rows, loras: Loras, *, keys: Sequence[Tensor], values: Sequence[Tensor], at: Tensor
+    ) -> Tensor:
+        """One token further: (B, 1, D) -> (B, 1, D), writing row `at` (B,) of each layer's caches (B, H, T, K)."""
         for i in range(self.llm.depth):
             norm, site = self._norm(f"{LLAMA}.layers.{i}.input_layernorm"), self.sites[f"{i}.qkv"]
             attended = self._decode_attention(

@@ -188,7 +188,10 @@ class _Decoder:
     def __init__(self, network: Network, loras: Loras, speech: Speech, batch: int, length: int) -> None:
         self.network, self.loras, self.speech = network, loras, speech
         device = network.device
-        self.keys, self.values = torch.zeros(2, *network.cache_shape(batch, length), dtype=network.dtype, device=device)
+        layers, *shape = network.cache_shape(batch, length)
+        self.keys, self.values = (  # a tensor for each layer: compiled code that writes to one wants no aliases
+            [torch.zeros(shape, dtype=network.dtype, device=device) for _ in range(layers)] for _ in range(2)
+        )
         self.logits = torch.zeros(batch, network.vocabulary, dtype=network.dtype, device=device)
         self.first = torch.full((batch,), NUM_PATCHES, device=device)
         self.uniforms = torch.zeros(batch, ACTION_DIM, device=device)
