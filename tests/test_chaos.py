@@ -51,7 +51,7 @@ def processes(log_dir: Path, name: str) -> list[int]:
     """The latest process of each actor whose name begins so, from its log."""
     found = []
     for log in sorted((log_dir / "workers").glob(f"{name}-*.log")):
-        if pids := re.findall(r"^--- \S+, process (\d+)", log.read_text(errors="replace"), re.M):
+        if pids := re.findall(r"^--- process (\d+)", log.read_text(errors="replace"), re.M):
             found.append(int(pids[-1]))
     return [pid for pid in found if alive(pid)]
 

@@ -25,10 +25,13 @@ import ray
 
 from spvla.errors import InfrastructureError
 from spvla.farm.batcher import Batcher, BatchStats
+from spvla.farm.pool import LOG_HEADER
 from spvla.farm.videos import encode_mp4
 from spvla.sim import assets
 from spvla.sim.assets import AssetSet
 from spvla.types import Env, Outcome, Status, Trial
+
+MAX_PROMPT = 48  # tokens; every instruction of LIBERO fits
 
 
 def differing(one: object, other: object, names: Sequence[str]) -> list[str]:
@@ -51,7 +54,7 @@ def load_checkpoint(base: str, settings: "ServerSettings") -> Any:
     """An OpenVLAPolicy: a `Policy` that also takes adapters in and lets them go."""
     from spvla.policy.checkpoint import load_policy
 
-    return load_policy(
+    policy = load_policy(
         base,
         device=settings.device,
         dtype=settings.dtype,
@@ -59,6 +62,9 @@ def load_checkpoint(base: str, settings: "ServerSettings") -> Any:
         load_in_4bit=settings.load_in_4bit,
         decode_batch_size=settings.decode_batch_size,
     )
+    if settings.decode_batch_size:
+        policy.prepare(max_prompt=MAX_PROMPT)  # one bucket from the start, whichever instruction comes first
+    return policy
 
 
 def open_libero(suite: str, task: int, assets: AssetSet) -> Env:
@@ -374,7 +380,7 @@ def log_to(folder: str | None, name: str) -> Path | None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(log.fileno(), stream.fileno())
-    print(f"--- {name}, process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
+    print(f"{LOG_HEADER} {os.getpid()}, {name}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
     faulthandler.enable(log)
     return path
 

@@ -17,6 +17,7 @@ Facts = TypeVar("Facts")
 GIVE_UP_AFTER = 5  # deaths in a row
 STARTS_AT_ONCE = 8
 POLL_S = 0.2
+LOG_HEADER = "--- process"  # begins what each process writes to its log
 
 
 @dataclass
@@ -106,18 +107,19 @@ class Crew(Generic[Facts]):
             self.retire(slot)
 
 
-def tail(log: Path | None, lines: int = 40) -> str:
-    """The last lines of an actor's log, where this machine sees it."""
+def tail(log: Path | None, lines: int = 60) -> str:
+    """The last lines that an actor's latest process wrote to its log, where this machine sees it."""
     try:
-        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log else ""
+        text = log.read_text(errors="replace") if log else ""
     except OSError:
         return ""
+    return "\n".join(text[text.rfind(f"{LOG_HEADER} ") :].splitlines()[-lines:])
 
 
 def cause_of_death(log: Path | None) -> str:
-    """What Python's fault handler wrote for the last process of a log: "Fatal Python error: ..." or nothing."""
-    last = tail(log, 400).rsplit("\n--- ", 1)[-1]
-    return next((line for line in reversed(last.splitlines()) if line.startswith("Fatal Python error")), "")
+    """What Python's fault handler wrote of an actor's latest process: "Fatal Python error: ..." or nothing."""
+    found = (line for line in tail(log, 1000).splitlines() if line.startswith("Fatal Python error"))
+    return next(found, "")
 
 
 def first_line(text: str) -> str:

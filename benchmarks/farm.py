@@ -1,0 +1,325 @@
+"""Does the farm keep the machine busy? Environments alone, policy alone, and the farm, alternating in one run.
+
+    python benchmarks/farm.py --preset tiny --num_envs 2                    # two CPU cores, about 4 minutes
+    LIBERO_ASSETS=... python benchmarks/farm.py --preset 7b --num_envs 32   # one H200: OpenVLA's size, random weights
+
+supply  policy steps a second of the environment workers, each answering itself at once
+demand  actions a second of the policy actors, every batch full
+farm    actions a second of both together, once every worker has ended a trial and until trials run short
+
+The farm cannot exceed the smaller of supply and demand; its share of that is the figure of merit. On a CPU-only
+machine, where environments and policy share the cores, it cannot exceed 1 / (1 / supply + 1 / demand) either (each
+action costs both), which is given beside it as "sharing cores". Prints a table and writes JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from spvla.cluster import connection
+from spvla.config import FarmConfig
+from spvla.farm.actors import (
+    EnvWorker,
+    Order,
+    PolicyServer,
+    Request,
+    ServerSettings,
+    Version,
+    WorkerSettings,
+)
+from spvla.farm.farm import Farm, cluster_sizes
+from spvla.farm.ledger import Ledger
+from spvla.farm.protocol import Protocol
+from spvla.farm.run import Job, Run
+from spvla.farm.sizing import DECODER_CPUS, Sizes, decode_batch_size
+from spvla.sim import libero
+from spvla.types import MAX_STEPS, Trial
+
+VERSION = Version(digest="random", name="random weights", path="random", base="random", is_adapter=False)
+STATISTICS = {
+    "action": {"q01": [-0.9] * 6 + [0.0], "q99": [0.9] * 6 + [1.0], "mask": [True] * 6 + [False]}
+    | {"min": [-1.0] * 7, "max": [1.0] * 7, "mean": [0.0] * 7, "std": [1.0] * 7}
+}
+
+
+def main() -> None:
+    args = arguments()
+    with connection(num_cpus=args.num_cpus or None):
+        bench = Bench(args)
+        rounds = []
+        for n in range(args.rounds):
+            supply, demand = bench.supply(), bench.demand()
+            farm = bench.farm(n)
+            rounds.append({"supply": supply, "demand": demand, **farm})
+            say(f"round {n}: supply {supply:.1f}/s  demand {demand:.1f}/s  farm {farm['farm']:.1f}/s")
+    results = summary(args, bench, rounds)
+    print(json.dumps(results, indent=2))
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=("tiny", "7b"), default="tiny")
+    parser.add_argument("--task_suite_name", default="libero_spatial")
+    parser.add_argument("--num_envs", type=int, default=0)
+    parser.add_argument("--decoders", type=int, default=0, help="policy actors; 0: one for each GPU, or one")
+    parser.add_argument("--decode_batch_size", type=int, default=0)
+    parser.add_argument("--wait_ms", type=float, default=None)
+    parser.add_argument("--num_cpus", type=int, default=0, help="logical CPUs of the local cluster; 0: all")
+    parser.add_argument("--max_steps", type=int, default=60, help="steps a trial, so that every round sees resets")
+    parser.add_argument("--trials", type=int, default=4, help="trials for each environment and round")
+    parser.add_argument("--seconds", type=float, default=15.0, help="length of each measurement of supply and demand")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=None, help="JSON file")
+    return parser.parse_args()
+
+
+def random_policy(base: str, settings: ServerSettings) -> Any:
+    """A policy of a preset's size with random weights, made where it runs. `base` is the preset's name."""
+    import torch
+
+    from spvla.policy.openvla import OpenVLA
+    from spvla.policy.policy import OpenVLAPolicy
+    from spvla.policy.presets import preset
+    from spvla.policy.prompt import build_tiny_tokenizer
+
+    kind = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    with torch.device("meta"):
+        model = OpenVLA(preset(base)).to(kind)
+    model = model.to_empty(device=settings.device).eval().requires_grad_(False)
+    generator = torch.Generator(settings.device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        plain = "norm" in name or name.endswith("scale_factor")
+        parameter.data.fill_(1.0) if plain else parameter.data.normal_(0, 0.02, generator=generator)
+    policy = OpenVLAPolicy(
+        model=model,
+        tokenizer=build_tiny_tokenizer(),
+        norm_stats={suite: STATISTICS for suite in MAX_STEPS},
+        name=base,
+        decode_batch_size=settings.decode_batch_size,
+    )
+    if settings.decode_batch_size:
+        policy.prepare(max_prompt=48)
+    return policy
+
+
+class SupplyWorker(EnvWorker):
+    """An environment worker that answers itself."""
+
+    def supply(self, order: Order, seconds: float) -> tuple[int, float]:
+        """(policy steps, seconds) over whole trials, the first one not counted: it opens the environment."""
+        self.play(order, self.answer)
+        steps, start = 0, time.monotonic()
+        while (now := time.monotonic()) - start < seconds:
+            trial = replace(order.trial, init_state=(order.trial.init_state + 1) % 50)
+            order = replace(order, trial=trial)
+            steps += self.play(order, self.answer).outcome.steps
+        return steps, now - start
+
+    @staticmethod
+    def answer(image: np.ndarray, instruction: str) -> np.ndarray:
+        return np.array([0.1, 0, 0, 0, 0, 0, 1.0])
+
+
+class DemandServer(PolicyServer):
+    """A policy server that asks itself, every batch full."""
+
+    async def demand(self, suite: str, instruction: str, seconds: float) -> float:
+        import asyncio
+
+        return await asyncio.get_running_loop().run_in_executor(
+            self.decoding, self._demand, suite, instruction, seconds
+        )
+
+    def _demand(self, suite: str, instruction: str, seconds: float) -> float:
+        rng = np.random.default_rng(0)
+        image = rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)
+        request = Request(version=VERSION.digest, image=image, instruction=instruction, unnorm_key=suite)
+        batch = [request] * self.settings.max_batch
+        for _ in range(3):
+            self.act_now(batch)
+        actions, start = 0, time.monotonic()
+        while (now := time.monotonic()) - start < seconds:
+            actions += len(self.act_now(batch))
+        return actions / (now - start)
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.suite = args, args.task_suite_name
+        self.config = FarmConfig(
+            num_envs=args.num_envs, num_decoders=args.decoders, num_videos=0, max_failure_videos=0, call_timeout_s=300
+        )
+        self.sizes: Sizes = cluster_sizes(self.config)
+        batch_size = args.decode_batch_size or decode_batch_size(self.sizes)
+        self.working = WorkerSettings(
+            assets=None,
+            num_steps_wait=10,
+            center_crop=True,
+            max_steps={suite: args.max_steps for suite in MAX_STEPS},
+            call_timeout_s=300,
+            log_folder=tempfile.mkdtemp(prefix="spvla-bench-"),
+        )
+        self.serving = ServerSettings(
+            device=self.sizes.device,
+            dtype="bfloat16" if self.sizes.device == "cuda" else "float32",
+            load_in_8bit=False,
+            load_in_4bit=False,
+            decode_batch_size=batch_size,
+            max_batch=batch_size,
+            wait_ms=args.wait_ms,
+            log_folder=self.working.log_folder,
+            load=random_policy,
+        )
+        self.version = replace(VERSION, base=args.preset)
+        self.instructions = [t.instruction for t in libero.tasks(self.suite)]
+        say(f"{self.sizes}, batches of {batch_size}, logs in {self.working.log_folder}")
+
+    def supply(self) -> float:
+        remote = ray.remote(max_restarts=0)(SupplyWorker)
+        workers = [
+            remote.options(num_cpus=self.sizes.env_cpus).remote(f"supply-{i}", self.working)
+            for i in range(self.sizes.envs)
+        ]
+        orders = [
+            Order(trial=self.trial(i % len(self.instructions), i % 50), unnorm_key=self.suite, film=frozenset())
+            for i in range(len(workers))
+        ]
+        found = ray.get([w.supply.remote(o, self.args.seconds) for w, o in zip(workers, orders, strict=True)])
+        for worker in workers:
+            ray.kill(worker)
+        return sum(steps / seconds for steps, seconds in found)
+
+    def demand(self) -> float:
+        remote = ray.remote(max_restarts=0)(DemandServer)
+        gpus = 1 if self.sizes.device == "cuda" else 0
+        servers = [
+            remote.options(num_cpus=DECODER_CPUS, num_gpus=gpus).remote(f"demand-{i}", self.serving)
+            for i in range(self.sizes.decoders)
+        ]
+        ray.get([s.prepare.remote([self.version], {}) for s in servers])
+        found = ray.get([s.demand.remote(self.suite, self.instructions[0], self.args.seconds) for s in servers])
+        for server in servers:
+            ray.kill(server)
+        return sum(found)
+
+    def farm(self, n: int) -> dict[str, float]:
+        """Actions a second while every worker has a trial."""
+        per_task = -(-self.args.trials * self.sizes.envs // len(self.instructions))
+        trials = [self.trial(task, i) for task in range(len(self.instructions)) for i in range(per_task)]
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Ledger.create(Path(folder) / "ledger.sqlite") as ledger,
+            Farm(self.config, working=self.working, serving=self.serving, say=say) as farm,
+        ):
+            start_s = time.monotonic()
+            facts = farm.start([self.version])
+            self.device, self.renderer = facts[1].device, facts[0].renderer
+            protocol = self.register(ledger, trials)
+            job = Job(
+                protocol=protocol,
+                trials=trials,
+                unnorm_keys={(VERSION.digest, self.suite): self.suite},
+                instructions={(self.suite, i): text for i, text in enumerate(self.instructions)},
+                steps_limit=MAX_STEPS,
+            )
+            window = Window(self.sizes.envs)
+            Run(farm, job, ledger).play(window.look)
+            steps = sum(row.steps for row in ledger.outcomes())
+            return {
+                "farm": window.rate,
+                "window_s": window.seconds,
+                "batch_fill": window.mean_size / self.serving.max_batch,
+                "busy": window.busy,
+                "whole": steps / (time.monotonic() - start_s),
+                "errors": len(ledger.errors()),
+            }
+
+    def register(self, ledger: Ledger, trials: list[Trial]) -> str:
+        protocol = Protocol(
+            **{name: "benchmark" for name in ("assets", "assets_digest", "renderer", "mujoco", "robosuite", "libero")},
+            num_steps_wait=10,
+            center_crop=True,
+            seed=0,
+            device=self.serving.device,
+            dtype=self.serving.dtype,
+            decode_batch_size=self.serving.decode_batch_size,
+        )
+        ledger.add_protocol(protocol)
+        ledger.add_policy(VERSION.digest, name=VERSION.name, path=VERSION.path)
+        ledger.add_trials(protocol.digest, trials)
+        return protocol.digest
+
+    def trial(self, task: int, init_state: int) -> Trial:
+        return Trial(policy=VERSION.digest, suite=self.suite, task=task, init_state=init_state)
+
+
+class Window:
+    """From when every worker has ended a trial until fewer are pending than workers: (time, answers) at both ends."""
+
+    def __init__(self, envs: int) -> None:
+        self.envs, self.ends = envs, []
+
+    def look(self, run: Run) -> None:
+        begun = len({name for name, w in run.work.items()}) == self.envs and run.made >= 2 * self.envs
+        if begun and run.scheduler.num_pending > 0:
+            stats = run.batch_stats()
+            if not self.ends or stats.requests > self.ends[-1][1].requests:
+                self.ends = [*self.ends[:1], (time.monotonic(), stats)]
+
+    @property
+    def seconds(self) -> float:
+        return self.ends[-1][0] - self.ends[0][0] if len(self.ends) > 1 else 0.0
+
+    def difference(self, name: str) -> float:
+        return getattr(self.ends[-1][1], name) - getattr(self.ends[0][1], name) if len(self.ends) > 1 else 0.0
+
+    @property
+    def rate(self) -> float:
+        return self.difference("requests") / self.seconds if self.seconds else float("nan")
+
+    @property
+    def mean_size(self) -> float:
+        batches = self.difference("batches")
+        return self.difference("requests") / batches if batches else 0.0
+
+    @property
+    def busy(self) -> float:
+        """Share of the time that policy actors were decoding, summed over them."""
+        return self.difference("busy_s") / self.seconds if self.seconds else 0.0
+
+
+def summary(args: argparse.Namespace, bench: Bench, rounds: list[dict[str, float]]) -> dict[str, Any]:
+    middle = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+    supply, demand, farm = middle["supply"], middle["demand"], middle["farm"]
+    longest = 500 * MAX_STEPS["libero_spatial"]
+    return {
+        "device": bench.device,
+        "renderer": bench.renderer,
+        "preset": args.preset,
+        "sizes": asdict(bench.sizes),
+        "batch_size": bench.serving.max_batch,
+        "rounds": rounds,
+        "median": middle,
+        "share_of_smaller": farm / min(supply, demand),
+        "share_of_sharing_cores": farm / (1 / (1 / supply + 1 / demand)) if bench.sizes.device == "cpu" else None,
+        "minutes_of_500_libero_spatial_trials_at_full_length": longest / farm / 60,
+    }
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
