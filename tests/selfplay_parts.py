@@ -1,0 +1,83 @@
+"""A tiny policy with adapters that do something, and ragged batches: what the tests of scoring and step share."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from spvla.policy.adapters import add_lora
+from spvla.policy.checkpoint import load_model
+from spvla.policy.openvla import OpenVLA
+from spvla.policy.presets import initialise, preset
+from spvla.selfplay.scoring import REAL_ROWS, Inputs
+from spvla.types import ACTION_DIM, Batch
+
+PAD = 32_000
+
+
+def tiny_core(seed: int = 0) -> OpenVLA:
+    model = OpenVLA(preset("tiny"))
+    initialise(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_model(*names: str, rank: int = 4, dropout: float = 0.0, strength: float = 0.05) -> nn.Module:
+    """Under one adapter for each name, all different from each other and from the base."""
+    model = tiny_core()
+    for i, name in enumerate(names):
+        model = add_lora(model, rank=rank, dropout=dropout, adapter_name=name, seed=i)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = strength * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def ragged_batch(size: int = 3, *, seed: int = 0, actions: np.ndarray | None = None, even: bool = False) -> Batch:
+    """Prompts of different lengths (equal ones if `even`), right-padded, with random images and action tokens."""
+    rng = np.random.default_rng(seed)
+    prompts = np.full(size, 9) if even else rng.integers(4, 12, size)
+    width = prompts.max() + ACTION_DIM + 1
+    ids, mask = np.full((size, width), PAD), np.zeros((size, width), bool)
+    labels = np.full((size, width), -100)
+    for i, prompt in enumerate(prompts):
+        action = rng.integers(31_744, 32_000, ACTION_DIM) if actions is None else actions[i]
+        row = [1, *rng.integers(3, 29_000, prompt - 2), 29_871, *action, 2]
+        ids[i, : len(row)], mask[i, : len(row)] = row, True
+        labels[i, prompt : len(row)] = row[prompt:]
+    return Batch(
+        images=rng.integers(0, 256, (size, 224, 224, 3), dtype=np.uint8),
+        input_ids=ids.astype(np.int64),
+        attention_mask=mask,
+        labels=labels.astype(np.int64),
+        actions=np.zeros((size, ACTION_DIM), np.float32),
+        samples=np.arange(size, dtype=np.int64) + 100 * seed,
+    )
+
+
+def take(batch: Batch, rows: slice) -> Batch:
+    """Some samples of a batch."""
+    return Batch(**{name: value[rows] for name, value in vars(batch).items()})
+
+
+def join(*batches: Batch) -> Batch:
+    """Batches of one width as one."""
+    return Batch(**{name: np.concatenate([getattr(b, name) for b in batches]) for name in vars(batches[0])})
+
+
+def golden_core(golden: Path) -> OpenVLA:
+    """The reference outputs' own tiny model."""
+    return load_model(golden / "model")
+
+
+def golden_inputs(arrays: Mapping[str, np.ndarray]) -> Inputs:
+    """The reference's training batch of four, from its pixel values on."""
+    ids, start = arrays["train_input_ids"].astype(np.int64), arrays["train_attention_mask"].sum(1) - REAL_ROWS
+    return Inputs(
+        pixels=torch.from_numpy(arrays["train_pixel_values"]),
+        text=torch.from_numpy(ids[:, :-1]),
+        start=torch.from_numpy(start.astype(np.int64)),
+        targets=torch.from_numpy(np.take_along_axis(ids, start[:, None] + np.arange(REAL_ROWS), 1)),
+    )

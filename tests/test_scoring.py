@@ -1,0 +1,186 @@
+"""One pass over a shared prefix against two plain passes through the model, gradients included; and the opponent."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from selfplay_parts import golden_core, golden_inputs, ragged_batch, take, tiny_core, tiny_model
+from torch import Tensor, nn
+
+from spvla.policy.adapters import use_adapter
+from spvla.policy.images import to_pixel_values
+from spvla.policy.vision import NUM_PATCHES
+from spvla.selfplay.adapters import Adapter
+from spvla.selfplay.network import Network, bare
+from spvla.selfplay.objective import token_logps
+from spvla.selfplay.replies import ReplyStore
+from spvla.selfplay.scoring import Opponent, Reply, Speech, draw_uniforms, score_pair, score_real, to_inputs
+from spvla.types import ACTION_DIM, Batch
+
+GREEDY = Speech()
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def plain_logps(model: nn.Module, batch: Batch, actions: Tensor) -> Tensor:
+    """Log-probs (B, A) of `actions` by an ordinary teacher-forced pass with a padding mask."""
+    ids, mask = torch.from_numpy(batch.input_ids).clone(), torch.from_numpy(batch.attention_mask)
+    start = mask.sum(1) - ACTION_DIM - 1
+    columns = start[:, None] + torch.arange(ACTION_DIM)
+    ids.scatter_(1, columns, actions)
+    logits = model(pixel_values=to_pixel_values(batch.images), input_ids=ids, attention_mask=mask).logits
+    rows = NUM_PATCHES + columns - 1
+    return token_logps(logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1])), actions)
+
+
+def real_of(batch: Batch) -> Tensor:
+    return to_inputs(batch, "cpu").real
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_one_pass_over_a_pair_equals_two_plain_passes(adapted: bool) -> None:
+    model, batch = tiny_model("policy"), ragged_batch(4)
+    network = Network(model)
+    loras = Adapter("policy", network.parts, dtype=torch.float32, trainable=False).lora if adapted else bare
+    generated = real_of(batch).roll(1, 0)
+    with torch.no_grad(), use_adapter(model, "policy" if adapted else None):
+        pair = score_pair(network, to_inputs(batch, "cpu"), generated, loras)
+        real, theirs = plain_logps(model, batch, real_of(batch)), plain_logps(model, batch, generated)
+    torch.testing.assert_close(token_logps(pair.real[:, :ACTION_DIM], real_of(batch)), real, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(token_logps(pair.generated, generated), theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_one_pass_equal_those_of_two_plain_passes() -> None:
+    batch, weights = ragged_batch(3), torch.randn(2, 3, ACTION_DIM, generator=torch.Generator().manual_seed(0))
+    generated = real_of(batch).roll(1, 0)
+
+    plain = tiny_model("policy")
+    lora = {n: p.requires_grad_() for n, p in plain.named_parameters() if "lora_" in n}
+    both = torch.stack((plain_logps(plain, batch, real_of(batch)), plain_logps(plain, batch, generated)))
+    (both * weights).sum().backward()
+
+    ours = tiny_model("policy")
+    network = Network(ours)
+    adapter = Adapter("policy", network.parts, dtype=torch.float32, trainable=True)
+    pair = score_pair(network, to_inputs(batch, "cpu"), generated, adapter.lora)
+    real = token_logps(pair.real[:, :ACTION_DIM], real_of(batch))
+    (torch.stack((real, token_logps(pair.generated, generated))) * weights).sum().backward()
+
+    compared = 0
+    for site, modules in network.parts.items():
+        a, b = adapter.lora(site).a.grad, adapter.lora(site).b.grad
+        names = [name for module in modules for name, m in ours.named_modules() if m is module]
+        theirs_a = torch.cat([lora[f"{n}.lora_A.policy.weight"].grad.flatten(1) for n in names])
+        theirs_b = torch.cat([lora[f"{n}.lora_B.policy.weight"].grad.flatten(1) for n in names])
+        torch.testing.assert_close(a, theirs_a, atol=1e-5, rtol=1e-4, msg=site)
+        torch.testing.assert_close(b, theirs_b, atol=1e-5, rtol=1e-4, msg=site)
+        compared += a.numel() + b.numel()
+    with_gradient = sum(p.numel() for p in lora.values() if p.grad is not None and p.grad.any())
+    assert compared == with_gradient  # no adapter that learns was left out
+
+
+def test_real_and_generated_do_not_see_each_other() -> None:
+    network, batch = Network(tiny_core()), ragged_batch(2)
+    inputs, generated = to_inputs(batch, "cpu"), real_of(batch).flip(1)
+    with torch.no_grad():
+        before = score_pair(network, inputs, generated, bare)
+        other_generated = score_pair(network, inputs, generated.flip(0), bare)
+        other_real = score_pair(network, to_inputs(swap_actions(batch), "cpu"), generated, bare)
+    assert torch.equal(before.real, other_generated.real)
+    torch.testing.assert_close(before.generated, other_real.generated, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(before.real[:, 1:7], other_real.real[:, 1:7])
+
+
+def swap_actions(batch: Batch) -> Batch:
+    ids, starts = batch.input_ids.copy(), batch.attention_mask.sum(1) - ACTION_DIM - 1
+    for row, start in zip(ids, starts, strict=True):
+        row[start : start + ACTION_DIM] = row[start : start + ACTION_DIM][::-1]
+    return Batch(**{**vars(batch), "input_ids": ids})
+
+
+def test_padding_changes_nothing() -> None:
+    network, batch = Network(tiny_core()), ragged_batch(3)
+    generated = real_of(batch).flip(0)
+    with torch.no_grad():
+        plain = score_pair(network, to_inputs(batch, "cpu"), generated, bare)
+        padded = score_pair(network, to_inputs(batch, "cpu", multiple=16), generated, bare)
+        alone = score_pair(network, to_inputs(take(batch, slice(1, 2)), "cpu"), generated[1:2], bare)
+    torch.testing.assert_close(plain.generated, padded.generated, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain.real[1:2], alone.real, atol=1e-5, rtol=1e-5)
+
+
+def test_the_greedy_reply_is_the_most_probable_token_after_each_of_its_own() -> None:
+    model, batch = tiny_model("opponent"), ragged_batch(3)
+    network = Network(model)
+    loras = Adapter("opponent", network.parts, dtype=torch.float32, trainable=False).lora
+    reply = Opponent(network, loras, GREEDY).reply(to_inputs(batch, "cpu"), torch.zeros(3, ACTION_DIM))
+    with torch.no_grad():
+        pair = score_pair(network, to_inputs(batch, "cpu"), reply.generated, loras)
+    assert torch.equal(pair.generated.argmax(-1), reply.generated)
+    torch.testing.assert_close(reply.generated_logps, token_logps(pair.generated, reply.generated), atol=1e-5, rtol=0)
+    with use_adapter(model, "opponent"), torch.no_grad():
+        real, own = plain_logps(model, batch, real_of(batch)), plain_logps(model, batch, reply.generated)
+    torch.testing.assert_close(reply.real_logps, real, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reply.generated_logps, own, atol=1e-5, rtol=0)
+
+
+def test_a_reply_does_not_depend_on_the_real_action_nor_on_who_shares_the_batch() -> None:
+    opponent, batch = Opponent(Network(tiny_core()), bare, GREEDY), ragged_batch(3)
+    uniforms = torch.zeros(3, ACTION_DIM)
+    reply = opponent.reply(to_inputs(batch, "cpu"), uniforms)
+    assert torch.equal(reply.generated, opponent.reply(to_inputs(swap_actions(batch), "cpu"), uniforms).generated)
+    alone = opponent.reply(to_inputs(take(batch, slice(2, 3)), "cpu"), uniforms[2:])
+    assert torch.equal(reply.generated[2:], alone.generated)
+
+
+def test_sampling_follows_the_softmax_at_its_temperature() -> None:
+    """20000 draws from four ids: each frequency within five standard errors of softmax(logits / 2)."""
+    logits, count = torch.tensor([0.0, 1.0, 2.0, -1.0]), 20_000
+    uniform = torch.from_numpy(np.random.default_rng(0).random(count, np.float32))
+    ids = Speech(temperature=2.0).choose(logits.expand(count, -1), uniform)
+    p = (logits / 2).softmax(-1)
+    assert ((ids.bincount(minlength=4) / count - p).abs() < 5 * (p * (1 - p) / count).sqrt()).all()
+    edges = Speech(temperature=1.0).choose(logits.expand(2, -1), torch.tensor([0.0, 1 - 2**-24]))
+    assert edges.tolist() == [0, 3]
+
+
+def test_samples_are_drawn_by_seed_visit_and_sample_alone() -> None:
+    draws = draw_uniforms(7, 3, np.array([5, 9]))
+    assert draws.shape == (2, ACTION_DIM) and (draws < 1).all()
+    assert np.array_equal(draws[1:], draw_uniforms(7, 3, np.array([9])))
+    for other in (draw_uniforms(8, 3, np.array([5])), draw_uniforms(7, 4, np.array([5]))):
+        assert not np.array_equal(draws[:1], other)
+
+
+def test_the_original_models_loss(golden: Path) -> None:
+    arrays, network = np.load(golden / "model" / "golden.npz"), Network(golden_core(golden))
+    inputs = golden_inputs(arrays)
+    with torch.no_grad():
+        loss = -token_logps(score_real(network, inputs, bare), inputs.targets).mean().item()
+    assert loss == pytest.approx(arrays["train_loss"], abs=1e-5)
+
+
+def test_replies_are_kept_by_sample_and_forgotten_with_their_opponent(tmp_path: Path) -> None:
+    path, samples = tmp_path / "replies" / "rank_0.bin", np.array([4, 2])
+    reply = Reply(
+        generated=torch.tensor([[31_744] * 7, [31_999] * 7]),
+        real_logps=torch.randn(2, 7),
+        generated_logps=torch.randn(2, 7),
+    )
+    store = ReplyStore(path, num_samples=6, key="opponent a")
+    assert store.get(samples, "cpu") is None
+    store.put(samples, reply)
+    again = ReplyStore(path, num_samples=6, key="opponent a")
+    for name in ("generated", "real_logps", "generated_logps"):
+        assert torch.equal(getattr(again.get(samples, "cpu"), name), getattr(reply, name))
+        assert torch.equal(getattr(again.get(samples[::-1].copy(), "cpu"), name), getattr(reply, name).flip(0))
+    assert again.get(np.array([4, 5]), "cpu") is None
+    assert ReplyStore(path, num_samples=6, key="opponent b").get(samples, "cpu") is None
