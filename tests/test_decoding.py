@@ -1,0 +1,204 @@
+"""A request's tokens do not depend on who shares its batch, and equal the original's greedy ones."""
+
+import numpy as np
+import pytest
+import torch
+from policy_parts import reference_image, reference_model, reference_numbers, requests, write_adapter
+
+import spvla
+from spvla.errors import UserError
+from spvla.policy.actions import ActionStats, decode
+from spvla.policy.checkpoint import OpenVLAPolicy
+from spvla.policy.decoding import Decoder, choose
+from spvla.policy.images import to_pixel_values
+from spvla.policy.openvla import OpenVLA, with_patches
+from spvla.policy.prompt import build_tiny_tokenizer, prompt_ids
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def model() -> OpenVLA:
+    """The reference model: its seven tokens differ from image to image and step to step."""
+    return reference_model().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def policy(model: OpenVLA) -> OpenVLAPolicy:
+    return OpenVLAPolicy(model=model, tokenizer=build_tiny_tokenizer(), norm_stats={}, name="reference")
+
+
+@pytest.fixture(scope="module")
+def alone(policy: OpenVLAPolicy) -> tuple[np.ndarray, np.ndarray]:
+    """Sixteen requests, one at a time: ids (16, 7) and logits (16, 7, V)."""
+    images, instructions = requests(16)
+    parts = [policy.decode([i], [t], logits=True) for i, t in zip(images, instructions, strict=True)]
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+@pytest.mark.parametrize("sample", [0, 1])
+def test_greedy_ids_and_actions_equal_the_originals(model: OpenVLA, sample: int) -> None:
+    numbers = reference_numbers()
+    expected = numbers["samples"][sample]
+    prompt = expected["input_ids"]
+    out = Decoder(model, batch_size=1, max_prompt=len(prompt)).decode(
+        to_pixel_values(reference_image(sample)[None]), [prompt]
+    )
+    assert out.ids[0].tolist() == expected["ids"]
+    scale = np.abs(expected["logits"]).max()
+    assert np.abs(out.logits[0, :, numbers["vocabulary_ids"]].numpy() - expected["logits"]).max() <= 1e-4 * scale
+    stats = ActionStats.from_json(numbers["statistics"])
+    assert stats.unnormalise(decode(out.ids[0].numpy())).tolist() == expected["action"]
+
+
+def test_requests_are_told_apart(alone) -> None:
+    assert len({tuple(row) for row in alone[0]}) > 8  # else equality below would show nothing
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 16])
+def test_ragged_batches_give_each_row_its_own_tokens(policy: OpenVLAPolicy, alone, batch: int) -> None:
+    images, instructions = requests(batch)
+    ids, logits = policy.decode(images, instructions, logits=True)
+    assert np.array_equal(ids, alone[0][:batch])
+    assert np.allclose(logits, alone[1][:batch], atol=1e-4)
+
+
+def test_cached_steps_equal_one_pass_over_the_whole_sequence(model: OpenVLA, policy: OpenVLAPolicy, alone) -> None:
+    images, instructions = requests(2)
+    for i in range(2):
+        ids = torch.tensor([prompt_ids(policy.tokenizer, instructions[i]) + alone[0][i].tolist()])
+        x = with_patches(model.embed(ids), model.patches(to_pixel_values(images[i][None])))
+        logits = model.logits(model.hidden(x))[0, -8:-1]
+        assert np.allclose(logits.numpy(), alone[1][i], atol=1e-4)
+
+
+def test_a_fixed_bucket_fills_up_and_splits(model: OpenVLA, alone) -> None:
+    policy = OpenVLAPolicy(
+        model=model, tokenizer=build_tiny_tokenizer(), norm_stats={}, name="reference", decode_batch_size=4
+    )
+    images, instructions = requests(16)
+    for count in (3, 6):
+        assert np.array_equal(policy.decode(images[:count], instructions[:count]), alone[0][:count])
+    first = policy.prepare()
+    policy.decode(images[4:5], instructions[4:5])
+    assert policy.prepare() is first  # the decoder is kept
+    long = "put the plate on the stove and then " * 4
+    policy.decode(images[:1], [long])
+    assert policy.prepare() is not first and policy.prepare().max_prompt % 8 == 0
+
+
+def test_sampling_follows_the_seed_not_the_batch(policy: OpenVLAPolicy) -> None:
+    images, instructions = requests(5)
+    seeds = [3, 1, 4, 1, 5]
+    together = policy.decode(images, instructions, temperature=2.0, seeds=seeds)
+    for i, seed in enumerate(seeds):
+        own = policy.decode(images[i : i + 1], instructions[i : i + 1], temperature=2.0, seeds=[seed])
+        assert np.array_equal(own[0], together[i])
+    other = policy.decode(images, instructions, temperature=2.0, seeds=[s + 10 for s in seeds])
+    assert not np.array_equal(other, together)
+
+
+def test_each_row_has_its_own_temperature(policy: OpenVLAPolicy, alone) -> None:
+    images, instructions = requests(2)
+    mixed = policy.decode(images, instructions, temperature=[0.0, 5.0], seeds=[0, 0])
+    assert np.array_equal(mixed[0], alone[0][0]) and not np.array_equal(mixed[1], alone[0][1])
+
+
+def test_drawn_tokens_have_the_distribution_of_the_logits() -> None:
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]])
+    n, temperature = 4000, 0.5
+    uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n  # evenly spread: no luck involved
+    drawn = choose(logits.expand(n, -1), torch.full((n,), temperature), uniforms)
+    shares = torch.bincount(drawn, minlength=4) / n
+    assert torch.allclose(shares, (logits[0] / temperature).softmax(0), atol=1e-3) and shares[2] == 0
+
+
+def test_every_request_names_its_adapter_and_gets_it(tmp_path) -> None:
+    policy = spvla.load_policy("tiny")
+    paths = {f"v{i}": write_adapter(tmp_path / f"v{i}", rank=2 + 2 * i, seed=i) for i in range(3)}
+    images, instructions = requests(5)
+    base = policy.decode(images, instructions, logits=True)[1]
+    for name, path in paths.items():
+        policy.add_adapter(name, path)
+    names = ["v1", None, "v0", "v2", "v1"]
+    mixed = policy.decode(images, instructions, logits=True, adapters=names)[1]
+    for i, name in enumerate(names):
+        single = spvla.load_policy(paths[name]) if name else policy
+        own = single.decode(images[i : i + 1], instructions[i : i + 1], logits=True)[1][0]
+        assert np.allclose(mixed[i], own, atol=1e-4)
+        assert name is None or np.abs(mixed[i] - base[i]).max() > 1e-2  # the adapter does something
+    policy.remove_adapter("v1")
+    policy.add_adapter("again", paths["v1"])  # takes the free slot
+    again = policy.decode(images, instructions, logits=True, adapters=["again", None, "v0", "v2", "again"])[1]
+    assert np.allclose(again, mixed, atol=1e-5)
+    for name in ("v0", "v2", "again"):
+        policy.remove_adapter(name)
+    assert np.array_equal(policy.decode(images, instructions, logits=True)[1], base)
+
+
+def test_swapping_a_version_in_moves_no_weight_of_the_base(tmp_path) -> None:
+    policy = spvla.load_policy("tiny")
+    places = {n: p.data_ptr() for n, p in policy.model.named_parameters()}
+    policy.add_adapter("a", write_adapter(tmp_path / "a"))
+    stacks = [m.lora.a.data_ptr() for m in policy.model.modules() if getattr(m, "lora", None)]
+    policy.add_adapter("a", write_adapter(tmp_path / "b", seed=1))  # replaced in place
+    assert places == {n: p.data_ptr() for n, p in policy.model.named_parameters()}
+    assert stacks == [m.lora.a.data_ptr() for m in policy.model.modules() if getattr(m, "lora", None)]
+
+
+def test_joined_weights_decode_alike_and_are_no_second_copy(policy: OpenVLAPolicy, alone) -> None:
+    images, instructions = requests(2)
+    packed = OpenVLAPolicy(
+        model=reference_model().requires_grad_(False), tokenizer=policy.tokenizer, norm_stats={}, name="packed"
+    )
+    llama = packed.model.language_model
+    before = {n: t.clone() for n, t in llama.state_dict().items()}
+    llama.pack()
+    attention = llama.model.layers[0].self_attn
+    assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
+    assert all(torch.equal(t, before[n]) for n, t in llama.state_dict().items())
+    assert np.array_equal(packed.decode(images, instructions), alone[0][:2])
+    packed.model.to(torch.float64)
+    assert attention.packed is None  # moved weights are separate again
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": [np.zeros((224, 224), np.uint8)]}, r"images\[0\]"),
+        ({"images": [np.zeros((224, 224, 3), np.float32)]}, r"images\[0\]"),
+        ({"images": [np.zeros((256, 256, 3), np.uint8)]}, r"images\[0\]"),
+        ({"images": []}, "no images"),
+        ({"instructions": [""]}, "instruction"),
+        ({"instructions": ["a", "b"]}, "instructions: 2 for 1"),
+        ({"temperature": 1.0}, "seeds"),
+        ({"adapters": ["nobody"]}, "nobody"),
+    ],
+)
+def test_bad_requests_get_one_clear_error(policy: OpenVLAPolicy, change: dict, message: str) -> None:
+    images, instructions = requests(1)
+    with pytest.raises(UserError, match=message):
+        policy.decode(**{"images": images, "instructions": instructions, **change})
+
+
+def test_an_unknown_unnorm_key_lists_the_known_ones(model: OpenVLA) -> None:
+    stats = {"libero_goal": {"action": reference_numbers()["statistics"]}}
+    policy = OpenVLAPolicy(model=model, tokenizer=build_tiny_tokenizer(), norm_stats=stats, name="reference")
+    images, instructions = requests(1)
+    with pytest.raises(UserError, match="libero_goal"):
+        policy.act(images, instructions, unnorm_key="libero_spatial")
+    actions = policy.act(images, instructions, unnorm_key="libero_goal")
+    assert actions.shape == (1, 7) and actions.dtype == np.float64
+
+
+@gpu
+@pytest.mark.gpu
+def test_one_graph_decodes_as_the_plain_code_does_on_a_gpu() -> None:
+    model = reference_model().requires_grad_(False).cuda()
+    images, instructions = requests(8)
+    tokenizer = build_tiny_tokenizer()
+    plain = OpenVLAPolicy(model=model, tokenizer=tokenizer, norm_stats={}, name="plain")
+    graph = OpenVLAPolicy(model=model, tokenizer=tokenizer, norm_stats={}, name="graph", decode_batch_size=8)
+    wanted = plain.decode(images, instructions)
+    assert np.array_equal(graph.decode(images, instructions), wanted)
+    assert np.array_equal(graph.decode(images[3:5], instructions[3:5]), wanted[3:5])
