@@ -37,8 +37,10 @@ def stock_env(suite: str, task: int, assets: AssetSet, cameras: Sequence[str] = 
         camera_names=list(cameras),
     )
     env.seed(0)
-    yield env
-    env.close()
+    try:
+        yield env
+    finally:
+        env.close()
 
 
 def stock_moment(env: object, observation: dict, success: bool, camera: str = "agentview") -> Moment:

@@ -1,6 +1,7 @@
 """LIBERO's tasks behind the Env seam: silent, repeatable, and clear about what is wrong."""
 
 import os
+import pdb
 import subprocess
 import sys
 import time
@@ -11,7 +12,8 @@ import mujoco
 import numpy as np
 import pytest
 
-from spvla.errors import UserError
+from spvla.errors import InfrastructureError, UserError
+from spvla.sim import stock
 from spvla.sim.assets import AssetSet, resolve
 from spvla.sim.libero import SUITES, LiberoEnv, num_init_states, task_info, tasks
 from spvla.sim.sampling import SensorClock
@@ -183,6 +185,27 @@ def test_closing_is_quick_and_may_be_repeated(assets: AssetSet) -> None:
         env.close()
         env.close()
     assert time.monotonic() - started < 3 * 5 / 20  # 20 in less than 5 s
+
+
+def test_a_scene_without_room_ends_as_a_fault_instead_of_a_loop(
+    assets: AssetSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LIBERO's own reset would try for ever, and its sampler for sites would wait in a debugger."""
+
+    def no_room(*args: object) -> None:
+        pdb.set_trace()
+        raise stock.RandomizationError("Cannot place all objects ):")
+
+    with LiberoEnv("libero_object", 0, assets) as env:
+        monkeypatch.setattr(env.env.placement_initializer, "sample", no_room)
+        with pytest.raises(InfrastructureError, match="no room for its objects in 100 resets"):
+            env.reset(0)
+
+
+def test_a_step_takes_seven_numbers(env: LiberoEnv) -> None:
+    env.reset(0)
+    with pytest.raises(AssertionError):
+        env.step(np.zeros(4))
 
 
 @pytest.mark.slow

@@ -12,9 +12,7 @@ import mujoco
 import numpy as np
 
 from spvla.errors import InfrastructureError
-from spvla.sim.stock import RandomizationError
-
-MAX_RESETS = 100  # for one placement; LIBERO itself would try for ever
+from spvla.sim.stock import MAX_RESETS, RandomizationError, drawing_from
 
 
 @dataclass(frozen=True)
@@ -36,19 +34,13 @@ class Placements:
         self.properties = list(problem.object_property_initializers)
         self.resets = 0
         self.known: list[tuple[Pose, ...]] = []
-        self.generator = np.random.RandomState(seed).get_state()
+        self.generator = np.random.RandomState(seed)
 
     def episode(self, number: int) -> tuple[Pose, ...]:
         """The fixtures' poses in episode `number`. Overwrites `data`; the model must be as built."""
-        if number >= len(self.known):
-            outside = np.random.get_state()
-            np.random.set_state(self.generator)
-            try:
-                while number >= len(self.known):
-                    self.known.append(self._next())
-            finally:
-                self.generator = np.random.get_state()
-                np.random.set_state(outside)
+        with drawing_from(self.generator):
+            while number >= len(self.known):
+                self.known.append(self._next())
         return self.known[number]
 
     def _next(self) -> tuple[Pose, ...]:
@@ -58,7 +50,7 @@ class Placements:
                 return self._draw()
             except RandomizationError:  # objects could not be placed: LIBERO resets again
                 continue
-        raise InfrastructureError(f"{self.problem.bddl_file_name}: no placement found in {MAX_RESETS} resets")
+        raise InfrastructureError(f"{self.problem.bddl_file_name}: no room for its objects in {MAX_RESETS} resets")
 
     def _draw(self) -> tuple[Pose, ...]:
         """One hard reset's draws, in LIBERO's order."""

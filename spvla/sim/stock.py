@@ -10,11 +10,15 @@ import gc
 import io
 import logging
 import os
+import pdb
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import mujoco
+import numpy as np
 
+from spvla.errors import InfrastructureError
 from spvla.files import cache_dir, write_text
 from spvla.sim.suites import load_file, package
 
@@ -79,20 +83,46 @@ def use_assets(folder: Path) -> None:
     libero.libero._assets_path_cache = str(folder)
 
 
+MAX_RESETS = 100  # LIBERO itself would try for ever to place a scene's objects
+
+
+@contextlib.contextmanager
+def drawing_from(generator: np.random.RandomState) -> Iterator[None]:
+    """LIBERO draws from numpy's global generator; within the block that is `generator`, afterwards it is untouched.
+
+    Nor does LIBERO's sampler stop in a debugger within the block, as it does where it finds no room for an object.
+    """
+    outside, set_trace = np.random.get_state(), pdb.set_trace
+    np.random.set_state(generator.get_state())
+    pdb.set_trace = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        generator.set_state(np.random.get_state())
+        np.random.set_state(outside)
+        pdb.set_trace = set_trace
+
+
 def build_problem(bddl_file: Path, assets: Path) -> MujocoEnv:
     """LIBERO's problem for a task, its objects read from the folder `assets`, without cameras or a renderer."""
     use_assets(assets)
-    problem = TASK_MAPPING[get_problem_info(str(bddl_file))["problem_name"]](
-        str(bddl_file),
-        robots=["Panda"],
-        controller_configs=load_controller_config(default_controller="OSC_POSE"),
-        initialization_noise=None,
-        has_renderer=False,
-        has_offscreen_renderer=False,
-        use_camera_obs=False,
-    )
-    _free_leftovers()
-    return problem
+    kind = TASK_MAPPING[get_problem_info(str(bddl_file))["problem_name"]]
+    controller = load_controller_config(default_controller="OSC_POSE")
+    with drawing_from(np.random.RandomState(0)):
+        for _ in range(MAX_RESETS):
+            with contextlib.suppress(RandomizationError):
+                problem = kind(
+                    str(bddl_file),
+                    robots=["Panda"],
+                    controller_configs=controller,
+                    initialization_noise=None,
+                    has_renderer=False,
+                    has_offscreen_renderer=False,
+                    use_camera_obs=False,
+                )
+                _free_leftovers()
+                return problem
+    raise InfrastructureError(f"{bddl_file}: no room for its objects in {MAX_RESETS} tries")
 
 
 def _free_leftovers() -> None:
