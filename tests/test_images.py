@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,40 @@ def test_augmentation_equals_tensorflow() -> None:
     assert digest(augment(resize_lanczos(waves(256)), drawn)) == "f76586919129aa50"
 
 
+def tensorflow_steps(image: np.ndarray, drawn: Augmentation) -> Iterator[np.ndarray]:
+    """The image after each operation, by TensorFlow itself: float32, and the last one uint8."""
+    import tensorflow as tf
+
+    start = np.float32(drawn.crop_offset)
+    box = [[start, start, start + CROP_SIDE, start + CROP_SIDE]]
+    x = tf.image.convert_image_dtype(image, tf.float32)
+    for step in (
+        lambda x: tf.image.crop_and_resize(x[None], box, [0], image.shape[:2])[0],
+        lambda x: tf.image.adjust_brightness(x, np.float32(drawn.brightness)),
+        lambda x: tf.image.adjust_contrast(x, np.float32(drawn.contrast)),
+        lambda x: tf.image.adjust_saturation(x, np.float32(drawn.saturation)),
+        lambda x: tf.image.adjust_hue(x, np.float32(drawn.hue)),
+    ):
+        x = tf.clip_by_value(step(x), 0, 1)
+        yield x.numpy()
+    yield tf.image.convert_image_dtype(x, tf.uint8, saturate=True).numpy()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_operation_equals_tensorflows_in_every_bit(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (224, 224, 3), dtype=np.uint8) if seed % 2 else resize_lanczos(waves(256))
+    drawn = draw_augmentation(rng)
+    *floats, final = tensorflow_steps(image, drawn)
+    start = np.float32(drawn.crop_offset)
+    planes = pixels.crop(pixels.to_planes(image), start, start, start + CROP_SIDE, start + CROP_SIDE)
+    for name, theirs in zip(("crop", "brightness", "contrast", "saturation", "hue"), floats, strict=True):
+        if name != "crop":
+            getattr(pixels, name)(planes, np.float32(getattr(drawn, name)))
+        assert np.array_equal(np.moveaxis(planes, 0, -1), theirs), name
+    assert np.array_equal(augment(image, drawn), final)
+
+
 @pytest.mark.parametrize("i", [0, 1])
 def test_frames_decode_and_resize_as_in_the_original(reference: dict[str, np.ndarray], i: int) -> None:
     frame = decode_jpeg(reference[f"jpeg{i}"].tobytes())
@@ -77,7 +112,7 @@ def test_observations_reach_the_policy_as_in_the_originals_evaluation(reference:
 def test_augmentation_equals_the_original_after_every_operation(reference: dict[str, np.ndarray], key: str) -> None:
     top, left, side = reference[f"{key}_crop"]
     assert top == left and side == CROP_SIDE
-    image = pixels.crop(pixels.to_float(reference["resized0"]), top, left, top + side, left + side)
+    image = pixels.crop(pixels.to_planes(reference["resized0"]), top, left, top + side, left + side)
     same_as(image, reference[f"{key}_after_random_resized_crop"])
     for operation in ("brightness", "contrast", "saturation", "hue"):
         getattr(pixels, operation)(image, reference[f"{key}_{operation}"])
@@ -87,7 +122,7 @@ def test_augmentation_equals_the_original_after_every_operation(reference: dict[
 
 def same_as(image: np.ndarray, stored: np.ndarray) -> None:
     """The reference keeps 16 bits of each value."""
-    assert np.array_equal(np.round(image * 65535).astype(np.uint16), stored)
+    assert np.array_equal(np.round(np.moveaxis(image, 0, -1) * 65535).astype(np.uint16), stored)
 
 
 def test_pixel_values_equal_the_originals(golden: Path) -> None:
@@ -122,33 +157,34 @@ def test_the_crop_keeps_the_middle_90_percent() -> None:
 
 
 def colour(*rgb: float) -> np.ndarray:
-    return np.array(rgb, np.float32).reshape(1, 1, 3)
+    """Planes of one pixel."""
+    return np.array(rgb, np.float32).reshape(3, 1, 1)
 
 
 def test_a_third_of_a_turn_makes_red_green() -> None:
     image = colour(0.75, 0.25, 0.25)
     pixels.hue(image, np.float32(1 / 3))
-    assert image[0, 0].tolist() == pytest.approx([0.25, 0.75, 0.25], abs=1e-6)
+    assert image[:, 0, 0].tolist() == pytest.approx([0.25, 0.75, 0.25], abs=1e-6)
 
 
 def test_saturation_zero_leaves_the_brightest_channel_thrice() -> None:
     image = colour(0.75, 0.25, 0.5)
     pixels.saturation(image, np.float32(0))
-    assert image[0, 0].tolist() == [0.75] * 3
+    assert image[:, 0, 0].tolist() == [0.75] * 3
 
 
 def test_contrast_pulls_towards_each_channels_mean() -> None:
-    image = np.concatenate([colour(0.25, 0.5, 0), colour(0.75, 0.5, 1)])
+    image = np.concatenate([colour(0.25, 0.5, 0), colour(0.75, 0.5, 1)], axis=2)
     pixels.contrast(image, np.float32(0.5))
-    assert image[:, 0].tolist() == [[0.375, 0.5, 0.25], [0.625, 0.5, 0.75]]
+    assert image[:, 0].tolist() == [[0.375, 0.625], [0.5, 0.5], [0.25, 0.75]]
 
 
 def test_every_operation_is_clipped() -> None:
     image = colour(0.9, 0.05, 0.5)
     pixels.brightness(image, np.float32(0.2))
-    assert image[0, 0].tolist() == pytest.approx([1.0, 0.25, 0.7])
+    assert image[:, 0, 0].tolist() == pytest.approx([1.0, 0.25, 0.7])
     pixels.brightness(image, np.float32(-0.5))
-    assert image[0, 0].tolist() == pytest.approx([0.5, 0.0, 0.2], abs=1e-6)
+    assert image[:, 0, 0].tolist() == pytest.approx([0.5, 0.0, 0.2], abs=1e-6)
 
 
 def test_bytes_are_cut_off_rather_than_rounded() -> None:

@@ -59,7 +59,7 @@ def crop_center(image: np.ndarray) -> np.ndarray:
     """The middle 90% of the area, resized back: (H, W, 3) uint8 -> (H, W, 3) uint8. For policies trained on crops."""
     offset = (np.float32(1) - CROP_SIDE) / np.float32(2)
     end = offset + CROP_SIDE
-    return pixels.to_uint8(pixels.crop(pixels.to_float(image), offset, offset, end, end))
+    return pixels.to_uint8(pixels.crop(pixels.to_planes(image), offset, offset, end, end))
 
 
 def evaluation_image(observation: np.ndarray, *, center_crop: bool) -> np.ndarray:
@@ -93,7 +93,7 @@ def augment(image: np.ndarray, drawn: Augmentation) -> np.ndarray:
     """(224, 224, 3) uint8 -> (224, 224, 3) uint8: crop, brightness, contrast, saturation, hue, clipped after each."""
     start = np.float32(drawn.crop_offset)
     end = start + CROP_SIDE
-    out = pixels.crop(pixels.to_float(np.ascontiguousarray(image)), start, start, end, end)
+    out = pixels.crop(pixels.to_planes(np.ascontiguousarray(image)), start, start, end, end)
     pixels.brightness(out, np.float32(drawn.brightness))
     pixels.contrast(out, np.float32(drawn.contrast))
     pixels.saturation(out, np.float32(drawn.saturation))

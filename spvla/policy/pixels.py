@@ -10,7 +10,7 @@ from functools import cache
 import numba
 import numpy as np
 
-jit = numba.njit(nogil=True, cache=True)
+jit = numba.njit(nogil=True, cache=True, error_model="numpy")  # 0 / 0 is NaN: a check would keep vectors from use
 F = np.float32
 LANCZOS_RADIUS = 3.0
 
@@ -76,25 +76,28 @@ def filter_rows(lines, starts, weights, channels):  # type: ignore[no-untyped-de
     return out
 
 
+# --- augmentation: on planes (3, H, W) float32 in [0, 1], without branches, so that the compiler can use vectors ---
+
+
 @jit
-def to_float(image):  # type: ignore[no-untyped-def]
-    """uint8 -> float32 in [0, 1]."""
-    out = np.empty(image.shape, np.float32)
+def to_planes(image):  # type: ignore[no-untyped-def]
+    """(H, W, 3) uint8 -> planes."""
+    out = np.empty((3, *image.shape[:2]), np.float32)
     for y in range(image.shape[0]):
         for x in range(image.shape[1]):
             for c in range(3):
-                out[y, x, c] = np.float32(image[y, x, c]) * np.float32(1 / 255)
+                out[c, y, x] = np.float32(image[y, x, c]) * np.float32(1 / 255)
     return out
 
 
 @jit
-def to_uint8(image):  # type: ignore[no-untyped-def]
-    """float32 in [0, 1] -> uint8, cut off rather than rounded: trunc(255.5 x)."""
-    out = np.empty(image.shape, np.uint8)
-    for y in range(image.shape[0]):
-        for x in range(image.shape[1]):
+def to_uint8(planes):  # type: ignore[no-untyped-def]
+    """Planes -> (H, W, 3) uint8, cut off rather than rounded: trunc(255.5 x)."""
+    out = np.empty((*planes.shape[1:], 3), np.uint8)
+    for y in range(out.shape[0]):
+        for x in range(out.shape[1]):
             for c in range(3):
-                out[y, x, c] = np.uint8(image[y, x, c] * np.float32(255.5))
+                out[y, x, c] = np.uint8(planes[c, y, x] * np.float32(255.5))
     return out
 
 
@@ -104,148 +107,118 @@ def clip01(x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def crop(image, top, left, bottom, right):  # type: ignore[no-untyped-def]
-    """The box (fractions of the image, float32) resized bilinearly to the image's own size; no antialias."""
-    height, width = image.shape[0], image.shape[1]
-    step_y = (bottom - top) * np.float32(height - 1) / np.float32(height - 1)
-    step_x = (right - left) * np.float32(width - 1) / np.float32(width - 1)
-    out = np.empty((height, width, 3), np.float32)
-    for y in range(height):
-        in_y = top * np.float32(height - 1) + np.float32(y) * step_y
-        y0, y1 = int(np.floor(in_y)), int(np.ceil(in_y))
-        down = in_y - np.float32(y0)
-        for x in range(width):
-            in_x = left * np.float32(width - 1) + np.float32(x) * step_x
-            x0, x1 = int(np.floor(in_x)), int(np.ceil(in_x))
-            across = in_x - np.float32(x0)
-            for c in range(3):
-                upper = image[y0, x0, c] + (image[y0, x1, c] - image[y0, x0, c]) * across
-                lower = image[y1, x0, c] + (image[y1, x1, c] - image[y1, x0, c]) * across
-                out[y, x, c] = clip01(upper + (lower - upper) * down)
+def bilinear(size, start, end):  # type: ignore[no-untyped-def]
+    """For each output pixel of an axis: the two input pixels around it, and how far it is from the first."""
+    step = (end - start) * np.float32(size - 1) / np.float32(size - 1)
+    before, after = np.empty(size, np.int64), np.empty(size, np.int64)
+    share = np.empty(size, np.float32)
+    for i in range(size):
+        at = start * np.float32(size - 1) + np.float32(i) * step
+        before[i], after[i] = int(np.floor(at)), int(np.ceil(at))
+        share[i] = at - np.floor(at)
+    return before, after, share
+
+
+@jit
+def crop(planes, top, left, bottom, right):  # type: ignore[no-untyped-def]
+    """The box (fractions of the image) resized bilinearly to the image's own size, no antialias. Gives new planes."""
+    _, height, width = planes.shape
+    x0, x1, across = bilinear(width, left, right)
+    y0, y1, down = bilinear(height, top, bottom)
+    wide, out = np.empty((height, width), np.float32), np.empty_like(planes)
+    for c in range(3):
+        for y in range(height):
+            line = planes[c, y]
+            for x in range(width):
+                wide[y, x] = line[x0[x]] + (line[x1[x]] - line[x0[x]]) * across[x]
+        for y in range(height):
+            upper, lower, total = wide[y0[y]], wide[y1[y]], out[c, y]
+            for x in range(width):
+                total[x] = clip01(upper[x] + (lower[x] - upper[x]) * down[y])
     return out
 
 
 @jit
-def brightness(image, delta):  # type: ignore[no-untyped-def]
+def brightness(planes, delta):  # type: ignore[no-untyped-def]
     """In place, as all that follow: x + delta."""
-    flat = image.reshape(-1)
+    flat = planes.reshape(-1)
     for i in range(len(flat)):
         flat[i] = clip01(flat[i] + delta)
 
 
 @jit
-def contrast(image, factor):  # type: ignore[no-untyped-def]
+def contrast(planes, factor):  # type: ignore[no-untyped-def]
     """(x - mean) * factor + mean, with each channel's mean taken by folding the image in halves, as TensorFlow does."""
-    pixels = image.reshape(-1, 3)
-    sums, size = pixels.copy(), len(pixels)
-    while size > 1:
-        half = size // 2
-        upper = size - half
-        for i in range(half):
-            for c in range(3):
-                sums[i, c] += sums[upper + i, c]
-        size = upper
-    mean = sums[0] * (np.float32(1) / np.float32(len(pixels)))
-    for i in range(len(pixels)):
-        for c in range(3):
-            pixels[i, c] = clip01(mean[c] + (pixels[i, c] - mean[c]) * factor)
+    for c in range(3):
+        plane = planes[c].reshape(-1)
+        sums, size = plane.copy(), len(plane)
+        while size > 1:
+            half = size // 2
+            upper = sums[size - half : size]
+            for i in range(half):
+                sums[i] += upper[i]
+            size -= half
+        mean = sums[0] * (np.float32(1) / np.float32(len(plane)))
+        for i in range(len(plane)):
+            plane[i] = clip01(mean + (plane[i] - mean) * factor)
 
 
 @jit
-def saturation(image, factor):  # type: ignore[no-untyped-def]
+def saturation(planes, factor):  # type: ignore[no-untyped-def]
     """Scales S of HSV."""
     zero, one, two, six = np.float32(0), np.float32(1), np.float32(2), np.float32(6)
-    pixels = image.reshape(-1, 3)
-    for i in range(len(pixels)):
-        r, g, b = pixels[i, 0], pixels[i, 1], pixels[i, 2]
+    red, green, blue = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
+    for i in range(len(red)):
+        r, g, b = red[i], green[i], blue[i]
         value = max(r, max(g, b))
         spread = value - min(r, min(g, b))
-        hue = zero
-        if spread > zero:
-            norm = one / (six * spread)
-            if r == value:
-                hue = norm * (g - b)
-            elif g == value:
-                hue = np.float32(norm * (b - r) + 2.0 / 6.0)  # this sum is in float64 there, too
-            else:
-                hue = np.float32(norm * (r - g) + 4.0 / 6.0)
-            if hue < zero:
-                hue += one
-        s = spread / value if value > zero else zero
-        chroma = min(one, max(zero, s * factor)) * value
-        base = value - chroma
-        sixth = hue * six
-        phase = sixth
-        while phase <= zero:
-            phase += two
-        while phase >= two:
-            phase -= two
-        middle = chroma * (one - abs(phase - one)) + base
-        high, sector = chroma + base, int(sixth)
-        low = base
-        if sector == 0:
-            r, g, b = high, middle, low
-        elif sector == 1:
-            r, g, b = middle, high, low
-        elif sector == 2:
-            r, g, b = low, high, middle
-        elif sector == 3:
-            r, g, b = low, middle, high
-        elif sector == 4:
-            r, g, b = middle, low, high
-        elif sector == 5:
-            r, g, b = high, low, middle
-        else:
-            r, g, b = low, low, low
-        pixels[i, 0], pixels[i, 1], pixels[i, 2] = clip01(r), clip01(g), clip01(b)
+        norm = one / (six * spread)
+        from_red = norm * (g - b)
+        from_green = np.float32(norm * (b - r) + 2.0 / 6.0)  # these sums are in float64 there, too
+        from_blue = np.float32(norm * (r - g) + 4.0 / 6.0)
+        angle = from_red if r == value else (from_green if g == value else from_blue)
+        angle = angle if spread > zero else zero
+        angle = angle + one if angle < zero else angle
+        old = spread / value if value > zero else zero
+        chroma = min(one, max(zero, old * factor)) * value
+        low = value - chroma
+        sixth = angle * six
+        phase = sixth - two if sixth >= two else sixth
+        phase = phase - two if phase >= two else phase
+        phase = phase - two if phase >= two else phase
+        mid = chroma * (one - abs(phase - one)) + low
+        put(red, green, blue, i, np.int32(sixth), chroma + low, mid, low)
 
 
 @jit
-def hue(image, delta):  # type: ignore[no-untyped-def]
-    """Turns the hue by `delta` of a full circle."""
+def hue(planes, delta):  # type: ignore[no-untyped-def]
+    """Turns the hue by `delta` of a full circle, at most half of one."""
     zero, one, six = np.float32(0), np.float32(1), np.float32(6)
+    red, green, blue = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
     turn = delta * six
-    pixels = image.reshape(-1, 3)
-    for i in range(len(pixels)):
-        r, g, b = pixels[i, 0], pixels[i, 1], pixels[i, 2]
+    for i in range(len(red)):
+        r, g, b = red[i], green[i], blue[i]
+        high, low = max(r, max(g, b)), min(r, min(g, b))
+        mid = max(min(r, g), min(max(r, g), b))
         # the sector of the hexagon, counted from red; odd sectors run backwards
-        if r < g:
-            if b < r:
-                high, mid, low, sector = g, r, b, 1
-            elif b > g:
-                high, mid, low, sector = b, g, r, 3
-            else:
-                high, mid, low, sector = g, b, r, 2
-        elif b < g:
-            high, mid, low, sector = r, g, b, 0
-        elif b > r:
-            high, mid, low, sector = b, r, g, 4
-        else:
-            high, mid, low, sector = r, b, g, 5
-        angle = zero
-        if high != low:
-            ratio = (mid - low) / (high - low)
-            angle = np.float32(sector) + (ratio if sector % 2 == 0 else one - ratio)
-        angle += turn
-        while angle < zero:
-            angle += six
-        while angle >= six:
-            angle -= six
-        sector = int(angle)
+        rising = np.int32(1) if b < r else (np.int32(3) if b > g else np.int32(2))
+        falling = np.int32(0) if b < g else (np.int32(4) if b > r else np.int32(5))
+        sector = rising if r < g else falling
+        ratio = (mid - low) / (high - low)
+        ratio = one - ratio if sector & 1 else ratio
+        angle = (np.float32(sector) + ratio if high != low else zero) + turn
+        angle = angle + six if angle < zero else angle
+        angle = angle - six if angle >= six else angle
+        sector = np.int32(angle)
         ratio = angle - np.float32(sector)
-        if sector % 2 == 1:
-            ratio = one - ratio
-        mid = low + ratio * (high - low)
-        if sector == 0:
-            r, g, b = high, mid, low
-        elif sector == 1:
-            r, g, b = mid, high, low
-        elif sector == 2:
-            r, g, b = low, high, mid
-        elif sector == 3:
-            r, g, b = low, mid, high
-        elif sector == 4:
-            r, g, b = mid, low, high
-        else:
-            r, g, b = high, low, mid
-        pixels[i, 0], pixels[i, 1], pixels[i, 2] = clip01(r), clip01(g), clip01(b)
+        ratio = one - ratio if sector & 1 else ratio
+        put(red, green, blue, i, sector, high, low + ratio * (high - low), low)
+
+
+@jit
+def put(red, green, blue, i, sector, high, mid, low):  # type: ignore[no-untyped-def]
+    """Writes a pixel whose hue lies in that sixth of the circle; outside the six it is grey."""
+    r = high if sector == 0 or sector == 5 else (mid if sector == 1 or sector == 4 else low)
+    g = high if sector == 1 or sector == 2 else (mid if sector == 0 or sector == 3 else low)
+    b = high if sector == 3 or sector == 4 else (mid if sector == 2 or sector == 5 else low)
+    red[i], green[i], blue[i] = clip01(r), clip01(g), clip01(b)
