@@ -141,12 +141,15 @@ class StoredAdapter:
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    def modules(self) -> list[str]:
+        """Names, in the base, of the maps that are adapted."""
+        return sorted({n.removeprefix(_PREFIX).rpartition(".lora_")[0] for n in self.tensors})
+
     def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(the module's name in the base, A (r, in), B (out, r)); convolutions flattened."""
-        for name, a in self.tensors.items():
-            if name.endswith(".lora_A.weight"):
-                b = self.tensors[name.replace(".lora_A.", ".lora_B.")]
-                yield name.removeprefix(_PREFIX).removesuffix(".lora_A.weight"), a.flatten(1), b.flatten(1)
+        """(map, A (r, in), B (out, r)); convolutions flattened."""
+        for module in self.modules():
+            a, b = (self.tensors[f"{_PREFIX}{module}.lora_{part}.weight"] for part in "AB")
+            yield module, a.flatten(1), b.flatten(1)
 
     def delta(self, module: str) -> Tensor | None:
         """What the adapter adds to a module's weight: (out, in) float32, or None."""
@@ -156,23 +159,19 @@ class StoredAdapter:
         return self.scale * (b.float().flatten(1) @ a.float().flatten(1))
 
     def require_base(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises CheckpointError unless each pair belongs to a weight of the base, by name and size."""
-        for module, a, b in self.pairs():
-            shape = shapes.get(f"{module}.weight")
-            if shape is None or (b.shape[0], a.shape[1]) != (shape[0], math.prod(shape[1:])):
-                raise CheckpointError(
-                    f"{self.folder} adapts {module} from {a.shape[1]} to {b.shape[0]}",
-                    expected="no such map"
-                    if shape is None
-                    else f"{math.prod(shape[1:])} to {shape[0]}, as in the base",
-                    remedy="Give the adapter with the base that it was trained on.",
-                )
+        """Raises CheckpointError unless every map is in the base, with an A and a B of its size."""
+        wanted = {}
+        for module in self.modules():
+            outputs, *inputs = shapes.get(f"{module}.weight", (0, 0))
+            wanted[f"{_PREFIX}{module}.lora_A.weight"] = (self.rank, math.prod(inputs))
+            wanted[f"{_PREFIX}{module}.lora_B.weight"] = (outputs, self.rank)
+        self.require(wanted)
 
     def require(self, wanted: dict[str, tuple[int, ...]]) -> None:
         """Raises CheckpointError unless names and shapes are those."""
         for name in [*wanted, *self.tensors]:
             here, there = self.tensors.get(name), wanted.get(name)
-            if here is None or tuple(here.shape) != there:
+            if here is None or there is None or tuple(here.flatten(1).shape) != (there[0], math.prod(there[1:])):
                 found = "nothing" if here is None else tuple(here.shape)
                 raise CheckpointError(
                     f"{self.folder / ADAPTER_WEIGHTS} holds {name} as {found}",

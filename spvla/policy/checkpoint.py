@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from spvla.errors import CheckpointError
+from spvla.errors import CheckpointError, UserError
 from spvla.files import cache_dir, new_folder, write_json
 from spvla.policy.adapters import (
     ADAPTER_CONFIG,
@@ -100,6 +100,8 @@ def load_model(
         model = OpenVLA(config)
     require_shapes(shapes, {name: tuple(t.shape) for name, t in model.state_dict().items()}, folder)
     wanted = torch_dtype(dtype)
+    if load_in_8bit and load_in_4bit:
+        raise UserError("load_in_8bit and load_in_4bit", expected="one of the two", remedy="Leave one out.")
     if load_in_8bit or load_in_4bit:
         quantise(model, bits=8 if load_in_8bit else 4, dtype=wanted, device=device)
     _read_into(model, weights, device, wanted)
@@ -217,7 +219,7 @@ def policy_digest(path: str | Path) -> str:
     """
     folders = [p for p in base_of(path) if p is not None]
     patterns = ("*.safetensors", CONFIG, TOWER_FILE, ADAPTER_CONFIG, "tokenizer.json", STATISTICS)
-    files = sorted({f for folder in folders for pattern in patterns for f in folder.glob(pattern)})
+    files = [f for folder in folders for f in sorted({f for pattern in patterns for f in folder.glob(pattern)})]
     facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     memory = cache_dir() / "digests" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     if memory.exists():

@@ -1,0 +1,357 @@
+"""Checkpoints: found by path or name, refused when broken, written whole, read back bit for bit."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from policy_parts import requests, write_adapter
+from safetensors.torch import load_file, save_file
+
+import spvla
+from spvla.errors import CheckpointError, UserError
+from spvla.policy.adapters import add_lora, load_adapter, lora_layers, read_adapter, use_adapter
+from spvla.policy.checkpoint import (
+    base_of,
+    load_model,
+    norm_stats,
+    policy_digest,
+    resolve,
+    save_merged,
+    save_model,
+)
+from spvla.policy.convert import convert
+from spvla.policy.presets import create_tiny
+from spvla.policy.weights import INDEX, SINGLE, open_weights, write_weights
+
+STATS = {"suite": {"action": {"q01": [0.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return create_tiny(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    """A checkpoint to break."""
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapter") / "a", base=tiny, norm_stats=STATS)
+
+
+def state_of(path: Path) -> dict[str, torch.Tensor]:
+    return dict(open_weights(path))
+
+
+def logits_of(path: str | Path) -> np.ndarray:
+    images, instructions = requests(2)
+    return spvla.load_policy(path).decode(images, instructions, logits=True)[1]
+
+
+def reshard(folder: Path, max_shard_bytes: int) -> None:
+    tensors = state_of(folder)
+    (folder / SINGLE).unlink()
+    write_weights([(n, lambda t=t: t, t.nbytes) for n, t in tensors.items()], folder, max_shard_bytes)
+
+
+def test_tiny_is_a_few_million_parameters_and_the_same_for_equal_seeds(tiny: Path, tmp_path: Path) -> None:
+    assert sum(t.numel() for t in state_of(tiny).values()) < 10_000_000
+    assert (create_tiny(tmp_path / "again") / SINGLE).read_bytes() == (tiny / SINGLE).read_bytes()
+    assert (create_tiny(tmp_path / "other", seed=1) / SINGLE).read_bytes() != (tiny / SINGLE).read_bytes()
+
+
+def test_the_name_tiny_makes_its_checkpoint_in_the_cache(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPVLA_CACHE", str(tmp_path))
+    assert resolve("tiny").is_relative_to(tmp_path)
+    assert np.array_equal(logits_of("tiny"), logits_of(resolve("tiny")))
+
+
+def test_a_saved_model_reads_back_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
+    model = load_model(tiny)
+    save_model(model, tmp_path / "saved", source=tiny, norm_stats=STATS)
+    before, after = state_of(tiny), state_of(tmp_path / "saved")
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    assert norm_stats(tmp_path / "saved") == STATS
+    assert json.loads((tmp_path / "saved/config.json").read_text())["norm_stats"] == STATS
+    assert {p.name for p in tiny.iterdir()} <= {p.name for p in (tmp_path / "saved").iterdir()}  # tokenizer, processor
+    assert np.array_equal(logits_of(tiny), logits_of(tmp_path / "saved"))
+
+
+def test_shards_and_a_single_file_read_alike_and_keep_their_size(tiny: Path, copy: Path) -> None:
+    reshard(copy, 13_000_000)  # an embedding is 12.3 MB
+    shards = sorted(copy.glob("model-*-of-*.safetensors"))
+    assert len(shards) >= 3 and not (copy / SINGLE).exists()
+    assert all(s.stat().st_size < 13_100_000 for s in shards)
+    index = json.loads((copy / INDEX).read_text())
+    assert set(index["weight_map"].values()) == {s.name for s in shards}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in state_of(copy).values())
+    assert np.array_equal(logits_of(tiny), logits_of(copy))
+
+
+def test_bfloat16_keeps_its_bits_through_a_round_trip(tiny: Path, tmp_path: Path) -> None:
+    save_model(load_model(tiny, dtype="bfloat16"), tmp_path / "half", source=tiny)
+    save_model(load_model(tmp_path / "half", dtype="bfloat16"), tmp_path / "again", source=tmp_path / "half")
+    assert (tmp_path / "half" / SINGLE).read_bytes() == (tmp_path / "again" / SINGLE).read_bytes()
+    assert {t.dtype for t in state_of(tmp_path / "again").values()} == {torch.bfloat16}
+
+
+def test_joined_and_adapted_weights_are_saved_under_their_own_names(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    policy = spvla.load_policy(tiny)
+    policy.add_adapter("a", adapter)
+    policy.model.language_model.pack()
+    save_model(policy.model, tmp_path / "saved", source=tiny)
+    before, after = state_of(tiny), state_of(tmp_path / "saved")
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_merged_checkpoint_acts_as_its_adapter(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    save_merged(adapter, tmp_path / "merged")
+    assert np.allclose(logits_of(tmp_path / "merged"), logits_of(adapter), atol=1e-4)
+    assert np.abs(logits_of(adapter) - logits_of(tiny)).max() > 1e-2
+    assert norm_stats(tmp_path / "merged") == STATS
+    changed = [n for n, t in state_of(tmp_path / "merged").items() if not torch.equal(t, state_of(tiny)[n])]
+    assert len(changed) == len(list(read_adapter(adapter).pairs()))
+
+
+def test_an_adapter_folder_is_pefts_own(adapter: Path, tiny: Path) -> None:
+    from peft import PeftModel
+
+    policy = spvla.load_policy(adapter)
+    images, instructions = requests(1)
+    model = PeftModel.from_pretrained(load_model(tiny), str(adapter)).eval()  # read by peft, not by this project
+    own = load_adapter(load_model(tiny), adapter).eval()
+    for (name, p), (other, q) in zip(model.named_parameters(), own.named_parameters(), strict=True):
+        assert name == other and torch.equal(p, q)
+    policy_of_peft = type(policy)(
+        model=model.get_base_model(), tokenizer=policy.tokenizer, norm_stats={}, name="peft's"
+    )
+    theirs = policy_of_peft.decode(images, instructions, logits=True)[1]
+    assert np.allclose(theirs, policy.decode(images, instructions, logits=True)[1], atol=1e-4)
+
+
+def test_a_fresh_adapter_changes_nothing_and_equal_seeds_give_equal_ones(tiny: Path) -> None:
+    images = torch.zeros(1, 6, 224, 224)
+    ids = torch.tensor([[1, 278, 29871, 31800]])
+    base, adapted = load_model(tiny), add_lora(load_model(tiny), rank=4, seed=3, adapter_name="policy")
+    with torch.no_grad():
+        assert torch.equal(base(images, ids).logits, adapted(images, ids).logits)
+    again = add_lora(load_model(tiny), rank=4, seed=3, adapter_name="policy")
+    other = add_lora(load_model(tiny), rank=4, seed=4, adapter_name="policy")
+    pick = "base_model.model.projector.fc1.lora_A.policy.weight"
+    assert torch.equal(adapted.get_parameter(pick), again.get_parameter(pick))
+    assert not torch.equal(adapted.get_parameter(pick), other.get_parameter(pick))
+    assert {p.dtype for n, p in adapted.named_parameters() if "lora_" in n} == {torch.float32}
+    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in n for n in trained)
+
+
+def test_two_adapters_on_one_base_are_switched_by_a_block(tiny: Path, adapter: Path) -> None:
+    model = add_lora(load_model(tiny), rank=8, adapter_name="policy", seed=0)
+    load_adapter(model, adapter, adapter_name="opponent")
+    images, ids = torch.zeros(1, 6, 224, 224), torch.tensor([[1, 278, 29871, 31800]])
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return model.get_base_model()(images, ids).logits
+
+    with use_adapter(model, "policy"):
+        policy = logits()
+    with use_adapter(model, "opponent"):
+        opponent = logits()
+    with use_adapter(model, None):
+        base = logits()
+    assert torch.equal(policy, base)  # its B is zero
+    assert (opponent - base).abs().max() > 1e-2
+    wanted = {n: p.requires_grad for n, p in model.named_parameters()}
+    with use_adapter(model, "policy"):
+        assert wanted == {n: p.requires_grad for n, p in model.named_parameters()}
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".opponent." in n)
+    assert len(list(lora_layers(model))) > 40
+
+
+def test_a_base_is_found_absolute_and_relative_to_a_moved_run(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    assert base_of(adapter) == (tiny, adapter) and base_of(tiny) == (tiny, None)
+    run = tmp_path / "run"
+    shutil.copytree(tiny, run / "base")
+    step = Path(shutil.copytree(adapter, run / "checkpoints/step_000300"))
+    config = json.loads((step / "adapter_config.json").read_text())
+    (step / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "base"}))
+    assert base_of(step) == ((run / "base").resolve(), step.resolve())
+    assert policy_digest(step) == policy_digest(adapter)  # where the base lies is no part of the policy
+
+
+def test_the_digest_follows_everything_that_decides_behaviour(
+    monkeypatch, tiny: Path, adapter: Path, copy: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SPVLA_CACHE", str(tmp_path / "cache"))
+    first = policy_digest(tiny)
+    assert policy_digest(copy) == first == policy_digest(tiny) != policy_digest(adapter)
+    weights = load_file(copy / SINGLE)
+    weights["projector.fc1.bias"][0] += 1
+    save_file(weights, copy / SINGLE)
+    changed = policy_digest(copy)
+    assert changed != first
+    (copy / "dataset_statistics.json").write_text(json.dumps(STATS))
+    assert policy_digest(copy) not in (first, changed)
+
+
+def test_statistics_beside_a_checkpoint_come_over_those_in_its_config(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "norm_stats": {"a": 1, "suite": 2}}))
+    (copy / "dataset_statistics.json").write_text(json.dumps(STATS))
+    assert norm_stats(copy) == {"a": 1, **STATS}
+    assert spvla.load_policy(copy).norm_stats == {"a": 1, **STATS}
+
+
+def test_old_rotary_buffers_in_a_checkpoint_are_passed_over(tiny: Path, copy: Path) -> None:
+    extra = {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(12)}
+    save_file({**load_file(copy / SINGLE), **extra}, copy / SINGLE)
+    assert np.array_equal(logits_of(copy), logits_of(tiny))
+
+
+def refused(path: str | Path, *parts: str) -> None:
+    with pytest.raises(CheckpointError) as e:
+        spvla.load_policy(path)
+    assert "\n" not in str(e.value) and all(part in str(e.value) for part in parts), str(e.value)
+
+
+def test_a_missing_tensor_is_named(copy: Path) -> None:
+    weights = load_file(copy / SINGLE)
+    del weights["projector.fc2.bias"]
+    save_file(weights, copy / SINGLE)
+    refused(copy, "projector.fc2.bias", str(copy))
+
+
+def test_a_tensor_of_another_shape_is_named(copy: Path) -> None:
+    weights = load_file(copy / SINGLE)
+    weights["projector.fc2.bias"] = torch.zeros(5)
+    save_file(weights, copy / SINGLE)
+    refused(copy, "projector.fc2.bias", "(5,)", "(96,)")
+
+
+def test_an_unknown_tensor_is_named(copy: Path) -> None:
+    save_file({**load_file(copy / SINGLE), "surprise": torch.zeros(1)}, copy / SINGLE)
+    refused(copy, "surprise")
+
+
+def test_a_truncated_file_and_a_missing_or_truncated_shard_are_named(copy: Path) -> None:
+    whole = (copy / SINGLE).read_bytes()
+    (copy / SINGLE).write_bytes(whole[: len(whole) // 2])
+    refused(copy, SINGLE, "truncated")
+    (copy / SINGLE).write_bytes(whole)
+    reshard(copy, 13_000_000)
+    shard = sorted(copy.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(copy, shard.name)
+    shard.unlink()
+    refused(copy, shard.name, "missing")
+
+
+def test_an_index_that_points_outside_its_folder_is_refused(copy: Path) -> None:
+    (copy / INDEX).write_text(json.dumps({"weight_map": {"a": "../copy/model.safetensors"}}))
+    refused(copy, "model.safetensors")
+
+
+def test_pickles_are_refused_with_the_command_that_converts_them(tiny: Path, copy: Path) -> None:
+    weights = load_file(copy / SINGLE)
+    (copy / SINGLE).unlink()
+    torch.save(weights, copy / "pytorch_model.bin")
+    refused(copy, "pytorch_model.bin", f"python -m spvla.policy.convert {copy}")
+    done = subprocess.run([sys.executable, "-m", "spvla.policy.convert", str(copy)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(logits_of(copy), logits_of(tiny))
+
+
+def test_conversion_runs_no_code_of_a_pickle(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Trap()}))
+    with pytest.raises(CheckpointError, match="pytorch_model"):
+        convert(tmp_path)
+    torch.save({"a": Trap()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pytorch_model"):
+        convert(tmp_path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_what_is_no_checkpoint_is_refused(copy: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "nowhere")
+    refused("nobody/no-such-model-here", "hf download nobody/no-such-model-here")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no weights")
+    (copy / "config.json").write_text('{"model_type": "llama"}')
+    refused(copy, "llama", "openvla")
+    (copy / "config.json").unlink()
+    refused(copy, "config.json")
+
+
+def test_broken_and_foreign_adapters_are_refused_and_change_nothing(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    policy = spvla.load_policy(tiny)
+    broken = Path(shutil.copytree(adapter, tmp_path / "broken"))
+    weights = load_file(broken / "adapter_model.safetensors")
+    name = "base_model.model.projector.fc1.lora_B.weight"
+    save_file({**weights, name: torch.zeros(5, 4)}, broken / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"projector\.fc1"):
+        policy.add_adapter("x", broken)
+    save_file({n: t for n, t in weights.items() if n != name}, broken / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"projector\.fc1"):
+        policy.add_adapter("x", broken)
+    (broken / "adapter_model.safetensors").unlink()
+    torch.save(weights, broken / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="pickle"):
+        policy.add_adapter("x", broken)
+    config = json.loads((broken / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(CheckpointError, match="plain LoRA"):
+        policy.add_adapter("x", broken)
+    assert policy.adapters == [] and not any(getattr(m, "lora", None) for m in policy.model.modules())
+
+
+def test_quantisation_asks_for_a_gpu_or_its_extra(tiny: Path) -> None:
+    for bits in ("load_in_8bit", "load_in_4bit"):
+        with pytest.raises(UserError, match=bits):
+            spvla.load_policy(tiny, **{bits: True})
+    with pytest.raises(UserError, match="one of the two"):
+        spvla.load_policy(tiny, load_in_8bit=True, load_in_4bit=True)
+    with pytest.raises(UserError, match="float8"):
+        spvla.load_policy(tiny, dtype="float8")
+
+
+def test_a_kill_while_saving_leaves_the_older_checkpoint_whole(tiny: Path, tmp_path: Path) -> None:
+    target = tmp_path / "saved"
+    save_model(load_model(tiny), target, source=tiny, norm_stats=STATS)
+    before = policy_digest(target)
+    code = f"""
+import os, signal, spvla.policy.checkpoint as c, spvla.policy.weights as w
+inner = w.save_file
+def save_file(*args, **kwargs):
+    inner(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGKILL)
+w.save_file = save_file
+c.save_model(c.load_model({str(tiny)!r}), c.Path({str(target)!r}), source={str(tiny)!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert policy_digest(target) == before and norm_stats(target) == STATS
+    assert logits_of(target).shape == (2, 7, 32064)
+
+
+def test_statistics_of_an_adapter_serve_its_own_requests(tiny: Path, adapter: Path) -> None:
+    policy = spvla.load_policy(tiny)
+    policy.add_adapter("a", adapter)
+    images, instructions = requests(1)
+    assert policy.act(images, instructions, unnorm_key="suite", adapters=["a"]).shape == (1, 7)
+    with pytest.raises(UserError, match="suite"):
+        policy.act(images, instructions, unnorm_key="suite")  # the base was trained on nothing
