@@ -58,10 +58,11 @@ def work(arguments: dict[str, Job]) -> None:
     if failure_of(job.run) is not None:
         return
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast hangs on some virtualised hosts
-    context = ray.train.get_context()
-    place = Place(rank=context.get_world_rank(), world=context.get_world_size(), device=ray.train.torch.get_device())
-    threads = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
-    torch.set_num_threads(threads if place.device.type == "cpu" else min(threads, 8))
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    place = Place(rank=context.get_world_rank(), world=context.get_world_size(), device=device)
+    torch.set_num_threads(
+        1 if device.type == "cpu" else 4
+    )  # threads that wait for a busy core cost more than they give
     try:
         loop(job, place, _report)
     except SpvlaError as e:
