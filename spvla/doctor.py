@@ -112,7 +112,9 @@ def ray_cluster() -> Finding:
     try:
         done = subprocess.run(ask, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
-        return Finding("Ray", f"no answer from RAY_ADDRESS={address}", "start it (`ray start --head`) or unset RAY_ADDRESS")
+        return Finding(
+            "Ray", f"no answer from RAY_ADDRESS={address}", "start it (`ray start --head`) or unset RAY_ADDRESS"
+        )
     if done.returncode == 0:
         return Finding("Ray", f"a cluster answers at RAY_ADDRESS={address}")
     return Finding("Ray", f"no cluster at RAY_ADDRESS={address}", "start it (`ray start --head`) or unset RAY_ADDRESS")
