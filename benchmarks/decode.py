@@ -27,6 +27,7 @@ from spvla.policy.adapters import StoredAdapter, lora_config
 from spvla.policy.decoding import Decoder
 from spvla.policy.images import to_pixel_values
 from spvla.policy.linear import Rows
+from spvla.policy.llama import attend_one, attend_one_by_sums
 from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.presets import preset
 from spvla.policy.prompt import build_tiny_tokenizer, prompt_ids
@@ -280,14 +281,10 @@ class Bench:
         def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
             return ((q @ k.transpose(2, 3)).float() * width**-0.5 + mask).softmax(-1).to(v.dtype) @ v
 
-        def sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-            scores = (q.float() * k.float()).sum(-1)[:, :, None] * width**-0.5 + mask
-            return (scores.softmax(-1).transpose(2, 3) * v.float()).sum(2, keepdim=True).to(v.dtype)
-
         ways = {
-            "sdpa": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m),
+            "sdpa": attend_one,
             "matmuls": products,
-            "compiled sums": torch.compile(sums, dynamic=False),
+            "compiled sums": torch.compile(attend_one_by_sums, dynamic=False),
         }
         for name, way in ways.items():
             way(q, k, v, mask)

@@ -11,6 +11,7 @@ from spvla.policy.actions import ActionStats, decode
 from spvla.policy.checkpoint import OpenVLAPolicy
 from spvla.policy.decoding import Decoder, choose
 from spvla.policy.images import to_pixel_values
+from spvla.policy.llama import attend_one, attend_one_by_sums, seen
 from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.prompt import build_tiny_tokenizer, prompt_ids
 
@@ -144,6 +145,13 @@ def test_swapping_a_version_in_moves_no_weight_of_the_base(tmp_path) -> None:
     policy.add_adapter("a", write_adapter(tmp_path / "b", seed=1))  # replaced in place
     assert places == {n: p.data_ptr() for n, p in policy.model.named_parameters()}
     assert stacks == [m.lora.a.data_ptr() for m in policy.model.modules() if getattr(m, "lora", None)]
+
+
+def test_attention_of_one_query_is_the_same_by_sums() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 4, n, 16, generator=g) for n in (1, 24, 24))
+    mask = seen(torch.tensor([0, 10, 23]), 24, torch.float32)
+    assert torch.allclose(attend_one_by_sums(q, k, v, mask), attend_one(q, k, v, mask), atol=1e-6)
 
 
 def test_joined_weights_decode_alike_and_are_no_second_copy(policy: OpenVLAPolicy, alone) -> None:

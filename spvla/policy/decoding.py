@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spvla.errors import UserError
 from spvla.policy.linear import Rows
-from spvla.policy.llama import EAGER, Cache, Kernels, LlamaLayer
+from spvla.policy.llama import EAGER, Cache, Kernels, LlamaLayer, attend_one_by_sums
 from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.prompt import PAD
 from spvla.policy.vision import NUM_PATCHES, Block
@@ -210,6 +210,7 @@ def compiled_kernels() -> Kernels:
     options = {"dynamic": False, "fullgraph": True}
     return Kernels(
         run_block=torch.compile(Block.forward, **options),
+        attend_one=torch.compile(attend_one_by_sums, **options),
         project=torch.compile(LlamaLayer.project, **options),
         finish=torch.compile(LlamaLayer.finish, **options),
     )

@@ -96,11 +96,26 @@ class LlamaLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one query a row: (B, H, 1, K), (B, H, S, K) twice, (B, 1, 1, S) added to scores -> (B, H, 1, K)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attend_one_by_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same, for a compiler: a single query is bound by reading keys and values, which two fused sums do once.
+
+    Attention kernels made for many queries leave most of their tile empty here.
+    """
+    scores = (q.float() * k.float()).sum(-1)[:, :, None] * q.shape[-1] ** -0.5 + mask.float()  # (B, H, 1, S)
+    return (scores.softmax(-1).transpose(2, 3) * v.float()).sum(2, keepdim=True).to(v.dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
     """The steps that a decoder may replace by compiled ones."""
 
     run_block: RunBlock = Block.__call__
+    attend_one: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attend_one
     project: Callable[[LlamaLayer, Tensor, Rope], tuple[Tensor, Tensor, Tensor]] = LlamaLayer.project
     finish: Callable[[LlamaLayer, Tensor, Tensor], Tensor] = LlamaLayer.finish
 
@@ -168,7 +183,10 @@ class LlamaModel(nn.Module):
                 k, v = cache.write(i, k, v)
             if last is not None and i == self.config.depth - 1:
                 x, q, mask = take(x, last), take_head_rows(q, last), seen(last, k.shape[2], x.dtype)
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            if cache is not None and mask is not None:
+                attended = kernels.attend_one(q, k, v, mask)
+            else:
+                attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
             x = kernels.finish(layer, x, attended)
         return self.norm(x)
 
