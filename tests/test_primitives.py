@@ -43,7 +43,7 @@ def object_positions(env: LiberoEnv) -> np.ndarray:
 
 
 def check_rest(env: LiberoEnv, init_state: int) -> None:
-    """After the ten settling steps everything has fallen at most 12 cm (LIBERO drops some bowls), hardly slid, and is at rest."""
+    """Ten settling steps later all has fallen (12 cm at most: LIBERO drops some bowls), hardly slid, and is at rest."""
     env.reset(init_state)
     start = object_positions(env)
     success = [env.step(WAIT) for _ in range(10)]
