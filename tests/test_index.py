@@ -2,13 +2,16 @@
 
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from data_parts import NAME, corrupt, episode, flip_byte, index_here, shard_files, write
 
+from spvla import cli
 from spvla.config import IndexConfig
 from spvla.data import index, layout
 from spvla.data.index import ensure_index
@@ -138,6 +141,45 @@ def test_a_source_without_a_readable_episode_makes_no_index(root: Path) -> None:
     with pytest.raises(DatasetError, match=r"no readable episode in its train split \(6 skipped\)"):
         index_here(root, skip_corrupt=True)
     assert not (root / NAME / "index/index.json").exists()
+
+
+def test_what_a_killed_task_left_is_removed_later(root: Path) -> None:
+    folder = root / NAME / "index"
+    folder.mkdir()
+    old, new = folder / ".a.arrow.1.tmp", folder / ".b.arrow.2.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    index_here(root)
+    assert not old.exists() and new.exists()  # the newer may still be written to
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    write(tmp_path, [episode(i, steps=120) for i in range(60)], shards=12)
+    command = [sys.executable, "-m", "spvla.cli", "index", "--data_root_dir", str(tmp_path), "--dataset_name", NAME]
+    command += ["--num_workers", "1"]
+    entries = tmp_path / NAME / "index"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as first:
+        while not list(entries.glob("*.arrow.json")):
+            assert first.poll() is None
+            time.sleep(0.01)
+        os.killpg(first.pid, signal.SIGKILL)
+    assert not (entries / "index.json").exists()
+    done = times([p.with_suffix("") for p in entries.glob("*.arrow.json")])
+    assert 0 < len(done) < 12
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+    after = times(arrow_files(tmp_path))
+    assert len(after) == 12 and done.items() <= after.items()
+    assert len(FrameStore.open(entries)) == 60 * 120
+
+
+def test_an_unknown_data_set_ends_the_command_with_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["index", "--data_root_dir", str(root), "--dataset_name", "libero_object_noops"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"spvla: {root} holds no data set libero_object_noops; expected one of {NAME}. "
+        "Correct --dataset_name or --data_root_dir, or make one with spvla collect."
+    ]
 
 
 def test_training_never_imports_tensorflow() -> None:

@@ -6,6 +6,7 @@ TensorFlow is imported in the tasks only. On a cluster the data root must be a f
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from spvla.files import write_json
 from spvla.progress import Progress
 
 FOLDER = "index"
+ABANDONED_S = 3600.0  # a file that nobody has written to for so long
 
 
 def index(config: IndexConfig) -> None:
@@ -178,8 +180,15 @@ def finish(folder: Path, source: Layout) -> None:
         "shards": [{k: e[k] for k in ("file", "bytes", "split", "episodes", "frames")} for e in entries],
     }
     write_json(folder / INDEX, whole)
-    keep = {e["file"] for e in entries}
-    for path in folder.glob("*.arrow"):  # of shards that the source no longer has
+    tidy(folder, {e["file"] for e in entries})
+
+
+def tidy(folder: Path, keep: set[str]) -> None:
+    """Removes the files of shards that the source no longer has, and what killed tasks left long ago."""
+    for path in folder.glob("*.arrow"):
         if path.name not in keep:
             path.unlink()
             path.with_name(f"{path.name}.json").unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > ABANDONED_S:
+            path.unlink(missing_ok=True)

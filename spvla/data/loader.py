@@ -69,7 +69,7 @@ class Stream:
 
 @lru_cache(maxsize=16)
 def _order(size: int, *seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(size)
+    return np.random.default_rng(seed).permutation(np.arange(size, dtype=np.int32))
 
 
 def shares(weights: Sequence[float]) -> list[int]:
