@@ -51,6 +51,7 @@ FLOORS = {
     "spvla.sim.suites": 1,
     "spvla.sim.init_states": 2,
     "spvla.sim.stock": 2,
+    "spvla.sim.visibility": 1,
     "spvla.sim.rendering": 2,
     "spvla.sim.sampling": 2,
     "spvla.sim.controller": 3,

@@ -14,6 +14,7 @@ import mujoco
 import numpy as np
 
 from spvla.errors import InfrastructureError
+from spvla.sim.visibility import Visibility
 from spvla.types import CAMERA_SIZE
 
 MAX_GEOMS = 1000  # robosuite's: what a scene may hold
@@ -82,6 +83,7 @@ class Renderer:
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self.perturbation = mujoco.MjvPerturb()
         self.viewport = mujoco.MjrRect(0, 0, CAMERA_SIZE, CAMERA_SIZE)
+        self.visibility = Visibility(model)
         _close_at_exit()
         _OPEN.add(self)
 
@@ -90,8 +92,10 @@ class Renderer:
         assert self.context is not None, "closed"
         self.context.make_current()
         self.camera.fixedcamid = self.model.camera(camera).id
+        self.visibility.hide(data, self.camera.fixedcamid)
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self.model, data, self.options, self.perturbation, self.camera, everything, self.scene)
+        self.visibility.show()
         mujoco.mjr_render(self.viewport, self.scene, self.device)
         image = np.empty((CAMERA_SIZE, CAMERA_SIZE, 3), np.uint8)
         mujoco.mjr_readPixels(image, None, self.viewport, self.device)

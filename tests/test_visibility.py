@@ -1,0 +1,108 @@
+"""What is left out of a picture: never anything that could show."""
+
+from collections.abc import Iterator
+
+import mujoco
+import numpy as np
+import pytest
+
+from spvla.sim.assets import resolve
+from spvla.sim.libero import LiberoEnv
+from spvla.sim.rendering import Renderer
+from spvla.sim.visibility import Visibility, in_cone, in_view
+
+EYE, AXES = np.zeros(3), np.eye(3)  # looking along -z, a right angle wide: slope 1
+
+# The eye looks 30 degrees down and sees 10 to 50: what stands 9 degrees up shows in the floor only, 27 degrees down.
+WORLD = """
+<mujoco>
+  <asset><material name="glass" reflectance="0.8"/></asset>
+  <worldbody>
+    <light pos="0 0 5" castshadow="{shadow}"/>
+    <camera name="eye" pos="0 0 0" xyaxes="1 0 0 0 .5 .866" fovy="40"/>
+    <geom name="floor" type="box" size="1 1 .1" pos="0 2 -1.1" group="1" material="{floor}"/>
+    <geom name="ahead" size=".1" pos=".5 2 -.8" group="1"/>
+    <geom name="behind" size=".2" pos="0 -4 0" group="1"/>
+    <geom name="above" size=".2" pos="0 6 1" group="1" rgba="1 0 0 1"/>
+    <geom name="aside" size=".2" pos="9 6 -2" group="1"/>
+  </worldbody>
+</mujoco>"""
+
+
+def world(floor: str = "glass", shadow: str = "false") -> tuple[mujoco.MjModel, mujoco.MjData]:
+    model = mujoco.MjModel.from_xml_string(WORLD.format(floor=floor, shadow=shadow).replace('material=""', ""))
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    return model, data
+
+
+def names_seen(model: mujoco.MjModel, data: mujoco.MjData) -> set[str]:
+    visibility = Visibility(model)
+    seen = visibility.seen(data, model.camera("eye").id)
+    return {model.geom(int(g)).name for g in visibility.geoms[seen]}
+
+
+@pytest.mark.parametrize(
+    ("centre", "radius", "expected"),
+    [
+        ((0, 0, -5), 0.1, True),
+        ((0, 0, 5), 0.1, False),  # behind
+        ((4.9, 0, -5), 0.1, True),
+        ((6, 0, -5), 0.1, False),
+        ((6, 0, -5), 0.72, True),  # its distance to the pyramid's side is 1 / sqrt 2
+        ((6, 0, -5), 0.70, False),
+        ((0, -6, -5), 0.70, False),
+    ],
+)
+def test_a_sphere_shows_if_it_reaches_into_the_pyramid(centre: tuple, radius: float, expected: bool) -> None:
+    assert in_view(np.array([centre], float), np.array([radius]), EYE, AXES, 1.0).tolist() == [expected]
+
+
+def test_a_mirror_shows_what_lies_in_the_cone_around_it() -> None:
+    centres = np.array([[0, 0, -9], [3, 0, -9], [5, 0, -9]], float)
+    target = np.array([0.0, 0, -3])  # radius 1: the cone opens by arcsin(1/3), 3.18 wide at depth 9
+    assert in_cone(centres, np.full(3, 0.1), EYE, target, 1.0).tolist() == [True, True, False]
+    assert in_cone(centres, np.full(3, 0.1), EYE, target, 3.5).all()  # the eye is inside
+
+
+def test_only_a_mirror_brings_back_what_is_above_the_picture() -> None:
+    assert names_seen(*world(floor="")) == {"floor", "ahead"}
+    assert names_seen(*world()) == {"floor", "ahead", "above"}
+
+
+def test_the_mirror_image_really_is_in_the_picture() -> None:
+    """MuJoCo's own word on what mirrors: drawing with and without hiding gives the same red spot."""
+    model, data = world()
+    renderer = Renderer(model)
+    hidden = renderer.render(data, "eye")
+    renderer.visibility.all_drawn = True
+    assert np.array_equal(renderer.render(data, "eye"), hidden)
+    model.geom("above").rgba[:] = (0, 1, 0, 1)
+    assert not np.array_equal(renderer.render(data, "eye"), hidden)
+    renderer.close()
+
+
+def test_where_shadows_fall_everything_is_drawn() -> None:
+    assert Visibility(world(shadow="true")[0]).all_drawn and not Visibility(world()[0]).all_drawn
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[LiberoEnv]:
+    with LiberoEnv("libero_spatial", 0, resolve()) as env:
+        yield env
+
+
+@pytest.mark.parametrize("camera", ["agentview", "robot0_eye_in_hand"])
+def test_leaving_out_changes_no_pixel_and_nothing_in_the_model(env: LiberoEnv, camera: str) -> None:
+    env.reset(0)
+    groups, fewest = env.model.geom_group.copy(), 1.0
+    for step in range(24):
+        env.step(np.array([0.8, -0.5, 0.9 if step < 12 else -0.9, 0, 0.5, 0, -1]))
+        if step % 6 == 5:
+            picture, drawn = env.image(camera), env.renderer.scene.ngeom
+            env.renderer.visibility.all_drawn = True
+            assert np.array_equal(env.image(camera), picture)
+            fewest = min(fewest, drawn / env.renderer.scene.ngeom)
+            env.renderer.visibility.all_drawn = False
+    assert fewest < 0.95, "nothing was left out"
+    assert np.array_equal(env.model.geom_group, groups)
