@@ -43,7 +43,7 @@ def object_positions(env: LiberoEnv) -> np.ndarray:
 
 
 def check_rest(env: LiberoEnv, init_state: int) -> None:
-    """Ten settling steps later all has fallen (12 cm at most: LIBERO drops some bowls), hardly slid, and is at rest."""
+    """Ten settling steps later all has fallen (17 cm at most: LIBERO drops some bowls), hardly slid, and is at rest."""
     env.reset(init_state)
     start = object_positions(env)
     success = [env.step(WAIT) for _ in range(10)]
@@ -52,7 +52,7 @@ def check_rest(env: LiberoEnv, init_state: int) -> None:
         success.append(env.step(WAIT))
     later = object_positions(env)
     assert not any(success), f"init state {init_state} succeeds by itself"
-    assert np.abs(settled[:, 2] - start[:, 2]).max() < 0.12
+    assert np.abs(settled[:, 2] - start[:, 2]).max() < 0.17
     assert np.linalg.norm((settled - start)[:, :2], axis=1).max() < 0.03
     assert np.linalg.norm(later - settled, axis=1).max() < 0.01
 
