@@ -191,6 +191,13 @@ def test_bytes_are_cut_off_rather_than_rounded() -> None:
     assert pixels.to_uint8(colour(0.99, 0.4999, 1.0))[0, 0].tolist() == [252, 127, 255]  # 252.9, 127.7, 255.5
 
 
+def test_a_crop_up_to_the_very_edge_stays_inside() -> None:
+    image = np.full((224, 224, 3), 200, np.uint8)
+    for offset in np.nextafter(np.float32(1) - CROP_SIDE, [0, 1], dtype=np.float32):
+        drawn = Augmentation(crop_offset=float(offset), brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0)
+        assert (augment(image, drawn) == 200).all()
+
+
 def test_the_same_seed_draws_the_same_augmentation_within_the_originals_ranges() -> None:
     drawn = [draw_augmentation(np.random.default_rng(i)) for i in range(200)]
     assert drawn[3] == draw_augmentation(np.random.default_rng(3)) != drawn[4]

@@ -135,6 +135,12 @@ def test_a_disk_that_fills_up_leaves_no_half_written_file(root: Path) -> None:
     assert len(index_here(root)) == 24
 
 
+def test_a_folder_that_cannot_be_made_is_named(root: Path) -> None:
+    (root / NAME / "index").write_text("a file in its place")
+    with pytest.raises(DatasetError, match=f"{NAME}/index cannot be written"):
+        ensure_index(root, NAME)
+
+
 def test_a_source_without_a_readable_episode_makes_no_index(root: Path) -> None:
     for shard in shard_files(root / NAME / "1.0.0"):
         flip_byte(shard, 2)

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,28 @@ def ensure_index(data_root_dir: Path, dataset_name: str, *, skip_corrupt: bool =
     stale = [s for s in source.shards if not is_current(folder, s, skip_corrupt)]
     if not stale and matches(folder, source):
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / INDEX).unlink(missing_ok=True)  # from here on there is no whole index
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / INDEX).unlink(missing_ok=True)  # from here on there is no whole index
     if stale:
         with connection():
             index_shards(stale, folder, source, skip_corrupt, num_workers)
-    finish(folder, source)
+    with writing(folder):
+        finish(folder, source)
     return folder
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system says about a disk becomes one clear error."""
+    try:
+        yield
+    except OSError as e:
+        raise DatasetError(
+            f"{path} cannot be written ({e.strerror or e})",
+            expected="a folder this user can write to, on a disk with room",
+            remedy="Free the disk or correct the permissions, and run again: finished shards are kept.",
+        ) from e
 
 
 def is_current(folder: Path, shard: Shard, skip_corrupt: bool) -> bool:
@@ -133,27 +150,22 @@ def index_shard(shard: Shard, folder: Path, skip_corrupt: bool) -> None:
     path = folder / file_name(shard)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        lengths = write_batches(beside, read_episodes([shard], skipped=skipped))
-        size_bytes = beside.stat().st_size
-        beside.replace(path)
-        entry = {
-            "format": FORMAT,
-            "file": path.name,
-            "bytes": size_bytes,
-            "split": shard.split,
-            "episodes": len(lengths),
-            "frames": sum(lengths),
-            "skipped": skipped or [],
-            "sha256": digest,
-            "source": before,
-        }
-        write_json(folder / f"{path.name}.json", entry)
-    except OSError as e:
-        raise DatasetError(
-            f"{path} cannot be written ({e.strerror or e})",
-            expected="room on that disk",
-            remedy="Free the disk and run again: finished shards are kept.",
-        ) from e
+        with writing(path):
+            lengths = write_batches(beside, read_episodes([shard], skipped=skipped))
+            size_bytes = beside.stat().st_size
+            beside.replace(path)
+            entry = {
+                "format": FORMAT,
+                "file": path.name,
+                "bytes": size_bytes,
+                "split": shard.split,
+                "episodes": len(lengths),
+                "frames": sum(lengths),
+                "skipped": skipped or [],
+                "sha256": digest,
+                "source": before,
+            }
+            write_json(folder / f"{path.name}.json", entry)
     finally:
         beside.unlink(missing_ok=True)
 

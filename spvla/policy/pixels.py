@@ -114,7 +114,7 @@ def bilinear(size, start, end):  # type: ignore[no-untyped-def]
     share = np.empty(size, np.float32)
     for i in range(size):
         at = start * np.float32(size - 1) + np.float32(i) * step
-        before[i], after[i] = int(np.floor(at)), int(np.ceil(at))
+        before[i], after[i] = int(np.floor(at)), min(int(np.ceil(at)), size - 1)  # rounding may pass the edge
         share[i] = at - np.floor(at)
     return before, after, share
 
