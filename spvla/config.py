@@ -297,11 +297,14 @@ class SelfplayConfig(TrainConfig):
     num_decoders: int = 0
     promote_level: float = 0.05
     """significance level at which a worse policy is not promoted"""
+    max_trial_steps: int | None = None
+    """cut every trial short, for trying things out"""
 
     def check(self) -> None:
         super().check()
         require_suite(self.task_suite_name)
-        require_positive("iterations", self.iterations)
+        for flag in ("iterations", "num_trials_per_task", "promote_level"):
+            require_positive(flag, getattr(self, flag))
 
 
 @dataclass(frozen=True, kw_only=True)

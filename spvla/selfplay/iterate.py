@@ -20,8 +20,8 @@ from spvla.config import EvaluateConfig, SelfplayConfig
 from spvla.farm.evaluate import run_evaluation
 from spvla.farm.ledger import Ledger, TrialRow
 from spvla.files import require_writable, write_text
-from spvla.policy.checkpoint import policy_digest
-from spvla.selfplay.prepare import plain, require_datasets, run_id, start_policy
+from spvla.policy.checkpoint import base_of, norm_stats, policy_digest
+from spvla.selfplay.prepare import datasets_of, plain, require_datasets, require_startable, run_id, start_policy
 from spvla.selfplay.train import train
 from spvla.statistics import Paired, paired
 
@@ -38,10 +38,10 @@ class Iteration:
     opponent: str  # name of the policy it was trained against and is compared with
     successes: int
     trials: int
-    difference: float | None  # success rate minus the opponent's, over trials that both have
-    low: float | None
-    high: float | None
-    p_value: float | None
+    difference: float | None = None  # success rate minus the opponent's, over trials that both have
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
     verdict: str
     best: str  # name of the policy to go on from
 
@@ -54,10 +54,9 @@ def selfplay(config: SelfplayConfig) -> list[Iteration]:
     runs.write_config(run, "selfplay", config)
     with connection():
         history = [baseline(config, run)]
-        best = history[0]
         for k in range(config.iterations):
-            history.append(iterate(config, run, k, best))
             best = next(h for h in history if h.name == history[-1].best)
+            history.append(iterate(config, run, k, best))
             write_text(run / runs.HISTORY, "".join(json.dumps(asdict(h)) + "\n" for h in history))
     print(story(history))
     return history
@@ -68,49 +67,65 @@ def selfplay_id(config: SelfplayConfig) -> str:
 
 
 def baseline(config: SelfplayConfig, run: Path) -> Iteration:
-    """The start policy's success, with which iteration 0 is compared."""
+    """The start policy's success, with which iteration 0 is compared.
+
+    A policy that was never trained on the suite has no action statistics for it, and so cannot act in it.
+    """
     start = start_policy(config, run)
-    rows = evaluate_on_farm(config, run, [start])
+    require_startable(config, start)
+    able = unnorm_key(config) in norm_stats_of(start)
+    rows = evaluate_on_farm(config, run, [start]) if able else []
     return Iteration(
         name=BASELINE,
         checkpoint=start,
         policy=policy_digest(start),
         opponent="",
         **score(rows, policy_digest(start)),
-        difference=None,
-        low=None,
-        high=None,
-        p_value=None,
-        verdict="baseline",
+        verdict="baseline" if able else f"not evaluated: it has no action statistics for {unnorm_key(config)}",
         best=BASELINE,
     )
 
 
+def unnorm_key(config: SelfplayConfig) -> str:
+    """The statistics of the data that the iterations are trained on."""
+    return datasets_of(config.dataset_name)[0][0]
+
+
+def norm_stats_of(path: str) -> dict[str, object]:
+    base, adapter = base_of(path)
+    return norm_stats(base) | (norm_stats(adapter) if adapter else {})
+
+
 def iterate(config: SelfplayConfig, run: Path, k: int, best: Iteration) -> Iteration:
-    """Trains against `best`, evaluates both over the same trials, and decides which of the two to go on from."""
+    """Trains against `best`, evaluates over the same trials, and decides which of the two to go on from."""
     name = f"it-{k}"
     # a seed of its own: after a policy that was not promoted, the next try must not repeat it
     flags = replace(plain(config), vla_path=best.checkpoint, run_root_dir=run, run_id=name, seed=config.seed + k)
     trained = train(flags, label=name)
     checkpoint, digest = str(trained.checkpoint), policy_digest(str(trained.checkpoint))
-    rows = evaluate_on_farm(config, run, [best.checkpoint, checkpoint])
+    rows = evaluate_on_farm(config, run, [checkpoint])
+    iteration = judge(rows, name, checkpoint, digest, best, config.promote_level)
+    print(f"{name}  {line(iteration)}", file=sys.stderr)
+    return iteration
+
+
+def judge(
+    rows: Sequence[TrialRow], name: str, checkpoint: str, digest: str, best: Iteration, level: float
+) -> Iteration:
+    """Promotes a policy unless it is significantly worse than `best` over the trials that both have."""
     result = compare(rows, digest, best.policy)
-    promoted = not significantly_worse(result, config.promote_level)
-    iteration = Iteration(
+    promoted = not significantly_worse(result, level)
+    measured = {"difference": result.difference, "low": result.low, "high": result.high, "p_value": result.p_value}
+    return Iteration(
         name=name,
         checkpoint=checkpoint,
         policy=digest,
         opponent=best.name,
         **score(rows, digest),
-        difference=result.difference,
-        low=result.low,
-        high=result.high,
-        p_value=result.p_value,
+        **(measured if result.trials else {}),
         verdict="promoted" if promoted else f"significantly worse: going on from {best.name}",
         best=name if promoted else best.name,
     )
-    print(f"{name}  {line(iteration)}", file=sys.stderr)
-    return iteration
 
 
 def evaluate_on_farm(config: SelfplayConfig, run: Path, checkpoints: Sequence[str]) -> list[TrialRow]:
@@ -121,10 +136,12 @@ def evaluate_on_farm(config: SelfplayConfig, run: Path, checkpoints: Sequence[st
         tasks=config.tasks,
         num_trials_per_task=config.num_trials_per_task,
         num_steps_wait=config.num_steps_wait,
+        unnorm_key=unnorm_key(config),
         center_crop=config.image_aug if config.center_crop is None else config.center_crop,
         libero_assets=config.libero_assets,
         num_envs=config.num_envs,
         num_decoders=config.num_decoders,
+        max_steps=config.max_trial_steps,
         seed=config.seed,
         local_log_dir=run,
     )

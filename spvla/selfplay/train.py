@@ -37,6 +37,7 @@ from spvla.selfplay.thread import in_thread
 from spvla.selfplay.worker import FAILURE, STOP, failure_of, work
 
 _STOP_PATIENCE_S = 120.0
+_PATIENCE = 30  # minutes, about, for workers to find room on a busy or growing cluster
 _HANG_S = 600  # a collective that takes longer means a lost worker; the group is then restarted
 
 
@@ -159,7 +160,7 @@ def _trainer(job: Job, callbacks: Sequence[UserCallback]) -> TorchTrainer:
             name=runs.CHECKPOINTS,
             storage_path=str(job.run),
             callbacks=list(callbacks),
-            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=_PATIENCE),
         ),
     )
 
