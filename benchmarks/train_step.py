@@ -74,6 +74,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ways", default="cd,a,b", help="what to run; letters of one process stand together")
     parser.add_argument("--eager", action="store_true", help="c and d without torch.compile")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step of c")
+    parser.add_argument("--compare", action="store_true", help="print c with and without work on other streams")
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # this process measures it
     return parser.parse_args()
@@ -101,6 +102,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     rows = {"c": timed(args, our_step(args, learner), args.batch, passes=3, model=model) | agreement}
     if args.profile:
         profile(our_step(args, learner))
+    if args.compare:
+        compare_streams(args, learner)
     if "d" in args.way:
         with tempfile.TemporaryDirectory() as folder:
             learner.replies = ReplyStore(Path(folder) / "replies.bin", num_samples=args.batch * BATCHES, key="")
@@ -350,6 +353,25 @@ def profile(step: Callable[[], dict[str, float]]) -> None:
     print(
         p.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90), file=sys.stderr
     )
+
+
+def compare_streams(args: argparse.Namespace, learner: Learner) -> None:
+    """What the second tower's stream, and decoding aside, gain: alternated, three rounds, on stderr."""
+    side, reply, seconds = learner.network.side, learner.opponent.reply, {}
+    step = our_step(args, learner)
+    for _ in range(3):
+        for towers_aside, decoding_aside in ((False, False), (True, False), (False, True), (True, True)):
+            learner.network.side = side if towers_aside else None
+            learner.opponent.reply = reply if decoding_aside else lambda *given: reply(*given).wait()
+            for repeat in range(4):
+                start = time.perf_counter()
+                step()
+                if repeat:
+                    seconds.setdefault((towers_aside, decoding_aside), []).append(time.perf_counter() - start)
+    learner.network.side, learner.opponent.reply = side, reply
+    for (towers_aside, decoding_aside), times in seconds.items():
+        speed = args.batch / statistics.median(times)
+        print(f"towers aside {towers_aside}, decoding aside {decoding_aside}: {speed:.1f} samples/s", file=sys.stderr)
 
 
 def device_name(args: argparse.Namespace) -> str:

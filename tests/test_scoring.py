@@ -111,7 +111,7 @@ def test_padding_changes_nothing() -> None:
     generated = real_of(batch).flip(0)
     with torch.no_grad():
         plain = score_pair(network, to_inputs(batch, "cpu"), generated, bare)
-        padded = score_pair(network, to_inputs(batch, "cpu", multiple=16), generated, bare)
+        padded = score_pair(network, to_inputs(batch, "cpu", width=30), generated, bare)
         alone = score_pair(network, to_inputs(take(batch, slice(1, 2)), "cpu"), generated[1:2], bare)
     torch.testing.assert_close(plain.generated, padded.generated, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(plain.real[1:2], alone.real, atol=1e-5, rtol=1e-5)

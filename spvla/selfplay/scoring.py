@@ -47,13 +47,12 @@ class Inputs:
         return NUM_PATCHES + self.start - 1
 
 
-def to_inputs(batch: Batch, device: torch.device | str, *, multiple: int = 1) -> Inputs:
-    """Moves a batch to the device. Rows are padded until T is a multiple, so that compiled code sees few shapes."""
+def to_inputs(batch: Batch, device: torch.device | str, *, width: int = 0) -> Inputs:
+    """Moves a batch to the device, its text padded to `width` tokens at least."""
     ids, lengths = batch.input_ids, batch.attention_mask.sum(1)
     start = lengths - REAL_ROWS
     targets = np.take_along_axis(ids, start[:, None] + np.arange(REAL_ROWS), 1)
-    columns = -(-(ids.shape[1] - 1) // multiple) * multiple
-    text = np.zeros((len(ids), columns), np.int64)  # what pads is never seen: attention is causal
+    text = np.zeros((len(ids), max(ids.shape[1], width) - 1), np.int64)  # what pads is never seen: attention is causal
     text[:, : ids.shape[1] - 1] = ids[:, :-1]
     return Inputs(
         pixels=to_pixel_values(_to(batch.images, device)),
@@ -77,16 +76,19 @@ class PairLogits:
 
 def score_real(network: Network, inputs: Inputs, loras: Loras, *, cache: Callable | None = None) -> Tensor:
     """Logits of the real action and the end of sequence: (B, A + 1, V)."""
-    x = _prefix_and_real(network, inputs, loras)
+    x = _prefix_and_real(network, inputs, network.patches(inputs.pixels, loras))
     cos, sin = network.rotary(torch.arange(x.shape[1], device=x.device)[None])
     rows = Rows(cos=cos, sin=sin, mask=None, extra=0)
     keep = inputs.first[:, None] + torch.arange(REAL_ROWS, device=x.device)
     return network.logits(network.hidden(x, rows, loras, keep=keep, cache=cache), loras)
 
 
-def score_pair(network: Network, inputs: Inputs, generated: Tensor, loras: Loras) -> PairLogits:
-    """Logits of both actions in one pass; `generated` is (B, A)."""
-    x = torch.cat((_prefix_and_real(network, inputs, loras), network.embed(generated[:, :FED])), 1)
+def score_pair(
+    network: Network, inputs: Inputs, generated: Tensor, loras: Loras, *, patches: Tensor | None = None
+) -> PairLogits:
+    """Logits of both actions in one pass; `generated` is (B, A). `patches` (B, 256, D), if they are there already."""
+    patches = network.patches(inputs.pixels, loras) if patches is None else patches
+    x = torch.cat((_prefix_and_real(network, inputs, patches), network.embed(generated[:, :FED])), 1)
     rows = pair_rows(network, inputs.first, length=x.shape[1] - FED)
     steps = torch.arange(REAL_ROWS, device=x.device)
     keep = torch.cat((inputs.first[:, None] + steps, (x.shape[1] - FED + steps[:FED]).expand(len(x), -1)), 1)
@@ -106,9 +108,9 @@ def pair_rows(network: Network, first: Tensor, *, length: int) -> Rows:
     return Rows(cos=cos, sin=sin, mask=(prefix | own)[:, None], extra=FED)
 
 
-def _prefix_and_real(network: Network, inputs: Inputs, loras: Loras) -> Tensor:
+def _prefix_and_real(network: Network, inputs: Inputs, patches: Tensor) -> Tensor:
     """(B, L, D): BOS, patches, text."""
-    patches, text = network.patches(inputs.pixels, loras), network.embed(inputs.text)
+    text = network.embed(inputs.text)
     return torch.cat((text[:, :1], patches, text[:, 1:]), 1)
 
 
@@ -119,6 +121,13 @@ class Reply:
     generated: Tensor  # (B, A) int64
     real_logps: Tensor  # (B, A)
     generated_logps: Tensor  # (B, A)
+    decoded: torch.cuda.Event | None = None  # decoding goes on aside until then
+
+    def wait(self) -> "Reply":
+        """Call before the generated action is used."""
+        if self.decoded is not None:
+            torch.cuda.current_stream().wait_event(self.decoded)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +165,14 @@ class Opponent:
     def reply(self, inputs: Inputs, uniforms: Tensor) -> Reply:
         """`uniforms` (B, A) in [0, 1) decide what is sampled; greedy decoding ignores them."""
         decoder = self._decoder(inputs)
+        decoder.wait()
         logits = score_real(self.network, inputs, self.loras, cache=decoder.store)[:, :ACTION_DIM]
         generated, generated_logps = decoder.decode(logits[:, 0], inputs.first, uniforms)
         return Reply(
             generated=generated,
             real_logps=self.speech.logps(logits, inputs.real),
             generated_logps=generated_logps,
+            decoded=decoder.done,
         )
 
     @torch.no_grad()
@@ -195,6 +206,8 @@ class _Decoder:
         self.logits = torch.zeros(batch, network.vocabulary, dtype=network.dtype, device=device)
         self.first = torch.full((batch,), NUM_PATCHES, device=device)
         self.uniforms = torch.zeros(batch, ACTION_DIM, device=device)
+        self.side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self.done: torch.cuda.Event | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.out: tuple[Tensor, Tensor] | None = None
 
@@ -203,24 +216,35 @@ class _Decoder:
         self.values[layer].copy_(values)
 
     def decode(self, logits: Tensor, first: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, V) logits of the first token, its predictor's row (B,) -> ids (B, A), log-probs (B, A)."""
+        """(B, V) logits of the first token, its predictor's row (B,) -> ids (B, A), log-probs (B, A).
+
+        On a GPU they are there once `done` has passed: decoding waits for memory and leaves room for other work.
+        """
         self.logits.copy_(logits)
         self.first.copy_(first)
         self.uniforms.copy_(uniforms)
-        if self.network.device.type != "cuda":
+        if self.side is None:
             return self._loop()
         if self.graph is None:
             self._capture()
-        self.graph.replay()
-        return self.out[0].clone(), self.out[1].clone()
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            self.graph.replay()
+            ids, logps = (out.clone() for out in self.out)
+            self.done = self.side.record_event()
+        return ids, logps
+
+    def wait(self) -> None:
+        """Before the caches are written again."""
+        if self.done is not None:
+            torch.cuda.current_stream().wait_event(self.done)
 
     def _capture(self) -> None:
-        """Records the loop; what it writes into the caches while warming up is written again by the replay."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        """Records the loop. Running it first compiles it; the replay writes the same into the caches again."""
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
             self._loop()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.out = self._loop()

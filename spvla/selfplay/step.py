@@ -121,6 +121,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW([parameter], weight_decay=config.weight_decay, fused=fused)
         centers = actions.decode(np.arange(self.network.vocabulary))
         self.centers = torch.from_numpy(centers).float().to(self.device)  # (V,) action of each id
+        self.width = 0  # text tokens to pad to
         self.steps = 0  # taken, skipped ones included
         self.nonfinite = 0  # in a row
 
@@ -130,7 +131,7 @@ class Learner:
         self.total.zero_()
         self._seed_dropout()
         with clock("data"):
-            inputs = [to_inputs(b, self.device, multiple=self.multiple) for b in batches]
+            inputs = [self._inputs(b) for b in batches]
         with clock("opponent"):
             replies = [self._reply(b, x) for b, x in zip(batches, inputs, strict=True)]
         shares = self._shares(inputs, replies)
@@ -150,7 +151,7 @@ class Learner:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Teacher-forced `train_loss`, `action_accuracy` and `l1_loss` of one batch on this worker, without a step."""
-        inputs = to_inputs(batch, self.device, multiple=self.multiple)
+        inputs = self._inputs(batch)
         logits = score_real(self.network, inputs, self.loras)
         measures = imitation(logits, inputs, self.centers, self.config.logit_softcap)
         values = torch.stack([value.mean() for value in measures.values()]).tolist()
@@ -183,10 +184,11 @@ class Learner:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
-    @property
-    def multiple(self) -> int:
-        """Text is padded to this multiple: compiled code wants few shapes."""
-        return 8 if self.config.compile else 1
+    def _inputs(self, batch: Batch) -> Inputs:
+        """On the device. Compiled code wants few shapes: text is padded to the widest seen."""
+        if self.config.compile:
+            self.width = max(self.width, batch.input_ids.shape[1])
+        return to_inputs(batch, self.device, width=self.width)
 
     def _trained(self) -> tuple[Flat, Loras]:
         if not self.config.use_lora:
@@ -236,7 +238,7 @@ class Learner:
         sample = 1 / (sum(len(x.text) for x in inputs) * self.world)
         if self.config.objective == "sft" or not self.config.drop_collisions:
             return Shares(sample=sample, pair=sample)
-        kept = sum((~collided(x, r)).sum() for x, r in zip(inputs, replies, strict=True)).float()
+        kept = sum((~collided(x, r.wait())).sum() for x, r in zip(inputs, replies, strict=True)).float()
         if self.world > 1:
             dist.all_reduce(kept)
         return Shares(sample=sample, pair=1 / kept.clamp(min=1))
@@ -268,7 +270,8 @@ class Learner:
         """The policy's logits (B, A + 1, V), and its log-probs of the generated action (B, A)."""
         loras = partial(self.loras, dropout=self.config.lora_dropout) if self.config.lora_dropout else self.loras
         if self.config.objective == "spin":
-            pair = score_pair(self.network, inputs, reply.generated, loras)
+            patches = self.network.patches(inputs.pixels, loras)  # while the opponent still decodes
+            pair = score_pair(self.network, inputs, reply.wait().generated, loras, patches=patches)
             return pair.real, self.speech.logps(pair.generated, reply.generated)
         logits = score_real(self.network, inputs, loras)
         return logits, None if reply is None else self.speech.greedy(logits[:, :ACTION_DIM])

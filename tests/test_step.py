@@ -1,0 +1,427 @@
+"""One update: equal to the original fork's, exact to resume, the same on two workers as on one, not spoilt by a NaN."""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from selfplay_parts import golden_core, golden_inputs, join, ragged_batch, take, tiny_core, tiny_model
+from torch import nn
+
+from spvla.config import TrainConfig
+from spvla.errors import CheckpointError, TrainingError, UserError
+from spvla.policy.adapters import add_lora
+from spvla.selfplay import step as step_module
+from spvla.selfplay.replies import ReplyStore
+from spvla.selfplay.scoring import Reply, score_real
+from spvla.selfplay.step import Learner, StepConfig, learning_rate
+from spvla.types import ACTION_DIM, Batch
+
+FORK = StepConfig(objective="spvla", beta=0.5, eta=0.01, sft_weight=1.0, logp_reduction="mean")
+SPIN = StepConfig(beta=0.5, learning_rate=1e-3)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def trained(learner: Learner, steps: int, *, start: int = 0, size: int = 2) -> torch.Tensor:
+    for i in range(start, start + steps):
+        learner.step([ragged_batch(size, seed=i)])
+    return learner.policy.master.clone()
+
+
+# --- the original fork's step
+
+
+@pytest.fixture
+def golden_step(golden: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Batch, dict[str, np.ndarray]]:
+    """The fork's batch starts from pixel values, whose images are not on file; and its numbers."""
+    inputs = golden_inputs(np.load(golden / "model" / "golden.npz"))
+    monkeypatch.setattr(step_module, "to_inputs", lambda batch, device, width: inputs)
+    return ragged_batch(4), dict(np.load(golden / "selfplay.npz"))
+
+
+def golden_model(golden: Path, *names: str) -> nn.Module:
+    model = golden_core(golden)
+    values = load_file(golden / "selfplay_lora_r4.safetensors")
+    for name in names:
+        model = add_lora(model, rank=4, adapter_name=name)
+    parameters = dict(model.named_parameters())
+    for key, value in values.items():
+        for name in names:
+            parameters[key.replace(".default.", f".{name}.")].data.copy_(value)
+    return model
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
+def test_a_step_equals_the_forks_against_the_base(golden: Path, golden_step: tuple, loss_type: str) -> None:
+    """Log-probs, loss, gradient, and the losses after one AdamW step."""
+    batch, arrays = golden_step
+    expected = {k.removeprefix(f"head/{loss_type}/seed0base/"): v for k, v in arrays.items()}
+    learner = Learner(golden_model(golden, "policy"), StepConfig(**{**vars(FORK), "loss_type": loss_type}))
+    losses = partial(learner._losses, golden_inputs(np.load(golden / "model" / "golden.npz")))
+    objective, measured = losses(learner.opponent.own_greedy(learner_inputs(golden)), step_module.Shares(1 / 4, 1 / 4))
+    objective.backward()
+    check_gradient(learner, expected)
+    learner.policy.grad.zero_()
+    for short, name in (("pr", "policy_real"), ("pg", "policy_generated"), ("o_r", "opponent_real")):
+        assert measured.sums[f"{name}_logps"].item() == pytest.approx(expected[short].mean(), abs=1e-5)
+    first, second = learner.step([batch]), learner.step([batch])
+    assert first["grad_norm"] == pytest.approx(expected["lora_grad_norm"], rel=1e-5)
+    for metrics, prefix in ((first, ""), (second, "after1/")):
+        assert metrics["selfplay_loss"] == pytest.approx(expected[f"{prefix}loss"], abs=1e-5)
+        assert metrics["train_loss"] == pytest.approx(expected[f"{prefix}sft"], abs=1e-5)
+        assert metrics["total_loss"] == pytest.approx(expected[f"{prefix}total"], abs=1e-5)
+
+
+def learner_inputs(golden: Path) -> object:
+    return golden_inputs(np.load(golden / "model" / "golden.npz"))
+
+
+def check_gradient(learner: Learner, expected: dict[str, np.ndarray]) -> None:
+    lora = learner.policy.lora("projector.fc2")
+    for leaf, part in ((lora.a, "lora_A"), (lora.b, "lora_B")):
+        name = f"grad/base_model.model.projector.fc2.{part}.default.weight"
+        np.testing.assert_allclose(leaf.grad, expected[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
+def test_a_step_equals_the_forks_against_its_own_copy(golden: Path, golden_step: tuple, loss_type: str) -> None:
+    """The fork's copied opponent goes on running the *policy's* vision towers, gradient and all (its towers' forward is
+    bound to the original). Ours is frozen as a whole; with the towers tied for this test its numbers come out."""
+    batch, arrays = golden_step
+    expected = {k.removeprefix(f"head/{loss_type}/same/"): v for k, v in arrays.items()}
+    learner = Learner(golden_model(golden, "policy", "opponent"), StepConfig(**{**vars(FORK), "loss_type": loss_type}))
+    frozen = learner.opponent.loras
+
+    def tied(inputs: object) -> Reply:
+        loras = lambda site: (learner.policy.lora if site.startswith("vision") else frozen)(site)  # noqa: E731
+        logits = score_real(learner.network, inputs, loras)[:, :ACTION_DIM]
+        return Reply(
+            generated=logits.detach().argmax(-1),
+            real_logps=learner.speech.logps(logits, inputs.real),
+            generated_logps=learner.speech.greedy(logits),
+        )
+
+    first = learner.step([batch])  # equal weights: equal log-probs, whoever's towers ran
+    assert first["selfplay_loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert first["real_rewards"] == first["generated_rewards"] == 0
+    learner = Learner(golden_model(golden, "policy", "opponent"), learner.config)
+    frozen, learner.opponent.own_greedy = learner.opponent.loras, tied
+    first, second = learner.step([batch]), learner.step([batch])
+    assert first["grad_norm"] == pytest.approx(expected["lora_grad_norm"], rel=1e-5)
+    assert second["total_loss"] == pytest.approx(expected["after1/total"], abs=1e-5)
+    assert second["selfplay_loss"] == pytest.approx(expected["after1/loss"], abs=1e-5)
+
+
+# --- objectives
+
+
+def test_an_untrained_policy_loses_log_two_against_itself() -> None:
+    """One y' scored by both: equal models, x = 0; in the fork's form too, where eta is 0."""
+    for config in (SPIN, StepConfig(objective="spvla", beta=0.7, logp_reduction="mean")):
+        fresh = add_lora(tiny_core(), rank=4, adapter_name="policy")  # B is zero
+        metrics = Learner(fresh, config).step([ragged_batch(3)])
+        assert metrics["selfplay_loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert metrics["total_loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert metrics["margin"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["spin", "spvla", "sft"])
+def test_repeated_steps_on_one_batch_lower_the_loss(objective: str) -> None:
+    config = StepConfig(objective=objective, beta=0.5, learning_rate=5e-3, logp_reduction="mean")
+    learner, batch = Learner(tiny_model("policy"), config), ragged_batch(2)
+    losses = [learner.step([batch])["total_loss"] for _ in range(4)]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_metrics_carry_the_names_of_the_original() -> None:
+    metrics = Learner(tiny_model("policy"), SPIN).step([ragged_batch(2)])
+    expected = "train_loss action_accuracy l1_loss normalized_loss selfplay_loss total_loss grad_norm margin"
+    expected += " policy_real_logps policy_generated_logps opponent_real_logps opponent_generated_logps"
+    expected += " action_logit_max action_logit_min real_rewards generated_rewards collision_rate"
+    expected += " data_s opponent_s forward_s backward_s memory_gib"
+    assert set(expected.split()) <= set(metrics)
+    assert metrics["margin"] == pytest.approx(metrics["real_rewards"] - metrics["generated_rewards"], abs=1e-5)
+    assert metrics["normalized_loss"] == pytest.approx(-metrics["policy_real_logps"] / ACTION_DIM, rel=1e-5)
+    assert metrics["action_logit_min"] < metrics["action_logit_max"]
+
+
+def collided_batch(learner: Learner, size: int) -> Batch:
+    """A batch whose real actions are the opponent's own, but for the last sample."""
+    batch = ragged_batch(size, even=True)
+    inputs = step_module.to_inputs(batch, "cpu")
+    own = learner.opponent.reply(inputs, torch.zeros(size, ACTION_DIM)).generated.numpy()
+    own[-1] = inputs.real[-1]
+    start = int(inputs.start[0])
+    ids = batch.input_ids.copy()
+    ids[:, start : start + ACTION_DIM] = own
+    return Batch(**{**vars(batch), "input_ids": ids})
+
+
+def test_pairs_without_signal_are_counted_and_can_be_left_out_of_the_mean() -> None:
+    """Of four pairs three collide. They have loss log 2 and no gradient, so leaving them out makes it four times."""
+    kept, dropped = (Learner(tiny_model("policy"), StepConfig(beta=0.5, drop_collisions=d)) for d in (False, True))
+    batch = collided_batch(kept, 4)
+    all_four, one = kept.step([batch]), dropped.step([take(batch, slice(0, 2)), take(batch, slice(2, 4))])
+    assert all_four["collision_rate"] == one["collision_rate"] == 0.75
+    assert all_four["selfplay_loss"] == pytest.approx((3 * math.log(2) + one["selfplay_loss"]) / 4, abs=1e-5)
+    assert one["grad_norm"] == pytest.approx(4 * all_four["grad_norm"], rel=1e-4)
+
+
+def test_a_batch_of_collisions_alone_is_finite() -> None:
+    learner = Learner(tiny_model("policy"), StepConfig(beta=0.5, drop_collisions=True))
+    metrics = learner.step([take(collided_batch(learner, 3), slice(0, 2))])
+    assert metrics["collision_rate"] == 1 and metrics["total_loss"] == 0 and metrics["grad_norm"] == 0
+
+
+def test_a_soft_cap_bounds_what_the_losses_see() -> None:
+    """Capped at 1e-6 all 32064 tokens are alike, so a token's cross entropy is log 32064."""
+    learner = Learner(tiny_model("policy"), StepConfig(beta=0.5, logit_softcap=1e-6))
+    metrics = learner.step([ragged_batch(2)])
+    assert metrics["train_loss"] == pytest.approx(math.log(32_064), abs=1e-4)
+    assert metrics["policy_real_logps"] == pytest.approx(-7 * math.log(32_064), abs=1e-3)
+
+
+# --- what spoils a step
+
+
+def test_a_hard_batch_is_skipped_cleanly() -> None:
+    learner = Learner(tiny_model("policy"), StepConfig(beta=0.7, skip_hard_above=0.5))
+    before = learner.policy.master.clone()
+    metrics = learner.step([ragged_batch(2)])  # cross entropy of an untrained model: about 10
+    assert metrics["hard_rate"] == 1 and metrics["skipped"] == 1 and metrics["nonfinite_in_a_row"] == 0
+    assert metrics["total_loss"] == 0 and math.isfinite(metrics["grad_norm"])
+    assert torch.equal(learner.policy.master, before)
+    easy = Learner(tiny_model("policy"), StepConfig(beta=0.7, skip_hard_above=50.0)).step([ragged_batch(2)])
+    assert easy["hard_rate"] == 0 and easy["skipped"] == 0
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_ends_the_run_after_three() -> None:
+    learner = Learner(tiny_model("policy"), StepConfig(beta=0.5, max_nonfinite_steps=3))
+    good = trained(learner, 1)
+    sound = learner.network.sites["projector.fc1"]
+    learner.network.sites["projector.fc1"] = sound._replace(bias=sound.bias + math.nan)
+    for count in (1, 2):
+        metrics = learner.step([ragged_batch(2)])
+        assert metrics["skipped"] == 1 and metrics["nonfinite_in_a_row"] == count
+    learner.network.sites["projector.fc1"] = sound
+    assert torch.equal(learner.policy.master, good)
+    assert learner.step([ragged_batch(2)])["nonfinite_in_a_row"] == 0  # one good step forgives
+    learner.network.sites["projector.fc1"] = sound._replace(bias=sound.bias + math.inf)
+    with pytest.raises(TrainingError, match="3 steps in a row.*last checkpoint stays.*learning_rate"):
+        trained(learner, 3)
+
+
+def test_the_gradient_is_clipped_to_its_norm() -> None:
+    """AdamW's first step does not depend on scale, but its moments do: exp_avg is 0.1 times the clipped gradient."""
+    learner = Learner(tiny_model("policy"), StepConfig(beta=0.5, max_grad_norm=1e-3))
+    metrics = learner.step([ragged_batch(2)])
+    assert metrics["grad_norm"] > 1e-2
+    moment = learner.optimizer.state_dict()["state"][0]["exp_avg"]
+    assert (moment.norm() / 0.1).item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_schedules_warm_up_and_fall() -> None:
+    base = {"learning_rate": 1.0, "warmup_steps": 4, "max_steps": 14}
+    rates = {
+        s: [learning_rate(StepConfig(lr_schedule=s, **base), i) for i in range(15)]
+        for s in ("constant", "linear", "cosine")
+    }
+    for schedule in rates.values():
+        assert schedule[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates["constant"][5:] == [1.0] * 10
+    assert rates["linear"][9] == pytest.approx(0.5) and rates["linear"][14] == 0
+    assert rates["cosine"][9] == pytest.approx(0.5) and rates["cosine"][14] == pytest.approx(0)
+    assert rates["cosine"][6] > rates["linear"][6]
+
+
+# --- the opponent
+
+
+def test_a_frozen_opponent_stays_and_the_base_stays() -> None:
+    model = tiny_model("policy", "opponent")
+    before = {n: p.clone() for n, p in model.named_parameters() if ".policy." not in n}
+    trained(Learner(model, SPIN), 2)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[n], value) for n, value in before.items())
+
+
+def test_peft_sees_what_was_trained() -> None:
+    model = tiny_model("policy")
+    learner = Learner(model, SPIN)
+    a, b = learner.policy.lora("0.o")[:2]
+    before = b.clone()
+    trained(learner, 1)
+    layer = model.get_base_model().language_model.model.layers[0].self_attn.o_proj
+    assert torch.equal(layer.lora_A["policy"].weight, a) and torch.equal(layer.lora_B["policy"].weight, b)
+    assert not torch.equal(b, before)
+
+
+def test_an_averaged_opponent_follows_the_policy() -> None:
+    """Worked by hand: after each step opponent = 0.75 opponent + 0.25 policy, on A and B each."""
+    learner = Learner(tiny_model("policy"), StepConfig(beta=0.5, opponent_update="ema", ema_decay=0.75))
+    expected = learner.policy.master.clone()
+    assert torch.equal(learner.average.master, expected)
+    for i in range(2):
+        expected = 0.75 * expected + 0.25 * trained(learner, 1, start=i)
+        torch.testing.assert_close(learner.average.master, expected)
+    assert not torch.equal(learner.average.master, learner.policy.master)
+
+
+def test_kept_replies_spare_the_opponent_and_change_nothing(tmp_path: Path) -> None:
+    store = ReplyStore(tmp_path / "replies.bin", num_samples=1000, key="")
+    kept, fresh = Learner(tiny_model("policy"), SPIN, replies=store), Learner(tiny_model("policy"), SPIN)
+    batches = [ragged_batch(2, seed=seed) for seed in (1, 2)]
+    for batch in batches:
+        kept.step([batch]), fresh.step([batch])
+    kept.opponent.reply = None  # from here on it must not be asked
+    for batch in batches:
+        mixed = take(join(batch), slice(None, None, -1))  # another order
+        ours, theirs = kept.step([mixed]), fresh.step([mixed])
+        assert ours["opponent_generated_logps"] == pytest.approx(theirs["opponent_generated_logps"], abs=1e-4)
+    torch.testing.assert_close(kept.policy.master, fresh.policy.master, atol=1e-5, rtol=0)
+
+
+def test_replies_of_an_opponent_that_moves_are_not_kept(tmp_path: Path) -> None:
+    store = ReplyStore(tmp_path / "replies.bin", num_samples=10, key="")
+    with pytest.raises(UserError, match="frozen opponent"):
+        Learner(tiny_model("policy"), StepConfig(opponent_update="ema"), replies=store)
+
+
+def test_a_model_without_the_policy_adapter_is_refused() -> None:
+    with pytest.raises(UserError, match="add_lora"):
+        Learner(tiny_model("other"), SPIN)
+
+
+# --- exactness
+
+
+def test_two_micro_batches_equal_one_of_twice_the_size() -> None:
+    batch = ragged_batch(4, even=True)
+    one, two = (Learner(tiny_model("policy"), SPIN) for _ in range(2))
+    for _ in range(2):
+        whole, halves = one.step([batch]), two.step([take(batch, slice(0, 2)), take(batch, slice(2, 4))])
+    torch.testing.assert_close(one.policy.master, two.policy.master, atol=1e-5, rtol=0)
+    for name in ("total_loss", "grad_norm", "action_logit_max", "policy_real_logps"):
+        assert whole[name] == pytest.approx(halves[name], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        StepConfig(beta=0.5, opponent_update="ema", ema_decay=0.9, lr_schedule="cosine", max_steps=6),
+        StepConfig(beta=0.5, opponent_temperature=1.0, lora_dropout=0.3, max_grad_norm=0.1, warmup_steps=3),
+        StepConfig(objective="sft", use_lora=False, learning_rate=1e-3),
+    ],
+    ids=["ema", "sampled, with dropout", "every weight"],
+)
+def test_a_resumed_run_is_bit_equal(config: StepConfig) -> None:
+    def learner() -> Learner:
+        return Learner(tiny_model("policy", dropout=config.lora_dropout) if config.use_lora else tiny_core(), config)
+
+    straight = learner()
+    torch.manual_seed(0)
+    expected = trained(straight, 4)
+    first, second = learner(), learner()
+    trained(first, 2)
+    second.load_state_dict(first.state_dict())
+    torch.manual_seed(1)  # nothing may hang on the global generator
+    assert torch.equal(trained(second, 2, start=2), expected)
+    assert second.steps == 4
+    if second.average is not None:
+        assert torch.equal(second.average.master, straight.average.master)
+
+
+def test_a_state_of_another_rank_is_refused() -> None:
+    state = Learner(tiny_model("policy", rank=2), SPIN).state_dict()
+    with pytest.raises(CheckpointError, match="lora_rank"):
+        Learner(tiny_model("policy", rank=4), SPIN).load_state_dict(state)
+
+
+def test_every_weight_can_be_trained_and_is_saved_by_the_model() -> None:
+    model = tiny_core()
+    names = ("language_model.model.layers.0.self_attn.k_proj.weight", "language_model.model.embed_tokens.weight")
+    names += ("vision_backbone.featurizer.cls_token", "vision_backbone.featurizer.patch_embed.proj.weight")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    learner = Learner(model, StepConfig(objective="sft", use_lora=False, learning_rate=1e-2, weight_decay=0.0))
+    losses = [learner.step([ragged_batch(2)])["train_loss"] for _ in range(4)]
+    assert losses[-1] < losses[0]
+    after = dict(model.named_parameters())
+    assert not any(torch.equal(after[n], before[n]) for n in names)
+    unused = "vision_backbone.fused_featurizer.attn_pool.q.weight"
+    assert torch.equal(after[unused], before[unused])
+    assert learner.evaluate(ragged_batch(2))["train_loss"] == pytest.approx(
+        Learner(model, learner.config).evaluate(ragged_batch(2))["train_loss"], abs=1e-5
+    )
+
+
+def test_evaluation_changes_nothing_and_equals_the_steps_own_numbers() -> None:
+    learner, batch = Learner(tiny_model("policy"), SPIN), ragged_batch(3)
+    before = learner.policy.master.clone()
+    seen = learner.evaluate(batch)
+    assert torch.equal(learner.policy.master, before) and learner.steps == 0
+    metrics = learner.step([batch])
+    assert {n: pytest.approx(metrics[n], abs=1e-5) for n in seen} == seen
+
+
+def test_every_flag_of_the_step_is_a_training_flag() -> None:
+    config = TrainConfig(beta=0.3, lora_dropout=0.1, objective="spvla")
+    assert (StepConfig.of(config).beta, StepConfig.of(config).objective) == (0.3, "spvla")
+
+
+# --- several workers
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    """One of two processes: half of each batch, with and without pairs left out of the mean."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    results = {}
+    for drop in (False, True):
+        learner = ddp_learner(drop)
+        for seed in range(2):
+            metrics = learner.step([take(ddp_batch(seed), slice(2 * rank, 2 * rank + 2))])
+        results[drop] = learner.policy.master, metrics
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def ddp_learner(drop: bool) -> Learner:
+    """A small rate: where a gradient is all but zero, AdamW turns its rounding into a step of any part of the rate."""
+    config = StepConfig(beta=0.5, sft_weight=0.1, drop_collisions=drop, learning_rate=1e-4)
+    return Learner(tiny_model("policy"), config)
+
+
+def ddp_batch(seed: int) -> Batch:
+    """Of the first four samples one collides, so that the two workers have different numbers of pairs that count."""
+    batch = ragged_batch(4, seed=seed, even=True)
+    collided = collided_batch(ddp_learner(False), 4) if seed == 0 else batch
+    return join(take(collided, slice(0, 1)), take(batch, slice(1, 4)))
+
+
+def test_two_workers_give_the_adapter_of_one_with_twice_the_batch(tmp_path: Path) -> None:
+    mp.spawn(work, args=(2, str(tmp_path)), nprocs=2)
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for drop in (False, True):
+        (first, seen), (second, also_seen) = ours[drop], theirs[drop]
+        assert torch.equal(first, second)
+        alone = ddp_learner(drop)
+        collisions = []
+        for seed in range(2):
+            metrics = alone.step([ddp_batch(seed)])
+            collisions.append(metrics["collision_rate"])
+        assert collisions[0] == 0.25
+        torch.testing.assert_close(first, alone.policy.master, atol=1e-5, rtol=0)
+        for name in ("total_loss", "grad_norm", "collision_rate", "action_logit_max", "action_logit_min", "margin"):
+            assert seen[name] == also_seen[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6)
