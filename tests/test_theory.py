@@ -1,0 +1,80 @@
+"""The closed form of docs/theory.md against a tabular softmax policy trained on the loss itself."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from spvla.selfplay.objective import optimum, spin_loss
+
+DATA = torch.tensor([0.40, 0.25, 0.15, 0.10, 0.07, 0.03], dtype=torch.float64)
+OPPONENT = torch.tensor([0.10, 0.15, 0.30, 0.05, 0.25, 0.15], dtype=torch.float64)
+
+
+def expected_loss(logits: Tensor, data: Tensor, opponent: Tensor, beta: float) -> Tensor:
+    """The loss over all pairs y ~ data, y' ~ opponent, each by its probability."""
+    policy, opponent_logps = logits.log_softmax(-1), opponent.log()
+    pairs = torch.cartesian_prod(torch.arange(len(data)), torch.arange(len(data)))
+    real, generated = pairs[:, 0], pairs[:, 1]
+    loss = spin_loss(policy[real], policy[generated], opponent_logps[real], opponent_logps[generated], beta=beta).loss
+    return (data[real] * opponent[generated] * loss).sum()
+
+
+def trained(data: Tensor, opponent: Tensor, beta: float) -> Tensor:
+    """A softmax over the table of actions, minimised to the end."""
+    logits = opponent.log().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = expected_loss(logits, data, opponent, beta)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return logits.detach().softmax(-1)
+
+
+def total_variation(p: Tensor, q: Tensor) -> float:
+    return 0.5 * (p - q).abs().sum().item()
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.7, 1.0])
+def test_a_tabular_policy_trains_to_the_closed_form(beta: float) -> None:
+    found = trained(DATA, OPPONENT, beta)
+    assert total_variation(found, optimum(OPPONENT, DATA, beta)) < 1e-3
+    assert total_variation(found, OPPONENT) > 0.1  # it has moved
+
+
+def test_at_beta_one_a_single_iteration_reaches_the_data() -> None:
+    assert total_variation(optimum(OPPONENT, DATA, 1.0), DATA) < 1e-12
+
+
+def test_two_actions_worked_by_hand() -> None:
+    """Opponent 1/2, 1/2; data 4/5, 1/5; beta 2: the square roots of the ratios, 2 : 1."""
+    found = optimum(torch.tensor([0.5, 0.5]), torch.tensor([0.8, 0.2]), 2.0)
+    assert found.tolist() == pytest.approx([2 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.7, 1.0])
+def test_the_data_is_a_fixed_point(beta: float) -> None:
+    assert total_variation(optimum(DATA, DATA, beta), DATA) < 1e-12
+    logits = DATA.log().requires_grad_()
+    expected_loss(logits, DATA, DATA, beta).backward()
+    assert logits.grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("beta", "converges"), [(0.3, False), (0.45, False), (0.7, True), (1.0, True), (3.0, True)])
+def test_iterations_reach_the_data_when_beta_is_above_a_half(beta: float, converges: bool) -> None:
+    """The error in log-ratios shrinks by |1 - 1 / beta| an iteration, so below 1/2 it grows."""
+    policy = OPPONENT
+    for _ in range(40):
+        policy = optimum(policy, DATA, beta)
+    assert (total_variation(policy, DATA) < 1e-3) == converges
+
+
+def test_one_iteration_scales_the_log_ratios_by_one_minus_one_over_beta() -> None:
+    before, after = (DATA.log() - p.log() for p in (OPPONENT, optimum(OPPONENT, DATA, 0.7)))
+    ratio = (after - after.mean()) / (before - before.mean())
+    assert ratio.tolist() == pytest.approx([1 - 1 / 0.7] * len(DATA))
