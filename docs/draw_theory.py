@@ -15,7 +15,7 @@ from spvla.selfplay.objective import optimum
 
 DATA = torch.tensor([0.40, 0.25, 0.15, 0.10, 0.07, 0.03], dtype=torch.float64)
 START = torch.tensor([0.10, 0.15, 0.30, 0.05, 0.25, 0.15], dtype=torch.float64)
-BETAS, ITERATIONS = (0.3, 0.45, 0.7, 1.0, 3.0), 8
+BETAS, ITERATIONS = (0.3, 0.45, 0.7, 1.0, 3.0), 7
 
 
 def distances(beta: float) -> list[float]:
@@ -33,7 +33,7 @@ def main() -> None:
     for beta in BETAS:
         left.plot(distances(beta), marker="o", markersize=3, label=f"β = {beta:g}")
     left.set(xlabel="iteration", ylabel="total variation to the data", ylim=(0, 1))
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc=(0.75, 0.12))
     width = 0.16
     bars = {"data": DATA, "opponent": START} | {f"β = {b:g}": optimum(START, DATA, b) for b in (0.3, 0.7, 3.0)}
     for i, (label, p) in enumerate(bars.items()):
