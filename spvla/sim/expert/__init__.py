@@ -11,6 +11,7 @@ from spvla.sim.expert.skills import Expert
 from spvla.sim.libero import LiberoEnv
 
 SETTLE = np.array([0, 0, 0, 0, 0, 0, OPEN])
+AFTERWARDS = 8  # steps to draw back once the task is solved and the hand is empty
 SETTLING_STEPS = 10  # objects fall before the hand moves, as in evaluation
 
 
@@ -25,8 +26,10 @@ def demonstrate(env: LiberoEnv, init_state: int, rng: np.random.Generator) -> li
     scene = Scene(env)
     expert = Expert(scene=scene, arm=Arm(scene=scene, pace=rng.uniform(0.85, 1.0)), rng=rng)
     actions: list[np.ndarray] = []
-    solved = False
+    solved = 0  # steps since when the task has been solved
     for action in islice(pursue(expert), env.max_steps):
         actions.append(action.astype(np.float32))
-        solved = env.step(actions[-1])
+        solved = solved + 1 if env.step(actions[-1]) else 0
+        if solved > AFTERWARDS and expert.arm.gripper == OPEN:
+            break
     return actions if solved else None

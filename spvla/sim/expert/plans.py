@@ -1,5 +1,10 @@
 """From a task's goal, as LIBERO's BDDL files state it, to skills: one rule for each kind of goal."""
 
+import numpy as np
+
+from spvla.sim.expert.furniture import pull_open, push_shut, swing_shut, turn_knob
+from spvla.sim.expert.grasps import OPENING
+from spvla.sim.expert.joints import Part
 from spvla.sim.expert.motion import Motion
 from spvla.sim.expert.skills import CannotDo, Expert
 
@@ -23,8 +28,33 @@ def pursue(expert: Expert) -> Motion:
 def achieve(expert: Expert, goal: list[str]) -> Motion:
     """One goal, such as ["in", "milk_1", "basket_1_contain_region"]."""
     kind, name, *rest = goal
-    if kind in ("in", "on"):
-        yield from expert.pick(name)
-        yield from expert.place(name, expert.scene.where(rest[0]))
+    scene = expert.scene
+    if kind == "open":
+        yield from pull_open(expert, Part.of(scene, name))
+    elif kind == "turnon":
+        yield from turn_knob(expert, Part.of(scene, name))
+    elif kind == "close":
+        part = Part.of(scene, name)
+        yield from (push_shut if part.slides else swing_shut)(expert, part)
+    else:
+        yield from bring(expert, name, rest[0])
+
+
+def bring(expert: Expert, name: str, target: str) -> Motion:
+    """Puts a thing in or on another thing or region, opening its drawer first where it has one."""
+    region = expert.scene.problem.object_sites_dict.get(target)
+    if region is not None and region.joints:
+        part = Part.of(expert.scene, target)
+        if not part.is_open:
+            yield from pull_open(expert, part)
+    if is_flat(expert, name):
+        yield from expert.push(name, expert.scene.where(target))
         return
-    raise CannotDo(f"{kind} {name}")
+    yield from expert.pick(name)
+    yield from expert.place(name, expert.scene.where(target))
+
+
+def is_flat(expert: Expert, name: str) -> bool:
+    """Wider than the hand opens and too low for the fingers: such as a plate."""
+    size = np.ptp(expert.scene.cloud(name), axis=0)
+    return bool(size[:2].min() > OPENING and size[2] < 0.03)

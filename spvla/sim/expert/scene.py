@@ -18,6 +18,7 @@ from spvla.sim.libero import LiberoEnv
 
 SPACING = 0.004  # m, between neighbouring surface points
 FURNITURE = 0.25  # m; a geom with a longer half side is a table, a floor or a wall
+WRIST = (0.088, 0.21)  # m from the grip site to the wrist: back and up
 ROBOT = ("robot0", "gripper0", "mount0")
 
 
@@ -45,6 +46,15 @@ class Scene:
     def opening(self) -> float:
         """Metres between the fingers: 0.08 open, 0 closed."""
         return float(abs(self.data.qpos[self.fingers]).sum())
+
+    def stretch(self, position: np.ndarray) -> float:
+        """Metres from shoulder to wrist with the hand at `position`, fingers down; the arm is straight at 0.70."""
+        across, up = position[:2] - self.shoulder[:2], position[2] + WRIST[1] - self.shoulder[2]
+        return float(np.hypot(np.linalg.norm(across) - WRIST[0], up))
+
+    @cached_property
+    def shoulder(self) -> np.ndarray:
+        return self.data.body("robot0_link2").xpos.copy()
 
     # --- things
 

@@ -7,11 +7,14 @@ from scipy.spatial.transform import Rotation
 
 from spvla.sim.expert.clearance import lowest, lowest_along
 from spvla.sim.expert.grasps import OPENING, Grasp, grasps
-from spvla.sim.expert.motion import DOWN, Arm, Motion, Pose
+from spvla.sim.expert.motion import DOWN, Arm, Motion, Pose, yawed
 from spvla.sim.expert.scene import Scene
 
 NOTHING = np.zeros((0, 3))
-LIFT = 0.03  # m kept above whatever lies on the way
+LIFT = 0.02  # m kept above whatever lies on the way
+BEHIND = 0.025  # m from a pushed thing's edge, where the fingers come down
+SKIM = 0.013  # m of the grip site above the table while pushing: fingertips just clear of it
+COMFORTABLE = 0.60  # m from shoulder to wrist
 
 
 class CannotDo(Exception):
@@ -34,7 +37,9 @@ class Expert:
             grasp = self.choose_grasp(name, skip=attempt)
             yield from self.arm.open(0 if self.scene.opening > OPENING - 0.01 else 8)
             yield from self.travel(grasp.pose, obstacles=self.scene.obstacles())
-            yield from self.arm.go(grasp.pose, near=0.003, pace=0.7)
+            yield from self.arm.go(grasp.pose, near=0.003, pace=0.7, straight=True)
+            if np.linalg.norm(self.scene.position - grasp.pose.position) > 0.02:
+                continue
             yield from self.arm.close()
             yield from self.arm.go(grasp.pose.moved(0, 0, 0.04), near=0.02, pace=0.6)
             if self.scene.holds(name):
@@ -44,12 +49,12 @@ class Expert:
     def choose_grasp(self, name: str, *, skip: int = 0) -> Grasp:
         obstacles = self.scene.obstacles(name)
         found = grasps(self.scene.cloud(name), obstacles, ground=self.scene.ground)
+        found.sort(key=lambda g: g.cost + 4 * max(0.0, self.scene.stretch(g.pose.position) - COMFORTABLE))
         if len(found) <= skip:
             raise CannotDo(f"find a grasp of {name}")
-        good = [g for g in found if g.cost < found[0].cost + 0.02]
         if skip:
             return found[min(len(found) - 1, 5 * skip)]
-        return good[self.rng.integers(len(good))]
+        return found[self.rng.integers(min(3, len(found)))]
 
     def travel(self, to: Pose, *, obstacles: np.ndarray, held: np.ndarray = NOTHING, margin: float = LIFT) -> Motion:
         """Up, across and to a point straight above `to`, clear of everything on the way."""
@@ -70,7 +75,7 @@ class Expert:
         if not self.scene.holds(name):
             raise CannotDo(f"keep hold of {name}")
         pose = self.release_pose(name, target, obstacles, turn=False)
-        yield from self.arm.go(pose.moved(0, 0, -sinks), near=0.006, pace=0.6)
+        yield from self.arm.go(pose.moved(0, 0, -sinks), near=0.006, pace=0.6, straight=True)
         yield from self.release()
 
     def release_pose(self, name: str, target: np.ndarray, obstacles: np.ndarray, *, turn: bool) -> Pose:
@@ -99,6 +104,29 @@ class Expert:
         """(N, 3) points of a held thing in the hand's frame."""
         here = self.arm.pose
         return here.rotation.inv().apply(self.scene.cloud(name) - here.position)
+
+    def push(self, name: str, target: np.ndarray) -> Motion:
+        """Pushes a flat thing over the table with both fingers, until its origin is at `target` (x, y)."""
+        where, cloud = self.scene.where(name), self.scene.cloud(name)
+        way = (target - where)[:2]
+        way = way / np.linalg.norm(way)
+        behind = float((-(cloud - where)[:, :2] @ way).max())
+        yaw = (np.arctan2(way[1], way[0]) + np.pi / 2) % np.pi - np.pi / 2
+        at = where[:2] - (behind + BEHIND) * way
+        start = Pose(position=np.array([*at, self.scene.ground + SKIM]), rotation=yawed(float(yaw)))
+        yield from self.arm.open(0 if self.scene.opening > OPENING - 0.01 else 8)
+        yield from self.travel(start, obstacles=self.scene.obstacles())
+        yield from self.arm.go(start, near=0.006, pace=0.7, straight=True)
+        for _ in range(120):
+            left = target[:2] - self.scene.where(name)[:2]
+            if left @ way < 0.004:
+                break
+            ahead = self.scene.position[:2] + (min(left @ way, 0.05) + 0.01) * way
+            aside = (left - (left @ way) * way) * 0.3
+            yield self.arm.toward(
+                Pose(position=np.array([*(ahead + aside), start.position[2]]), rotation=start.rotation), 0.6
+            )
+        yield from self.arm.go(self.arm.pose.moved(*(-0.03 * way), 0.08), near=0.02)
 
     def release(self, rise: float = 0.06) -> Motion:
         """Lets go, then draws back straight up while the fingers still open."""
