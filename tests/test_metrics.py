@@ -1,6 +1,5 @@
 """Numbers reach the file, the console and W&B, once each and in order, whatever was killed."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -58,7 +57,7 @@ def test_wandb_offline_keeps_curves_in_the_run_and_no_key_anywhere(
     key = "0123456789abcdef0123456789abcdef01234567"
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    config = TrainConfig(use_wandb=True, wandb_mode="offline")
+    config = TrainConfig(use_wandb=True)  # "online", but the environment says otherwise
     first = Wandb(tmp_path, config)
     first.write({"step": 1, "total_loss": 0.5})
     first.close()
@@ -68,4 +67,3 @@ def test_wandb_offline_keeps_curves_in_the_run_and_no_key_anywhere(
     files = [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_symlink()]
     assert any(p.suffix == ".wandb" and b"total_loss" in p.read_bytes() for p in files)
     assert not [p for p in files if key.encode() in p.read_bytes()]
-    assert json.dumps(key) not in " ".join(str(p) for p in files)

@@ -28,7 +28,7 @@ from spvla import runs
 from spvla.errors import CheckpointError, DatasetError, TrainingError, UserError
 from spvla.files import write_json
 from spvla.policy.checkpoint import load_policy
-from spvla.selfplay.prepare import datasets_of, locked, require_same_run, run_id, start_policy
+from spvla.selfplay.prepare import datasets_of, locked, require_same_run, require_startable, run_id, start_policy
 from spvla.selfplay.train import train
 
 
@@ -99,7 +99,10 @@ def test_a_truncated_start_policy_is_named_before_ray_starts(data: Path, tmp_pat
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="model.safetensors"):
-        train(quick_flags(data, tmp_path, vla_path=str(base)))
+        train(quick_flags(data, tmp_path / "runs", vla_path=str(base)))
+    with pytest.raises(CheckpointError, match="no checkpoint at /nowhere"):
+        train(quick_flags(data, tmp_path / "runs", vla_path="/nowhere"))
+    assert not (tmp_path / "runs").exists()
 
 
 # One process, no Ray: what a step leaves behind
@@ -140,6 +143,8 @@ def test_self_play_begins_at_log_two_and_learns_from_there(data: Path, tmp_path:
 def test_a_checkpoint_is_a_policy_by_itself_and_a_start_for_the_next_iteration(data: Path, tmp_path: Path) -> None:
     run = train_here(quick_flags(data, tmp_path, run_id="first", learning_rate=2e-3))
     checkpoint = runs.latest_checkpoint(run)
+    with pytest.raises(UserError, match="--lora_rank 8 .* expected 4"):
+        require_startable(quick_flags(data, tmp_path, vla_path=str(checkpoint), lora_rank=8))
     policy = load_policy(checkpoint)
     action = policy.act([np.zeros((224, 224, 3), np.uint8)], ["follow the light"], unnorm_key=DATASET)
     assert action.shape == (1, 7) and np.isfinite(action).all()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from spvla import runs
 from spvla.config import TrainConfig
 from spvla.data.index import ensure_index
+from spvla.policy.checkpoint import policy_digest
 from spvla.policy.images import encode_jpeg
 from spvla.selfplay.prepare import Job, run_id, start_policy
 from spvla.selfplay.session import Place
@@ -64,7 +65,9 @@ def job_of(config: TrainConfig) -> Job:
     run = config.run_root_dir / run_id(config)
     run.mkdir(parents=True, exist_ok=True)
     stores = ((DATASET, ensure_index(config.data_root_dir, DATASET), 1.0),)
-    return Job(config=config, run=run, start=start_policy(config, run), stores=stores, use_gpu=False)
+    start = start_policy(config, run)
+    digest = policy_digest(start)
+    return Job(config=config, run=run, start=start, start_digest=digest, stores=stores, use_gpu=False)
 
 
 def train_here(config: TrainConfig, report: Report = lambda row, checkpoint: None) -> Path:

@@ -50,6 +50,7 @@ def selfplay(config: SelfplayConfig) -> list[Iteration]:
     """Runs, or goes on with, all iterations; returns the history. Raises as `train` and `run_evaluation` do."""
     config.check()
     require_datasets(config)
+    require_startable(config)
     run = require_writable(config.run_root_dir / selfplay_id(config), flag="--run_root_dir")
     runs.write_config(run, "selfplay", config)
     with connection():
@@ -72,7 +73,6 @@ def baseline(config: SelfplayConfig, run: Path) -> Iteration:
     A policy that was never trained on the suite has no action statistics for it, and so cannot act in it.
     """
     start = start_policy(config, run)
-    require_startable(config, start)
     able = unnorm_key(config) in norm_stats_of(start)
     rows = evaluate_on_farm(config, run, [start]) if able else []
     return Iteration(

@@ -92,7 +92,7 @@ class Wandb:
             self.session = wandb.init(
                 project=config.wandb_project,
                 entity=config.wandb_entity,
-                mode=config.wandb_mode,
+                mode=None if config.wandb_mode == "online" else config.wandb_mode,  # None: WANDB_MODE decides
                 name=run.name,
                 dir=run,
                 id=known,

@@ -23,6 +23,8 @@ from spvla.policy.checkpoint import base_of, policy_digest
 from spvla.policy.presets import create_tiny
 from spvla.policy.weights import open_weights
 
+TINY = "tiny"  # the preset's name
+
 # Flags that change how a run is carried out, not what it learns: they may differ when it goes on. The start policy and
 # the data are compared by what they hold, not by where they lie.
 _FREE = {
@@ -39,6 +41,7 @@ class Job:
     config: TrainConfig
     run: Path
     start: str  # the start policy, which is also the opponent
+    start_digest: str
     stores: tuple[tuple[str, Path, float], ...]  # data set, its indexed store, its weight
     use_gpu: bool
 
@@ -114,7 +117,7 @@ def require_datasets(config: TrainConfig) -> None:
 
 def start_policy(config: TrainConfig, run: Path) -> str:
     """Absolute path (or local name) of the policy to start from; the preset 'tiny' is made in RUN/base first."""
-    if config.vla_path == "tiny":
+    if config.vla_path == TINY:
         base = run / "base"
         if not base.exists():
             create_tiny(base, seed=config.seed)
@@ -123,9 +126,11 @@ def start_policy(config: TrainConfig, run: Path) -> str:
     return str(path.resolve()) if path.exists() else config.vla_path
 
 
-def require_startable(config: TrainConfig, start: str) -> None:
+def require_startable(config: TrainConfig) -> None:
     """The start policy is whole, and where it is an adapter, which training goes on with, the flags fit it."""
-    base, adapter = base_of(start)
+    if config.vla_path == TINY:
+        return
+    base, adapter = base_of(config.vla_path)
     open_weights(base)
     if adapter is None:
         return
@@ -173,4 +178,11 @@ def prepare(config: TrainConfig, run: Path, start: str) -> Job:
         (name, ensure_index(root, name, skip_corrupt=config.skip_corrupt), weight)
         for name, weight in datasets_of(config.dataset_name)
     ]
-    return Job(config=plain(config), run=run, start=start, stores=tuple(stores), use_gpu=use_gpu)
+    return Job(
+        config=plain(config),
+        run=run,
+        start=start,
+        start_digest=policy_digest(start),
+        stores=tuple(stores),
+        use_gpu=use_gpu,
+    )

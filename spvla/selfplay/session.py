@@ -21,7 +21,7 @@ from spvla.data.loader import Loader, Split
 from spvla.data.store import FrameStore
 from spvla.errors import DatasetError
 from spvla.policy.adapters import add_lora, load_adapter, save_adapter
-from spvla.policy.checkpoint import base_of, load_model, norm_stats, policy_digest, save_model
+from spvla.policy.checkpoint import base_of, load_model, norm_stats, save_model
 from spvla.policy.prompt import load_tokenizer
 from spvla.selfplay.metrics import Row, Smoothed
 from spvla.selfplay.prepare import Job
@@ -163,7 +163,7 @@ class Session:
         return ReplyStore(
             self.job.run / "replies" / f"rank_{self.place.rank}.bin",
             num_samples=sum(len(store) for store in self.stores),
-            key=digest(policy_digest(self.job.start), self.data, flags),
+            key=digest(self.job.start_digest, self.data, flags),
         )
 
 

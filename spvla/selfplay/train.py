@@ -58,10 +58,10 @@ def train(config: TrainConfig, *, label: str = "train", callbacks: Sequence[User
     """
     config.check()
     require_datasets(config)
+    require_startable(config)
     run = require_writable(config.run_root_dir / run_id(config), flag="--run_root_dir")
     with locked(run):
         start = start_policy(config, run)
-        require_startable(config, start)
         require_same_run(config, run, start)
         sweep_out(run)
         if (done := finished(config, run)) is not None:
