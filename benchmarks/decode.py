@@ -76,7 +76,7 @@ class Bench:
         count = max(args.batches)
         self.images = smooth_images(count, rng)
         self.prompts = [prompt_ids(tokenizer, INSTRUCTIONS[i % len(INSTRUCTIONS)]) for i in range(count)]
-        self.max_prompt = -(-max(map(len, self.prompts)) // 8) * 8
+        self.max_prompt = max(map(len, self.prompts))
         self.rows = Rows()
         self.result = Result(machine=machine(self.device))
         self.decoders: dict[int, Decoder] = {}

@@ -298,6 +298,22 @@ def test_what_is_no_checkpoint_is_refused(copy: Path, tmp_path: Path) -> None:
     refused(copy, "config.json")
 
 
+def test_a_hugging_face_name_is_found_in_the_local_cache(monkeypatch, tiny: Path, tmp_path: Path) -> None:
+    cached = tmp_path / "models--someone--model"
+    shutil.copytree(tiny, cached / "snapshots/abc")
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert resolve("someone/model") == cached / "snapshots/abc"
+    assert np.array_equal(logits_of("someone/model"), logits_of(tiny))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_said_so(tiny: Path) -> None:
+    with pytest.raises(UserError, match="without a GPU"):
+        spvla.load_policy(tiny, device="cuda")
+
+
 def test_broken_and_foreign_adapters_are_refused_and_change_nothing(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     policy = spvla.load_policy(tiny)
     broken = Path(shutil.copytree(adapter, tmp_path / "broken"))

@@ -80,12 +80,21 @@ def test_a_fixed_bucket_fills_up_and_splits(model: OpenVLA, alone) -> None:
     images, instructions = requests(16)
     for count in (3, 6):
         assert np.array_equal(policy.decode(images[:count], instructions[:count]), alone[0][:count])
-    first = policy.prepare()
-    policy.decode(images[4:5], instructions[4:5])
-    assert policy.prepare() is first  # the decoder is kept
-    long = "put the plate on the stove and then " * 4
-    policy.decode(images[:1], [long])
-    assert policy.prepare() is not first and policy.prepare().max_prompt % 8 == 0
+
+
+def test_a_bucket_prepared_for_the_longest_instruction_serves_all(model: OpenVLA, alone) -> None:
+    policy = OpenVLAPolicy(
+        model=model, tokenizer=build_tiny_tokenizer(), norm_stats={}, name="reference", decode_batch_size=2
+    )
+    images, instructions = requests(6)
+    policy.prepare(instructions)
+    prepared = policy._decoder
+    for i in range(5):  # each alone in its bucket, each at the longest one's length
+        assert np.array_equal(policy.decode(images[i : i + 1], instructions[i : i + 1])[0], alone[0][i])
+    assert policy._decoder is prepared
+    policy.decode(images[:1], ["put the plate on the stove and then " * 4])  # longer than was prepared for
+    assert policy._decoder is not prepared
+    assert np.array_equal(policy.decode(images, instructions), alone[0][:6])
 
 
 def test_sampling_follows_the_seed_not_the_batch(policy: OpenVLAPolicy) -> None:

@@ -92,6 +92,7 @@ def load_model(
     load_in_4bit: bool = False,
 ) -> OpenVLA:
     """The network of a base checkpoint, in evaluation mode. All is checked before any weight is read."""
+    require_device(device)
     folder = resolve(path)
     weights = open_weights(folder)
     shapes = {name: shape for name, shape in weights.shapes.items() if not _IGNORED.fullmatch(name)}
@@ -106,6 +107,15 @@ def load_model(
         quantise(model, bits=8 if load_in_8bit else 4, dtype=wanted, device=device)
     _read_into(model, weights, device, wanted)
     return model.eval().requires_grad_(False).to(device)
+
+
+def require_device(device: str) -> None:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"device {device!r} without a GPU that torch {torch.__version__} can use",
+            expected="a CUDA device and a CUDA build of torch",
+            remedy="Give device='cpu', or install torch for your CUDA version.",
+        )
 
 
 def resolve(path: str | Path) -> Path:

@@ -22,7 +22,7 @@ from spvla.policy.prompt import prompt_ids
 from spvla.policy.resident import Residents, read_statistics
 from spvla.types import IMAGE_SIZE
 
-PROMPT_MULTIPLE = 8  # a fixed bucket's prompt length is rounded up to this
+PROMPT_MULTIPLE = 8  # a fixed bucket whose prompts turn out longer grows in these steps
 
 
 class OpenVLAPolicy:
@@ -89,7 +89,7 @@ class OpenVLAPolicy:
         seeds = [0] * count if seeds is None and not any(heat) else seeds
         check_length("seeds", seeds or (), count)
         slots = self.residents.slots_of(self._adapter_names(adapters, count))
-        decoder = self.prepare(count, max(map(len, prompts)))
+        decoder = self._decoder_for(count, max(map(len, prompts)))
         ids, every = [], []
         for start in range(0, count, decoder.batch_size):
             part = slice(start, start + decoder.batch_size)
@@ -104,26 +104,29 @@ class OpenVLAPolicy:
             every += [out.logits.cpu().numpy()] if logits else []
         return (np.concatenate(ids), np.concatenate(every)) if logits else np.concatenate(ids)
 
-    def prepare(self, batch_size: int = 1, max_prompt: int = 0) -> Decoder:
-        """The decoder for a batch. A fixed bucket's is kept, until a longer prompt or a larger stack of adapters comes.
+    def prepare(self, instructions: Sequence[str] = (), *, max_prompt: int = 0) -> None:
+        """Makes a fixed bucket's decoder ahead of time, for the longest of these instructions or `max_prompt` tokens.
 
-        Call it ahead with the longest prompt's length, so that no request waits for compilation and all run alike.
+        Then no request waits for a compiler, and all run in one shape. Without a fixed bucket there is nothing to do.
         """
+        if self.decode_batch_size:
+            longest = max([max_prompt, *(len(prompt_ids(self.tokenizer, i)) for i in instructions)])
+            self._decoder_for(self.decode_batch_size, longest)
+
+    def _decoder_for(self, batch_size: int, longest: int) -> Decoder:
+        """A fixed bucket's is kept, until a longer prompt comes or the stacks of adapters have grown."""
         if not self.decode_batch_size:
             kind = {"rows": self.residents.rows, "cuda_graphs": False}
-            return Decoder(self.model, batch_size=batch_size, max_prompt=max_prompt, **kind)
+            return Decoder(self.model, batch_size=batch_size, max_prompt=longest, **kind)
         kept = self._decoder
-        if kept is None or max_prompt > kept.max_prompt or self._version != self.residents.version:
-            longest = max(max_prompt, kept.max_prompt if kept else 0)
-            kept = self._decoder = None  # the old one's memory goes before the new one's comes
-            self._version = self.residents.version
-            self._decoder = Decoder(
-                self.model,
-                batch_size=self.decode_batch_size,
-                max_prompt=-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE,
-                rows=self.residents.rows,
-            )
-        assert self._decoder is not None
+        if kept is not None and longest <= kept.max_prompt and self._version == self.residents.version:
+            return kept
+        max_prompt = longest if kept is None else max(kept.max_prompt, -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
+        kept = self._decoder = None  # the old one's memory goes before the new one's comes
+        self._version = self.residents.version
+        self._decoder = Decoder(
+            self.model, batch_size=self.decode_batch_size, max_prompt=max_prompt, rows=self.residents.rows
+        )
         return self._decoder
 
     def add_adapter(self, name: str, folder: Path) -> None:
