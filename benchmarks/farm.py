@@ -7,6 +7,8 @@ supply  policy steps a second of the environment workers, each answering itself 
 demand  actions a second of the policy actors, every batch full
 farm    actions a second of both together, once every worker has ended a trial and until trials run short
 
+CPU milliseconds of one action are given beside each: on a machine with other work they say what rates cannot.
+
 The farm cannot exceed the smaller of supply and demand; its share of that is the figure of merit. On a CPU-only
 machine, where environments and policy share the cores, it cannot exceed 1 / (1 / supply + 1 / demand) either (each
 action costs both), which is given beside it as "sharing cores". Prints a table and writes JSON.
@@ -14,11 +16,12 @@ action costs both), which is given beside it as "sharing cores". Prints a table 
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +39,14 @@ from spvla.farm.actors import (
     Version,
     WorkerSettings,
 )
+from spvla.farm.batcher import BatchStats
 from spvla.farm.farm import Farm, cluster_sizes
 from spvla.farm.ledger import Ledger
+from spvla.farm.pool import Crew
 from spvla.farm.protocol import Protocol
 from spvla.farm.run import Job, Run
 from spvla.farm.sizing import DECODER_CPUS, Sizes, decode_batch_size
-from spvla.sim import libero
+from spvla.sim import suites
 from spvla.types import MAX_STEPS, Trial
 
 VERSION = Version(digest="random", name="random weights", path="random", base="random", is_adapter=False)
@@ -57,10 +62,8 @@ def main() -> None:
         bench = Bench(args)
         rounds = []
         for n in range(args.rounds):
-            supply, demand = bench.supply(), bench.demand()
-            farm = bench.farm(n)
-            rounds.append({"supply": supply, "demand": demand, **farm})
-            say(f"round {n}: supply {supply:.1f}/s  demand {demand:.1f}/s  farm {farm['farm']:.1f}/s")
+            rounds.append(bench.supply() | bench.demand() | bench.farm())
+            say(f"round {n}: " + "  ".join(f"{k} {v:.2f}" for k, v in rounds[-1].items()))
     results = summary(args, bench, rounds)
     print(json.dumps(results, indent=2))
     if args.out:
@@ -101,30 +104,27 @@ def random_policy(base: str, settings: ServerSettings) -> Any:
     for name, parameter in model.named_parameters():
         plain = "norm" in name or name.endswith("scale_factor")
         parameter.data.fill_(1.0) if plain else parameter.data.normal_(0, 0.02, generator=generator)
-    policy = OpenVLAPolicy(
+    return OpenVLAPolicy(
         model=model,
         tokenizer=build_tiny_tokenizer(),
         norm_stats={suite: STATISTICS for suite in MAX_STEPS},
         name=base,
         decode_batch_size=settings.decode_batch_size,
     )
-    if settings.decode_batch_size:
-        policy.prepare(max_prompt=48)
-    return policy
 
 
 class SupplyWorker(EnvWorker):
     """An environment worker that answers itself."""
 
-    def supply(self, order: Order, seconds: float) -> tuple[int, float]:
-        """(policy steps, seconds) over whole trials, the first one not counted: it opens the environment."""
+    def supply(self, order: Order, seconds: float) -> tuple[int, float, float]:
+        """(policy steps, seconds, CPU seconds) over whole trials, the first not counted: it opens the environment."""
         self.play(order, self.answer)
-        steps, start = 0, time.monotonic()
+        steps, start, cpu = 0, time.monotonic(), time.process_time()
         while (now := time.monotonic()) - start < seconds:
             trial = replace(order.trial, init_state=(order.trial.init_state + 1) % 50)
             order = replace(order, trial=trial)
             steps += self.play(order, self.answer).outcome.steps
-        return steps, now - start
+        return steps, now - start, time.process_time() - cpu
 
     @staticmethod
     def answer(image: np.ndarray, instruction: str) -> np.ndarray:
@@ -134,24 +134,25 @@ class SupplyWorker(EnvWorker):
 class DemandServer(PolicyServer):
     """A policy server that asks itself, every batch full."""
 
-    async def demand(self, suite: str, instruction: str, seconds: float) -> float:
+    async def demand(self, suite: str, instruction: str, seconds: float) -> tuple[int, float, float]:
+        """(actions, seconds, CPU seconds)."""
         import asyncio
 
         return await asyncio.get_running_loop().run_in_executor(
             self.decoding, self._demand, suite, instruction, seconds
         )
 
-    def _demand(self, suite: str, instruction: str, seconds: float) -> float:
+    def _demand(self, suite: str, instruction: str, seconds: float) -> tuple[int, float, float]:
         rng = np.random.default_rng(0)
         image = rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)
         request = Request(version=VERSION.digest, image=image, instruction=instruction, unnorm_key=suite)
         batch = [request] * self.settings.max_batch
         for _ in range(3):
             self.act_now(batch)
-        actions, start = 0, time.monotonic()
+        actions, start, cpu = 0, time.monotonic(), time.process_time()
         while (now := time.monotonic()) - start < seconds:
             actions += len(self.act_now(batch))
-        return actions / (now - start)
+        return actions, now - start, time.process_time() - cpu
 
 
 class Bench:
@@ -182,10 +183,10 @@ class Bench:
             load=random_policy,
         )
         self.version = replace(VERSION, base=args.preset)
-        self.instructions = [t.instruction for t in libero.tasks(self.suite)]
+        self.instructions = [t.instruction for t in suites.tasks(self.suite)]
         say(f"{self.sizes}, batches of {batch_size}, logs in {self.working.log_folder}")
 
-    def supply(self) -> float:
+    def supply(self) -> dict[str, float]:
         remote = ray.remote(max_restarts=0)(SupplyWorker)
         workers = [
             remote.options(num_cpus=self.sizes.env_cpus).remote(f"supply-{i}", self.working)
@@ -198,9 +199,9 @@ class Bench:
         found = ray.get([w.supply.remote(o, self.args.seconds) for w, o in zip(workers, orders, strict=True)])
         for worker in workers:
             ray.kill(worker)
-        return sum(steps / seconds for steps, seconds in found)
+        return together("supply", found)
 
-    def demand(self) -> float:
+    def demand(self) -> dict[str, float]:
         remote = ray.remote(max_restarts=0)(DemandServer)
         gpus = 1 if self.sizes.device == "cuda" else 0
         servers = [
@@ -211,9 +212,9 @@ class Bench:
         found = ray.get([s.demand.remote(self.suite, self.instructions[0], self.args.seconds) for s in servers])
         for server in servers:
             ray.kill(server)
-        return sum(found)
+        return together("demand", found)
 
-    def farm(self, n: int) -> dict[str, float]:
+    def farm(self) -> dict[str, float]:
         """Actions a second while every worker has a trial."""
         per_task = -(-self.args.trials * self.sizes.envs // len(self.instructions))
         trials = [self.trial(task, i) for task in range(len(self.instructions)) for i in range(per_task)]
@@ -233,11 +234,13 @@ class Bench:
                 instructions={(self.suite, i): text for i, text in enumerate(self.instructions)},
                 steps_limit=MAX_STEPS,
             )
-            window = Window(self.sizes.envs)
+            window = Window(farm)
             Run(farm, job, ledger).play(window.look)
             steps = sum(row.steps for row in ledger.outcomes())
             return {
                 "farm": window.rate,
+                "farm_env_cpu_ms": window.env_cpu_ms,
+                "farm_policy_cpu_ms": window.policy_cpu_ms,
                 "window_s": window.seconds,
                 "batch_fill": window.mean_size / self.serving.max_batch,
                 "busy": window.busy,
@@ -264,25 +267,42 @@ class Bench:
         return Trial(policy=VERSION.digest, suite=self.suite, task=task, init_state=init_state)
 
 
-class Window:
-    """From when every worker has ended a trial until fewer are pending than workers: (time, answers) at both ends."""
+@dataclass(frozen=True)
+class Reading:
+    at_s: float
+    stats: BatchStats
+    env_cpu_s: float
+    policy_cpu_s: float
 
-    def __init__(self, envs: int) -> None:
-        self.envs, self.ends = envs, []
+
+class Window:
+    """From when every worker has ended a trial until none is pending: readings at both ends."""
+
+    def __init__(self, farm: Farm) -> None:
+        self.farm, self.envs, self.ends = farm, farm.sizes.envs, []
 
     def look(self, run: Run) -> None:
-        begun = len({name for name, w in run.work.items()}) == self.envs and run.made >= 2 * self.envs
-        if begun and run.scheduler.num_pending > 0:
-            stats = run.batch_stats()
-            if not self.ends or stats.requests > self.ends[-1][1].requests:
-                self.ends = [*self.ends[:1], (time.monotonic(), stats)]
+        if len(run.work) < self.envs or run.made < 2 * self.envs or run.scheduler.num_pending == 0:
+            return
+        stats = run.batch_stats()
+        if not self.ends or stats.requests > self.ends[-1].stats.requests:
+            env_s, policy_s = cpu_seconds(self.farm.workers), cpu_seconds(self.farm.servers)
+            self.ends = [*self.ends[:1], Reading(time.monotonic(), stats, env_s, policy_s)]
+
+    @property
+    def env_cpu_ms(self) -> float:
+        return 1000 * (self.ends[-1].env_cpu_s - self.ends[0].env_cpu_s) / max(1, self.difference("requests"))
+
+    @property
+    def policy_cpu_ms(self) -> float:
+        return 1000 * (self.ends[-1].policy_cpu_s - self.ends[0].policy_cpu_s) / max(1, self.difference("requests"))
 
     @property
     def seconds(self) -> float:
-        return self.ends[-1][0] - self.ends[0][0] if len(self.ends) > 1 else 0.0
+        return self.ends[-1].at_s - self.ends[0].at_s if len(self.ends) > 1 else 0.0
 
     def difference(self, name: str) -> float:
-        return getattr(self.ends[-1][1], name) - getattr(self.ends[0][1], name) if len(self.ends) > 1 else 0.0
+        return getattr(self.ends[-1].stats, name) - getattr(self.ends[0].stats, name) if len(self.ends) > 1 else 0.0
 
     @property
     def rate(self) -> float:
@@ -297,6 +317,21 @@ class Window:
     def busy(self) -> float:
         """Share of the time that policy actors were decoding, summed over them."""
         return self.difference("busy_s") / self.seconds if self.seconds else 0.0
+
+
+def together(name: str, found: list[tuple[int, float, float]]) -> dict[str, float]:
+    """Rates of several actors, added; CPU of one action, averaged over all actions."""
+    actions = sum(n for n, _, _ in found)
+    return {name: sum(n / s for n, s, _ in found), f"{name}_cpu_ms": 1000 * sum(c for _, _, c in found) / actions}
+
+
+def cpu_seconds(crew: Crew) -> float:
+    """User and system time of a crew's processes on this machine."""
+    total = 0.0
+    for slot in crew.ready():
+        fields = Path(f"/proc/{slot.facts.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def summary(args: argparse.Namespace, bench: Bench, rounds: list[dict[str, float]]) -> dict[str, Any]:

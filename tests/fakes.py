@@ -42,6 +42,9 @@ class FakePolicy:
     def __init__(self, speed: float = 0.1) -> None:
         self.speed = speed
 
+    def prepare(self, instructions: Sequence[str]) -> None:
+        """It needs no preparation."""
+
     def act(
         self,
         images: Sequence[np.ndarray],

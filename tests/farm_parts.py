@@ -1,7 +1,7 @@
 """What several of the farm's tests stand on: a protocol, and a farm on real Ray whose worlds and policy are fakes."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,14 +46,22 @@ def fake_env(suite: str, task: int, assets: object) -> fakes.FakeEnv:
 
 
 @contextmanager
-def fake_farm(folder: Path, config: FarmConfig, *, open_env: object = fake_env, load: object = fake_policy) -> Iterator:
+def fake_farm(
+    folder: Path,
+    config: FarmConfig,
+    *,
+    open_env: object = fake_env,
+    load: object = fake_policy,
+    versions: Sequence[Version] = (VERSION,),
+    steps: int = 280,
+) -> Iterator:
     """A farm, and what it said."""
     said: list[str] = []
     working = WorkerSettings(
         assets=None,
         num_steps_wait=0,
         center_crop=True,
-        max_steps=MAX_STEPS,
+        max_steps={suite: steps for suite in MAX_STEPS},
         call_timeout_s=config.call_timeout_s,
         log_folder=str(folder / "workers"),
         open_env=open_env,
@@ -69,15 +77,12 @@ def fake_farm(folder: Path, config: FarmConfig, *, open_env: object = fake_env, 
         log_folder=str(folder / "workers"),
         load=load,
     )
-    for module in (open_env, load):
-        register(module)
+    for function in (open_env, load):
+        if not function.__module__.startswith("spvla"):
+            cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
     with Farm(config, working=working, serving=serving, say=said.append) as farm:
-        farm.start([VERSION])
+        farm.start(versions)
         yield farm, said
-
-
-def register(function: object) -> None:
-    cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
 
 
 def tiny_with_statistics(folder: Path) -> Path:
@@ -92,30 +97,45 @@ def tiny_with_statistics(folder: Path) -> Path:
     return folder
 
 
-def trials(tasks: int, init_states: int) -> list[Trial]:
+def adapter_of(base: Path, folder: Path, *, seed: int) -> Path:
+    """An adapter on a tiny checkpoint that does something: B is random too."""
+    import torch
+
+    from spvla.policy.checkpoint import add_lora, load_model, norm_stats, save_adapter
+
+    model = add_lora(load_model(base), rank=4, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    save_adapter(model, folder, base=str(base), norm_stats=norm_stats(base))
+    return folder
+
+
+def trials(tasks: int, init_states: int, versions: Sequence[Version] = (VERSION,)) -> list[Trial]:
     return [
-        Trial(policy=VERSION.digest, suite=SUITE, task=t, init_state=i)
-        for t in range(tasks)
-        for i in range(init_states)
+        Trial(policy=v.digest, suite=SUITE, task=t, init_state=i)
+        for v in versions
         for t in range(tasks)
         for i in range(init_states)
     ]
 
 
-def open_ledger(folder: Path, wanted: list[Trial]) -> Ledger:
+def open_ledger(folder: Path, wanted: list[Trial], versions: Sequence[Version] = (VERSION,)) -> Ledger:
     ledger = Ledger.create(folder / "ledger.sqlite")
     ledger.add_protocol(PROTOCOL)
-    ledger.add_policy(VERSION.digest, name=VERSION.name, path=VERSION.path)
+    for v in versions:
+        ledger.add_policy(v.digest, name=v.name, path=v.path)
     ledger.add_tasks({(t.suite, t.task): f"task {t.task}" for t in wanted})
     ledger.add_trials(PROTOCOL.digest, wanted)
     return ledger
 
 
-def job(wanted: list[Trial]) -> Job:
+def job(wanted: list[Trial], key: str = SUITE) -> Job:
     return Job(
         protocol=PROTOCOL.digest,
         trials=wanted,
-        unnorm_keys={(VERSION.digest, SUITE): SUITE},
+        unnorm_keys={(t.policy, t.suite): key for t in wanted},
         instructions={(t.suite, t.task): f"task {t.task}" for t in wanted},
         steps_limit=MAX_STEPS,
     )

@@ -27,11 +27,15 @@ from spvla.errors import InfrastructureError
 from spvla.farm.batcher import Batcher, BatchStats
 from spvla.farm.pool import LOG_HEADER
 from spvla.farm.videos import encode_mp4
-from spvla.sim import assets
+from spvla.sim import assets, suites
 from spvla.sim.assets import AssetSet
+from spvla.sim.episode import run_trial
 from spvla.types import Env, Outcome, Status, Trial
 
-MAX_PROMPT = 48  # tokens; every instruction of LIBERO fits
+
+def every_instruction() -> list[str]:
+    """A decoder made for the longest of them has one shape, whatever is evaluated and whichever trial comes first."""
+    return [task.instruction for suite in suites.SUITES for task in suites.tasks(suite)]
 
 
 def differing(one: object, other: object, names: Sequence[str]) -> list[str]:
@@ -54,7 +58,7 @@ def load_checkpoint(base: str, settings: "ServerSettings") -> Any:
     """An OpenVLAPolicy: a `Policy` that also takes adapters in and lets them go."""
     from spvla.policy.checkpoint import load_policy
 
-    policy = load_policy(
+    return load_policy(
         base,
         device=settings.device,
         dtype=settings.dtype,
@@ -62,9 +66,6 @@ def load_checkpoint(base: str, settings: "ServerSettings") -> Any:
         load_in_4bit=settings.load_in_4bit,
         decode_batch_size=settings.decode_batch_size,
     )
-    if settings.decode_batch_size:
-        policy.prepare(max_prompt=MAX_PROMPT)  # one bucket from the start, whichever instruction comes first
-    return policy
 
 
 def open_libero(suite: str, task: int, assets: AssetSet) -> Env:
@@ -205,6 +206,8 @@ class PolicyServer:
             if version.digest not in self.versions:
                 here = not version.is_adapter or Path(version.path).is_dir()
                 self.add(version, None if here else ray.get(adapters[version.digest][0]))
+        for policy in self.policies.values():
+            policy.prepare(every_instruction())
         device = torch.cuda.get_device_name() if self.settings.device == "cuda" else "cpu"
         return ServerFacts(device=device, pid=os.getpid())
 
@@ -268,6 +271,7 @@ class EnvWorker:
     def __init__(self, name: str, settings: WorkerSettings) -> None:
         self.name, self.settings = name, settings
         self.log = log_to(settings.log_folder, name)
+        spread_rendering(name)
         self.assets = assets.resolve(settings.assets)
         self.task: tuple[str, int] | None = None
         self.env: Env | None = None
@@ -299,8 +303,6 @@ class EnvWorker:
 
     def play(self, order: Order, act: Callable[[np.ndarray, str], np.ndarray]) -> Report:
         """Plays one trial with any `act`. Raises InfrastructureError."""
-        from spvla.sim.episode import run_trial
-
         frames: list[np.ndarray] = []
         trial = order.trial
         outcome = run_trial(
@@ -356,6 +358,14 @@ def fault_of(e: Exception, kind: str, *, policy_at_fault: bool) -> Fault:
     return Fault(
         kind=kind, message=str(e), traceback="".join(traceback.format_exception(e)), policy_at_fault=policy_at_fault
     )
+
+
+def spread_rendering(name: str) -> None:
+    """Worker env-5 of a machine with two GPUs renders on the second, unless the environment says otherwise."""
+    gpus = sum(1 for device in Path("/dev").glob("nvidia*") if device.name.removeprefix("nvidia").isdigit())
+    number = name.rpartition("-")[2]
+    if gpus > 1 and number.isdigit() and not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(int(number) % gpus))
 
 
 def resident_bytes() -> int:

@@ -70,10 +70,10 @@ class Farm:
         if sum(node["Alive"] for node in ray.nodes()) > 1:
             self.adapters = {v.digest: [ray.put(files_of(Path(v.path)))] for v in versions if v.is_adapter}
         for slot in self.servers.ready():
-            for digest in gone:
-                slot.actor.remove.remote(digest)
             slot.facts, slot.starting = None, slot.actor.prepare.remote(self.versions, self.adapters)
             slot.since_s = time.monotonic()
+            for digest in gone:  # after the new ones are in: a base that both need stays
+                slot.actor.remove.remote(digest)
 
     def tend(self) -> None:
         """Fills empty places, welcomes who has started, and grows with the cluster. Raises when nobody is left."""

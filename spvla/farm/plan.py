@@ -8,7 +8,8 @@ from spvla.config import EvaluateConfig
 from spvla.errors import CheckpointError, UserError
 from spvla.farm.actors import Version
 from spvla.policy import checkpoint
-from spvla.sim import libero
+from spvla.sim import suites
+from spvla.sim.init_states import num_init_states
 from spvla.types import Trial
 
 
@@ -45,12 +46,12 @@ def make_plan(config: EvaluateConfig, checkpoints: Sequence[str | Path]) -> Plan
         versions=versions,
         trials=list(dict.fromkeys(trials)),
         unnorm_keys=keys,
-        instructions={(suite, task): libero.task_info(suite, task).instruction for suite, task in tasks},
+        instructions={(suite, task): suites.task_info(suite, task).instruction for suite, task in tasks},
     )
 
 
 def chosen_tasks(suite: str, numbers: Sequence[int]) -> list[int]:
-    every = [t.id for t in libero.tasks(suite)]
+    every = [t.id for t in suites.tasks(suite)]
     for number in numbers:
         if number not in every:
             raise UserError(
@@ -60,7 +61,7 @@ def chosen_tasks(suite: str, numbers: Sequence[int]) -> list[int]:
 
 
 def require_init_states(suite: str, task: int, trials: int) -> None:
-    if trials > (there := libero.num_init_states(suite, task)):
+    if trials > (there := num_init_states(suite, task)):
         raise UserError(
             f"--num_trials_per_task {trials}",
             expected=f"{there} at most, the init states of {suite} task {task}",

@@ -1,0 +1,86 @@
+"""`spvla evaluate --follow RUN`: each new checkpoint of a training run, evaluated while training goes on.
+
+A checkpoint is first pinned, by hard links beside the ledger: training may delete its own copy at any moment, and a
+policy actor that dies needs it again. Newest first, so that the curve's end is never far behind; then those skipped.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from spvla import runs
+from spvla.config import EvaluateConfig
+from spvla.errors import UserError
+from spvla.farm.session import session
+from spvla.farm.summary import summarise, table
+from spvla.files import new_folder
+
+PINNED = "followed"
+POLL_S = 2.0
+
+
+def follow(config: EvaluateConfig) -> None:
+    """Ends when the run's last checkpoint is evaluated; Ctrl-C ends it earlier, and the same command goes on."""
+    run = config.follow
+    assert run is not None
+    last_step = steps_of(run)
+    with session(config) as opened:
+        for step, checkpoint in checkpoints_to_come(run, opened.folder / PINNED / run.resolve().name, last_step):
+            opened.console.say(f"follow  step {step}: {checkpoint}")
+            for s in opened.run([checkpoint]):
+                if s.task is None:
+                    opened.console.say(f"follow  step {step}: {s.suite} {s.successes}/{s.done} = {s.rate:.1%}")
+        print(table([s for s in summarise(opened.ledger.trials()) if s.task is None]))
+
+
+def steps_of(run: Path) -> int:
+    """The step at which the run is to end. Raises UserError if it is no training run."""
+    written = runs.read_config(run)
+    steps = written["config"].get("max_steps")
+    if written["command"] != "train" or not isinstance(steps, int):
+        raise UserError(
+            f"--follow {run} is the folder of spvla {written['command']}",
+            expected="the folder of one training run",
+            remedy="Give a run of spvla train, such as RUN/it-0 of a self-play run.",
+        )
+    return steps
+
+
+def checkpoints_to_come(run: Path, pins: Path, last_step: int) -> Iterator[tuple[int, Path]]:
+    """(step, pinned folder) of each checkpoint, the newest one first whenever there are several."""
+    seen: set[int] = set()
+    while True:
+        pin_new(run, pins)
+        waiting = [(step, path) for step, path in runs.checkpoints(pins) if step not in seen]
+        if waiting:
+            seen.add(waiting[-1][0])
+            yield waiting[-1]
+        elif any(step >= last_step for step in seen):
+            return
+        else:
+            time.sleep(POLL_S)
+
+
+def pin_new(run: Path, pins: Path) -> None:
+    """Links each whole checkpoint that is not pinned yet into `pins`, without its training state."""
+    for _, folder in runs.checkpoints(run):
+        kept = pins / runs.CHECKPOINTS / folder.name
+        if kept.exists():
+            continue
+        try:
+            with new_folder(kept) as fresh:
+                for file in (f for f in folder.iterdir() if f.is_file() and not f.name.startswith("training_state")):
+                    link_or_copy(file, fresh / file.name)
+        except FileNotFoundError:
+            continue  # training has deleted it meanwhile
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
