@@ -95,7 +95,7 @@ def env() -> Iterator[LiberoEnv]:
 @pytest.mark.parametrize("camera", ["agentview", "robot0_eye_in_hand"])
 def test_leaving_out_changes_no_pixel_and_nothing_in_the_model(env: LiberoEnv, camera: str) -> None:
     env.reset(0)
-    groups, fewest = env.model.geom_group.copy(), 1.0
+    groups, fewest = (env.model.geom_group.copy(), env.model.site_group.copy()), 1.0
     for step in range(24):
         env.step(np.array([0.8, -0.5, 0.9 if step < 12 else -0.9, 0, 0.5, 0, -1]))
         if step % 6 == 5:
@@ -105,4 +105,4 @@ def test_leaving_out_changes_no_pixel_and_nothing_in_the_model(env: LiberoEnv, c
             fewest = min(fewest, drawn / env.renderer.scene.ngeom)
             env.renderer.visibility.all_drawn = False
     assert fewest < 0.95, "nothing was left out"
-    assert np.array_equal(env.model.geom_group, groups)
+    assert np.array_equal(env.model.geom_group, groups[0]) and np.array_equal(env.model.site_group, groups[1])
