@@ -22,11 +22,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,7 +50,8 @@ BATCHES = 2  # distinct ones, taken in turn
 def main() -> None:
     args = arguments()
     if args.way:
-        print(json.dumps(measure(args)))
+        with attention(args):
+            print(json.dumps(measure(args)))
         return
     rate = matmul_tflops(args) if args.device == "cuda" else float("nan")
     results = {"device": device_name(args), "torch": torch.__version__, "matmul_tflops": rate, "ways": {}}
@@ -74,6 +77,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ways", default="cd,a,b", help="what to run; letters of one process stand together")
     parser.add_argument("--eager", action="store_true", help="c and d without torch.compile")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step of c")
+    parser.add_argument("--cudnn", action="store_true", help="prefer cuDNN's attention to flash attention")
     parser.add_argument("--compare", action="store_true", help="print c with and without work on other streams")
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # this process measures it
@@ -109,6 +113,15 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
             learner.replies = ReplyStore(Path(folder) / "replies.bin", num_samples=args.batch * BATCHES, key="")
             rows["d"] = timed(args, our_step(args, learner), args.batch, passes=2, model=model)
     return rows
+
+
+def attention(args: argparse.Namespace) -> AbstractContextManager:
+    """Which attention torch tries first."""
+    if not args.cudnn:
+        return nullcontext()
+    kinds = torch.nn.attention.SDPBackend
+    order = [kinds.CUDNN_ATTENTION, kinds.FLASH_ATTENTION, kinds.EFFICIENT_ATTENTION, kinds.MATH]
+    return torch.nn.attention.sdpa_kernel(order, set_priority=True)
 
 
 def timed(
