@@ -325,10 +325,14 @@ class SweepConfig:
     num_trials_per_task: int = 10
     libero_assets: Path | None = None
     num_envs: int = 0
+    max_trial_steps: int | None = None
+    """cut every trial short, for trying things out"""
 
     def check(self) -> None:
         self.train.check()
         require_suite(self.task_suite_name)
+        for flag in ("num_samples", "num_trials_per_task"):
+            require_positive(flag, getattr(self, flag))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 SWEEP/trials/NAME/parameters.json   what this trial varies
 SWEEP/trials/NAME/judged.jsonl      {"step": 300, "objective": 0.62, "checkpoint_path": ...} a line
-SWEEP/trials/NAME/stopped, failed   marks of what only Tune knows
+SWEEP/trials/NAME/stopped, failed   marks: ASHA stopped it; why it failed for good
 SWEEP/trials.json                   the table, best first
 """
 
@@ -34,6 +34,7 @@ class SweepTrial:
     objective: float | None  # of its last judged checkpoint
     step: int
     checkpoint: str
+    error: str  # of a failed one
 
 
 def sweep_id(config: SweepConfig) -> str:
@@ -93,6 +94,7 @@ def sweep_trial(run: Path, max_steps: int) -> SweepTrial:
         objective=last.get("objective"),
         step=last.get("step", 0),
         checkpoint=last.get("checkpoint_path", ""),
+        error=(run / FAILED).read_text() if (run / FAILED).exists() else "",
     )
 
 
@@ -103,7 +105,8 @@ def table(rows: Sequence[SweepTrial], metric: str) -> str:
     for row in rows:
         objective = "-" if row.objective is None else f"{row.objective:.4f}"
         values = [f"{_short(row.parameters.get(n, '')):>14}" for n in names]
-        lines.append("  ".join([*values, f"{objective:>20}", f"{row.step:>8}", row.status]))
+        status = f"{row.status}: {row.error}" if row.error else row.status
+        lines.append("  ".join([*values, f"{objective:>20}", f"{row.step:>8}", status]))
     if rows and rows[0].checkpoint:
         lines += ["", f"best  {rows[0].checkpoint}"]
     return "\n".join(lines)

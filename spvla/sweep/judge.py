@@ -3,14 +3,20 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import ray
 
 from spvla import runs
+from spvla.cluster import grows, require_resources
 from spvla.config import EvaluateConfig, SweepConfig
+from spvla.data.index import ensure_index
+from spvla.data.loader import require_frames
+from spvla.data.store import FrameStore
 from spvla.farm.plan import readable_name
 from spvla.farm.session import session
+from spvla.selfplay.prepare import datasets_of
 from spvla.sweep.folder import JUDGED, TRIALS, judged, trial_folders
 
 Judge = Callable[[Sequence[Path]], dict[Path, float]]  # checkpoints -> objective of those that could be judged
@@ -32,20 +38,55 @@ def judging(config: SweepConfig, folder: Path) -> Iterator[Judge]:
 
 
 def max_concurrent(config: SweepConfig) -> int:
-    """What fits beside the farm: a GPU, or half of the CPUs, is the farm's where there is one."""
-    if config.max_concurrent:
-        return config.max_concurrent
-    held = ray.cluster_resources()
-    workers, judged_here = config.train.num_workers, config.metric != "success_rate"
-    if held.get("GPU", 0) >= 1 and config.train.use_gpu is not False:
-        return max(1, int(held["GPU"] - (not judged_here)) // workers)
-    return max(1, int(held["CPU"] if judged_here else held["CPU"] / 2) // workers)
+    """Trials at once: what fits beside the farm, which keeps a GPU, or half of the CPUs, where there is one."""
+    held, workers = ray.cluster_resources(), config.train.num_workers
+    farm = config.metric == "success_rate"
+    if uses_gpus(config):
+        fits = int(held["GPU"] - farm) // workers
+    else:
+        cpus = held.get("CPU", 0)
+        fits = int(cpus - (config.num_envs or cpus / 2) * farm) // workers
+    if grows():
+        return config.max_concurrent or max(1, fits)
+    return max(1, min(config.max_concurrent or fits, fits))
+
+
+def uses_gpus(config: SweepConfig) -> bool:
+    return ray.cluster_resources().get("GPU", 0) >= 1 and config.train.use_gpu is not False
+
+
+def require_room(config: SweepConfig) -> None:
+    """One trial and the farm fit side by side, or they would wait for each other for ever. Raises ClusterError."""
+    workers = config.train.num_workers
+    farm = config.metric == "success_rate"
+    beside = " beside the farm (--metric val_action_accuracy needs none)" if farm else ""
+    needed = {"CPU": workers + (config.num_envs or 1) * farm}
+    if uses_gpus(config):
+        needed["GPU"] = workers + farm
+    require_resources(f"a trial of {workers} workers{beside}", **needed)
+
+
+def with_validation(config: SweepConfig) -> SweepConfig:
+    """Judged by validation accuracy, each checkpoint needs a pass over the validation split at its step."""
+    train = config.train
+    if config.metric != "val_action_accuracy" or (train.val_steps and train.save_steps % train.val_steps == 0):
+        return config
+    return replace(config, train=replace(train, val_steps=train.save_steps))
+
+
+def index_data(config: SweepConfig) -> None:
+    """Indexes once what all trials read. Raises DatasetError where there is nothing to validate on."""
+    train = config.train
+    for name, _ in datasets_of(train.dataset_name):
+        folder = ensure_index(train.data_root_dir.expanduser().resolve(), name, skip_corrupt=train.skip_corrupt)
+        if config.metric == "val_action_accuracy":
+            store = FrameStore.open(folder)
+            require_frames(store, store.split("val", val_split_from_train=train.val_split_from_train), "val")
 
 
 def evaluation(config: SweepConfig, folder: Path) -> EvaluateConfig:
     """The farm's flags; its ledger is the sweep's. Training keeps the CPUs that it needs."""
-    held = ray.cluster_resources()
-    training = 0 if held.get("GPU", 0) >= 1 else max_concurrent(config) * config.train.num_workers
+    training = max_concurrent(config) * config.train.num_workers
     return EvaluateConfig(
         pretrained_checkpoint=TRIALS,  # `farm.run` names them
         task_suite_name=config.task_suite_name,
@@ -53,8 +94,9 @@ def evaluation(config: SweepConfig, folder: Path) -> EvaluateConfig:
         num_trials_per_task=config.num_trials_per_task,
         center_crop=config.train.image_aug,
         libero_assets=config.libero_assets,
+        max_steps=config.max_trial_steps,
         local_log_dir=folder,
-        num_envs=config.num_envs or max(1, int(held["CPU"]) - training),
+        num_envs=config.num_envs or max(1, int(ray.cluster_resources().get("CPU", 0)) - training),
         num_decoders=1,
         num_videos=0,
         max_failure_videos=0,

@@ -7,33 +7,71 @@ folder is the truth: a sweep started again reports what was judged, leaves finis
 on with the rest.
 """
 
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+
+from draccus import encode
 
 from spvla import runs
 from spvla.cluster import connection
 from spvla.config import SweepConfig
+from spvla.errors import TrainingError, UserError
 from spvla.files import require_writable
 from spvla.progress import Progress
-from spvla.selfplay.prepare import require_datasets, start_policy
+from spvla.selfplay.prepare import locked, require_datasets, require_startable, start_policy
 from spvla.sweep.folder import ENDED, FAILED, SweepTrial, sweep_id, table, write_table
-from spvla.sweep.judge import judge_new_checkpoints, judging
+from spvla.sweep.judge import Judge, index_data, judge_new_checkpoints, judging, require_room, with_validation
 from spvla.sweep.space import search_space
 from spvla.sweep.tuning import POLL_S, Tuning
 
+_JUDGING = ("metric", "space", "task_suite_name", "tasks", "num_trials_per_task", "max_trial_steps")
+
 
 def sweep(config: SweepConfig) -> list[SweepTrial]:
-    """Runs, or goes on with, the sweep that the flags name. Prints its table, best first, and returns it."""
+    """Runs, or goes on with, the sweep that the flags name. Prints its table, best first, and returns it.
+
+    Raises UserError, KeyboardInterrupt, and TrainingError when no trial came to a verdict.
+    """
     space = search_space(config.space)
     require_datasets(config.train)
     folder = require_writable(config.train.run_root_dir / sweep_id(config), flag="--run_root_dir")
+    with locked(folder):
+        require_same_sweep(config, folder)
+        start = start_policy(config.train, folder)  # one base for all
+        require_startable(config.train, start)
+        config = with_validation(replace(config, train=replace(config.train, vla_path=start)))
+        with connection():
+            require_room(config)
+            index_data(config)
+            with judging(config, folder) as judge:
+                _play(Tuning(config, space, folder), config, folder, judge)
+        rows = write_table(folder, config)
+    print(table(rows, config.metric))
+    print(f"\nsweep  {folder}\nreport  spvla report {folder}")
+    if all(row.objective is None for row in rows):
+        raise TrainingError(f"no trial of {folder} came to a verdict; the same command tries again")
+    return rows
+
+
+def require_same_sweep(config: SweepConfig, folder: Path) -> None:
+    """Writes SWEEP/config.json at first; later raises UserError if trials would be judged by another measure."""
+    now = {name: encode(getattr(config, name)) for name in _JUDGING}
     if not (folder / runs.CONFIG).exists():
         runs.write_config(folder, "sweep", config)
-    config = replace(
-        config, train=replace(config.train, vla_path=start_policy(config.train, folder))
-    )  # one base for all
-    with connection(), judging(config, folder) as judge:
-        tuning = Tuning(config, space, folder)
+    before = runs.read_config(folder)["config"]
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"{folder} was started with another --{name} than {value}",
+                expected=f"{before.get(name)}, as when it began",
+                remedy="Give the flags it began with, another --run_id, or delete the folder.",
+            )
+
+
+def _play(tuning: Tuning, config: SweepConfig, folder: Path, judge: Judge) -> None:
+    try:
         with Progress("sweep", total=tuning.total, unit="trials") as progress:
             while not tuning.loop.ended():
                 judge_new_checkpoints(folder, judge)
@@ -43,7 +81,9 @@ def sweep(config: SweepConfig) -> list[SweepTrial]:
                 progress.update(ended, **({} if best is None else {"best": f"{best:.3f}"}))
                 time.sleep(POLL_S)
         tuning.loop.raise_if_failed()
-    rows = write_table(folder, config)
-    print(table(rows, config.metric))
-    print(f"\nsweep  {folder}\nreport  spvla report {folder}")
-    return rows
+    except KeyboardInterrupt:
+        print("sweep  stopping: the trials save their last step", file=sys.stderr, flush=True)
+        tuning.interrupt()
+        raise
+    finally:
+        tuning.close()

@@ -1,5 +1,6 @@
 """Tune's side: the loop in a thread, and one trial in a process of Tune's."""
 
+import logging
 import os
 import threading
 import time
@@ -7,13 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray._private.auto_init_hook as ray_hook
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from spvla.config import SweepConfig
+from spvla.errors import SpvlaError, UserError
 from spvla.files import write_json
+from spvla.selfplay.prepare import locked
 from spvla.selfplay.train import train
+from spvla.selfplay.worker import STOP
 from spvla.sweep.folder import (
     ENDED,
     FAILED,
@@ -24,10 +29,13 @@ from spvla.sweep.folder import (
     run_folder,
     status_of,
     trial_config,
+    trial_folders,
 )
 from spvla.sweep.judge import max_concurrent
 
 POLL_S = 0.5
+SAVE_PATIENCE_S, STOP_PATIENCE_S = 120.0, 15.0
+LEAVE, END = ".stop", ".end"  # in the sweep's folder: trials save and leave; Tune's loop ends
 
 
 class Background:
@@ -57,6 +65,12 @@ class Tuning:
 
     def __init__(self, config: SweepConfig, space: dict[str, Any], folder: Path) -> None:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is ours
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer output prints boxes whatever `verbose` says
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are told in the table
+        ray_hook.enable_auto_connect = False  # nor may a loop that outlives the connection start a cluster of its own
+        self.folder = folder
+        for mark in (LEAVE, END):
+            (folder / mark).unlink(missing_ok=True)
         ranges = any(not isinstance(d, dict) for d in space.values())
         samples = config.num_samples if ranges else 1
         grid = [len(d["grid_search"]) for d in space.values() if isinstance(d, dict)]
@@ -74,6 +88,7 @@ class Tuning:
                 storage_path=str(folder),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=2),
+                stop=AtEnd(folder),
                 callbacks=[Marks(config, folder)],
             ),
             tune_config=tune.TuneConfig(
@@ -86,6 +101,33 @@ class Tuning:
         )
         self.loop = Background(tuner.fit)
 
+    def interrupt(self) -> None:
+        """Lets the trials that are training save their last step; a second Ctrl-C does not wait."""
+        (self.folder / LEAVE).touch()
+        deadline = time.monotonic() + SAVE_PATIENCE_S
+        while (training := training_runs(self.folder)) and time.monotonic() < deadline:
+            for run in training:
+                (run / STOP).touch()  # again and again: a run that is just starting removes it once
+            time.sleep(POLL_S)
+
+    def close(self) -> None:
+        """Ends Tune's loop, and with it every process of its trials."""
+        (self.folder / END).touch()
+        self.loop.thread.join(STOP_PATIENCE_S)
+
+
+class AtEnd(tune.Stopper):
+    """Stops all trials once the sweep's folder says so."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return (self.folder / END).exists()
+
 
 class Marks(tune.Callback):
     """Writes into a trial's folder what only Tune knows of its end: stopped by ASHA, or failed for good."""
@@ -95,11 +137,15 @@ class Marks(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
         run, max_steps = self._of(trial)
-        if status_of(run, max_steps) != "done":
+        if status_of(run, max_steps) == "running" and not self._interrupted():
             (run / STOPPED).touch()
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
-        (self._of(trial)[0] / FAILED).touch()
+        if not self._interrupted():
+            (self._of(trial)[0] / FAILED).write_text(last_line(trial.error_file))
+
+    def _interrupted(self) -> bool:
+        return any((self.folder / mark).exists() for mark in (LEAVE, END))
 
     def _of(self, trial: Any) -> tuple[Path, int]:
         parameters = {k: v for k, v in trial.config.items() if k in self.config.space}
@@ -107,8 +153,28 @@ class Marks(tune.Callback):
         return run_folder(mine), mine.max_steps
 
 
+def last_line(error_file: str | None) -> str:
+    text = Path(error_file).read_text().strip() if error_file else ""
+    return text.splitlines()[-1] if text else "its process died"
+
+
+def training_runs(folder: Path) -> list[Path]:
+    return [run for run in trial_folders(folder) if is_locked(run)]
+
+
+def is_locked(run: Path) -> bool:
+    try:
+        with locked(run):
+            return False
+    except UserError:
+        return True
+
+
 def play(parameters: Parameters, *, config: SweepConfig, folder: Path) -> None:
-    """One trial, in a process of Tune's: trains in a thread and reports each verdict as it comes."""
+    """One trial, in a process of Tune's: trains in a thread and reports each verdict as it comes.
+
+    What a repetition cannot mend is noted here; anything else is raised, so that Tune tries again.
+    """
     mine = trial_config(config.train, folder, parameters)
     run = run_folder(mine)
     run.mkdir(parents=True, exist_ok=True)
@@ -118,11 +184,16 @@ def play(parameters: Parameters, *, config: SweepConfig, folder: Path) -> None:
         for row in judged(run):
             tune.report(row)
         return
-    training = Background(lambda: train(mine))
+    training = None if (folder / LEAVE).exists() else Background(lambda: train(mine))
     told = 0
-    while not (training.ended() and status_of(run, mine.max_steps) == "done" and told == len(judged(run))):
+    while not (status_of(run, mine.max_steps) == "done" and told == len(judged(run))):
         for row in judged(run)[told:]:
             tune.report(row)
             told += 1
-        training.raise_if_failed()
+        if training and not (folder / LEAVE).exists():
+            try:
+                training.raise_if_failed()
+            except SpvlaError as e:
+                (run / FAILED).write_text(str(e))
+                return
         time.sleep(POLL_S)
