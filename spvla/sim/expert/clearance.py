@@ -34,15 +34,15 @@ def lowest(
 
 def _held_bounds(held: np.ndarray, near: np.ndarray, ground: float) -> list[float]:
     """Heights at which the held points, column by column, would meet what is below them."""
-    bottom: dict[tuple[int, int], float] = {}
-    for (x, y), z in zip(np.round(held[:, :2] / CELL).astype(int), held[:, 2], strict=True):
-        for cell in ((x, y), (x - 1, y), (x + 1, y), (x, y - 1), (x, y + 1)):
-            bottom[cell] = min(bottom.get(cell, np.inf), z)
-    bounds = [ground - float(held[:, 2].min())]
-    for (x, y), z in zip(np.round(near[:, :2] / CELL).astype(int), near[:, 2], strict=True):
-        if (x, y) in bottom:
-            bounds.append(z - bottom[(x, y)])
-    return bounds
+    cells = np.round(held[:, :2] / CELL).astype(int)
+    low = cells.min(0) - 1
+    bottom = np.full(cells.max(0) - low + 2, np.inf)
+    for dx, dy in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)):
+        np.minimum.at(bottom, tuple((cells - low + [dx, dy]).T), held[:, 2])
+    below = np.round(near[:, :2] / CELL).astype(int) - low
+    inside = ((below >= 0) & (below < bottom.shape)).all(axis=1)
+    gaps = near[inside, 2] - bottom[tuple(below[inside].T)]
+    return [ground - float(held[:, 2].min()), *gaps[np.isfinite(gaps)]]
 
 
 def lowest_along(start: np.ndarray, end: np.ndarray, rotation: Rotation, **kwargs: object) -> float:

@@ -38,11 +38,19 @@ def grasps(
 ) -> list[Grasp]:
     """All grasps from above, cheapest first."""
     center = (object_points.min(0) + object_points.max(0)) / 2
-    near = obstacles[np.linalg.norm(obstacles[:, :2] - center[:2], axis=1) < 0.25]
+    near = thinned(obstacles[np.linalg.norm(obstacles[:, :2] - center[:2], axis=1) < 0.2])
+    object_points = thinned(object_points)
     found: list[Grasp] = []
-    for yaw in np.radians(np.arange(-90, 90, 7.5)) if yaws is None else yaws:
+    for yaw in np.radians(np.arange(-90, 90, 15)) if yaws is None else yaws:
         found += _with_yaw(float(yaw), object_points, near, center, ground, around)
     return sorted(found, key=lambda g: g.cost)
+
+
+def thinned(points: np.ndarray, cell: float = 0.003) -> np.ndarray:
+    """(N, 3) -> (M, 3): one point of each that share a cell; overlapping geoms have many."""
+    if len(points) == 0:
+        return points
+    return points[np.unique(np.round(points / cell).astype(int), axis=0, return_index=True)[1]]
 
 
 def _with_yaw(
@@ -56,11 +64,12 @@ def _with_yaw(
     heights = np.arange(top - PAD, max(lowest, top - HAND[2] + MARGIN) - 1e-9, -0.006)
     if len(heights) == 0 or heights[-1] > lowest + 0.004:
         heights = np.append(heights, max(lowest, top - HAND[2] + MARGIN))
+    everything = np.concatenate([mine, others])
     found = []
     for z in heights:
         for w in np.arange(mine[:, 1].min() + 0.004, mine[:, 1].max(), 0.006):
             for c, width, slope in _parts(mine, w, z):
-                room = _room(np.concatenate([mine, others]), others, c, w, z)
+                room = _room(everything, others, c, w, z)
                 if room is None:
                     continue
                 lever = float(np.hypot(c, w))

@@ -47,7 +47,7 @@ def bring(expert: Expert, name: str, target: str) -> Motion:
         part = Part.of(expert.scene, target)
         if not part.is_open:
             yield from pull_open(expert, part)
-    if is_flat(expert, name):
+    if is_flat(expert, name) and not expert.can_grasp(name):
         yield from expert.push(name, expert.scene.where(target))
         return
     yield from expert.pick(name)

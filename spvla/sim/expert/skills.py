@@ -46,6 +46,10 @@ class Expert:
                 return
         raise CannotDo(f"grasp {name}")
 
+    def can_grasp(self, name: str) -> bool:
+        cloud, obstacles = self.scene.cloud(name), self.scene.obstacles(name)
+        return bool(grasps(cloud, obstacles, ground=self.scene.ground))
+
     def choose_grasp(self, name: str, *, skip: int = 0) -> Grasp:
         obstacles = self.scene.obstacles(name)
         found = grasps(self.scene.cloud(name), obstacles, ground=self.scene.ground)
