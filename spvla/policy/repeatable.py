@@ -1,9 +1,8 @@
 """Sums in one order: what makes a row's result independent of its place in a batch on a GPU.
 
 cuBLAS may cut a long sum into parts that it adds up through a workspace, and how it cuts depends on where in the output
-a row lies. Measured on an H200 in bfloat16 with one bucket of 64 requests of OpenVLA's size, placed in three other orders:
-4.7% of all tokens differed; without a workspace none did, and every logit was equal, for 5% of the speed
-(`python benchmarks/decode.py`, docs/performance.md).
+a row lies. On an H200 in bfloat16, with one bucket of 64 requests of OpenVLA's size placed in other orders, 4.7% of all
+tokens differed; without a workspace none did, and every logit was equal (docs/performance.md).
 """
 
 import os
