@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,3 +88,17 @@ def cache_dir() -> Path:
     """Where downloaded or generated things live between runs: SPVLA_CACHE, or the user's cache folder."""
     root = os.environ.get("SPVLA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spvla"
     return Path(root)
+
+
+@contextmanager
+def without_stderr() -> Iterator[None]:
+    """Drops what is written to file descriptor 2, C libraries' messages included. An exception still says its own."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

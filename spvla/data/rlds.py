@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-import tensorflow as tf
-import tensorflow_datasets as tfds
 from simplejpeg import decode_jpeg_header, is_jpeg
-from tensorflow.python.lib.io import tf_record
+
+from spvla.files import without_stderr
+
+with without_stderr():  # TensorFlow's C++ greets before any setting of its own could stop it
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+    from tensorflow.python.lib.io import tf_record
 
 from spvla.data.layout import FRAME_SHAPE, Shard
 from spvla.errors import DatasetError

@@ -36,11 +36,11 @@ def sweep(config: SweepConfig) -> list[SweepTrial]:
     """
     space = search_space(config.space)
     require_datasets(config.train)
+    require_startable(config.train)
     folder = require_writable(config.train.run_root_dir / sweep_id(config), flag="--run_root_dir")
     with locked(folder):
         require_same_sweep(config, folder)
         start = start_policy(config.train, folder)  # one base for all
-        require_startable(config.train, start)
         config = with_validation(replace(config, train=replace(config.train, vla_path=start)))
         with connection():
             require_room(config)
