@@ -187,8 +187,19 @@ def test_the_result_is_the_same_whatever_the_load(tmp_path: Path) -> None:
     assert len({v.digest for v in versions}) == 3 and {v.base for v in versions} == {str(base)}
     wanted = trials(tasks=2, init_states=2, versions=versions)
 
+    class Flicker(FakeEnv):
+        """Every state looks different, and every part of an action moves it."""
+
+        def image(self, camera: str = "agentview") -> np.ndarray:
+            rng = np.random.default_rng(np.float64(self.x).view(np.uint64))
+            return np.kron(rng.integers(0, 256, (16, 16, 3), np.uint8), np.ones((16, 16, 1), np.uint8))
+
+        def step(self, action: np.ndarray) -> bool:
+            self.x += float(action @ [1, 2, 3, 4, 5, 6, 7])
+            return False
+
     def env(suite: str, task: int, assets: object) -> FakeEnv:
-        return FakeEnv(goal=1e9)
+        return Flicker()
 
     tables = []
     for num_envs in (1, 2, 5):
