@@ -15,6 +15,7 @@ of a large matrix product; of d, two.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -369,22 +370,29 @@ def profile(step: Callable[[], dict[str, float]]) -> None:
 
 
 def compare_streams(args: argparse.Namespace, learner: Learner) -> None:
-    """What the second tower's stream, and decoding aside, gain: alternated, three rounds, on stderr."""
-    side, reply, seconds = learner.network.side, learner.opponent.reply, {}
-    step = our_step(args, learner)
+    """What the second tower's stream, and decoding aside, gain: alternated, three rounds, on stderr.
+
+    With a rate of 0 every step on a batch must give the same loss and gradient; a race would show here.
+    """
+    side, reply, config = learner.network.side, learner.opponent.reply, learner.config
+    learner.config, batch = dataclasses.replace(config, learning_rate=0.0), random_batch(args.batch, args.text, 0)
+    seconds, seen = {}, []
     for _ in range(3):
         for towers_aside, decoding_aside in ((False, False), (True, False), (False, True), (True, True)):
             learner.network.side = side if towers_aside else None
             learner.opponent.reply = reply if decoding_aside else lambda *given: reply(*given).wait()
             for repeat in range(4):
                 start = time.perf_counter()
-                step()
+                metrics = learner.step([batch])
+                seen.append((metrics["total_loss"], metrics["grad_norm"]))
                 if repeat:
                     seconds.setdefault((towers_aside, decoding_aside), []).append(time.perf_counter() - start)
-    learner.network.side, learner.opponent.reply = side, reply
+    learner.network.side, learner.opponent.reply, learner.config = side, reply, config
     for (towers_aside, decoding_aside), times in seconds.items():
         speed = args.batch / statistics.median(times)
         print(f"towers aside {towers_aside}, decoding aside {decoding_aside}: {speed:.1f} samples/s", file=sys.stderr)
+    for name, values in zip(("loss", "gradient norm"), zip(*seen, strict=True), strict=True):
+        print(f"aside or not, {name} from {min(values):.6f} to {max(values):.6f}", file=sys.stderr)
 
 
 def device_name(args: argparse.Namespace) -> str:
