@@ -1,9 +1,6 @@
 """From a task's goal, as LIBERO's BDDL files state it, to skills: one rule for each kind of goal."""
 
-import numpy as np
-
 from spvla.sim.expert.furniture import pull_open, push_shut, swing_shut, turn_knob
-from spvla.sim.expert.grasps import OPENING
 from spvla.sim.expert.joints import Part
 from spvla.sim.expert.motion import Motion
 from spvla.sim.expert.skills import CannotDo, Expert
@@ -47,14 +44,5 @@ def bring(expert: Expert, name: str, target: str) -> Motion:
         part = Part.of(expert.scene, target)
         if not part.is_open:
             yield from pull_open(expert, part)
-    if is_flat(expert, name) and not expert.can_grasp(name):
-        yield from expert.push(name, expert.scene.where(target))
-        return
     yield from expert.pick(name)
     yield from expert.place(name, expert.scene.where(target))
-
-
-def is_flat(expert: Expert, name: str) -> bool:
-    """Wider than the hand opens and too low for the fingers: such as a plate."""
-    size = np.ptp(expert.scene.cloud(name), axis=0)
-    return bool(size[:2].min() > OPENING and size[2] < 0.03)

@@ -7,13 +7,11 @@ from scipy.spatial.transform import Rotation
 
 from spvla.sim.expert.clearance import lowest, lowest_along
 from spvla.sim.expert.grasps import OPENING, Grasp, grasps
-from spvla.sim.expert.motion import DOWN, Arm, Motion, Pose, yawed
+from spvla.sim.expert.motion import DOWN, Arm, Motion, Pose
 from spvla.sim.expert.scene import Scene
 
 NOTHING = np.zeros((0, 3))
 LIFT = 0.02  # m kept above whatever lies on the way
-BEHIND = 0.025  # m from a pushed thing's edge, where the fingers come down
-SKIM = 0.013  # m of the grip site above the table while pushing: fingertips just clear of it
 COMFORTABLE = 0.60  # m from shoulder to wrist
 
 
@@ -45,10 +43,6 @@ class Expert:
             if self.scene.holds(name):
                 return
         raise CannotDo(f"grasp {name}")
-
-    def can_grasp(self, name: str) -> bool:
-        cloud, obstacles = self.scene.cloud(name), self.scene.obstacles(name)
-        return bool(grasps(cloud, obstacles, ground=self.scene.ground))
 
     def choose_grasp(self, name: str, *, skip: int = 0) -> Grasp:
         obstacles = self.scene.obstacles(name)
@@ -108,29 +102,6 @@ class Expert:
         """(N, 3) points of a held thing in the hand's frame."""
         here = self.arm.pose
         return here.rotation.inv().apply(self.scene.cloud(name) - here.position)
-
-    def push(self, name: str, target: np.ndarray) -> Motion:
-        """Pushes a flat thing over the table with both fingers, until its origin is at `target` (x, y)."""
-        where, cloud = self.scene.where(name), self.scene.cloud(name)
-        way = (target - where)[:2]
-        way = way / np.linalg.norm(way)
-        behind = float((-(cloud - where)[:, :2] @ way).max())
-        yaw = (np.arctan2(way[1], way[0]) + np.pi / 2) % np.pi - np.pi / 2
-        at = where[:2] - (behind + BEHIND) * way
-        start = Pose(position=np.array([*at, self.scene.ground + SKIM]), rotation=yawed(float(yaw)))
-        yield from self.arm.open(0 if self.scene.opening > OPENING - 0.01 else 8)
-        yield from self.travel(start, obstacles=self.scene.obstacles())
-        yield from self.arm.go(start, near=0.006, pace=0.7, straight=True)
-        for _ in range(120):
-            left = target[:2] - self.scene.where(name)[:2]
-            if left @ way < 0.004:
-                break
-            ahead = self.scene.position[:2] + (min(left @ way, 0.05) + 0.01) * way
-            aside = (left - (left @ way) * way) * 0.3
-            yield self.arm.toward(
-                Pose(position=np.array([*(ahead + aside), start.position[2]]), rotation=start.rotation), 0.6
-            )
-        yield from self.arm.go(self.arm.pose.moved(*(-0.03 * way), 0.08), near=0.02)
 
     def release(self, rise: float = 0.06) -> Motion:
         """Lets go, then draws back straight up while the fingers still open."""
