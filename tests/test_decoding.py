@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from policy_parts import reference_image, reference_model, reference_numbers, requests, write_adapter
+from torch._dynamo.utils import counters
 
 import spvla
 from spvla.errors import UserError
 from spvla.policy.actions import ActionStats, decode
 from spvla.policy.checkpoint import OpenVLAPolicy
-from spvla.policy.decoding import Decoder, choose
+from spvla.policy.decoding import Decoder, choose, compiled_kernels
 from spvla.policy.images import to_pixel_values
 from spvla.policy.llama import attend_one, attend_one_by_sums, seen
 from spvla.policy.openvla import OpenVLA, with_patches
@@ -161,6 +162,18 @@ def test_attention_of_one_query_is_the_same_by_sums() -> None:
     q, k, v = (torch.randn(3, 4, n, 16, generator=g) for n in (1, 24, 24))
     mask = seen(torch.tensor([0, 10, 23]), 24, torch.float32)
     assert torch.allclose(attend_one_by_sums(q, k, v, mask), attend_one(q, k, v, mask), atol=1e-6)
+
+
+def test_steps_are_compiled_once_for_all_layers(model: OpenVLA, policy: OpenVLAPolicy, alone) -> None:
+    images, instructions = requests(2)
+    prompts = [prompt_ids(policy.tokenizer, text) for text in instructions]
+    decoder = Decoder(model, batch_size=2, max_prompt=max(map(len, prompts)))
+    decoder.kernels = compiled_kernels("eager")  # traced as for a GPU, run as it stands
+    before = counters["stats"]["unique_graphs"]
+    out = decoder.decode(to_pixel_values(np.stack(images)), prompts)
+    assert np.array_equal(out.ids.numpy(), alone[0][:2])
+    # blocks of two towers; project and finish for prompts and for single tokens; attention over prompts and the cache
+    assert counters["stats"]["unique_graphs"] - before == 8
 
 
 def test_joined_weights_decode_alike_and_are_no_second_copy(policy: OpenVLAPolicy, alone) -> None:

@@ -4,7 +4,6 @@ OpenVLA's fine-tuning puts them on every linear map and both patch convolutions 
 and SigLIP's unused pooling head among them, with alpha = min(rank, 16), A Gaussian, B zero.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from spvla.errors import CheckpointError
 from spvla.files import write_json
 from spvla.policy.openvla import OpenVLA
-from spvla.policy.weights import alone, read_headers, refuse_pickles
+from spvla.policy.weights import alone, read_headers, read_json, refuse_pickles
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG, STATISTICS = (
     "adapter_model.safetensors",
@@ -182,14 +181,14 @@ class StoredAdapter:
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_CONFIG
+    config = read_json(path)
     try:
-        config = json.loads(path.read_text())
         unsupported = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(k)]
         if config["peft_type"] == "LORA" and not unsupported and config["r"] > 0 and config["lora_alpha"]:
             return config
         got = f"{path} of type {config['peft_type']} {' '.join(unsupported)}".strip()
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as e:
-        got = f"{path} cannot be read ({e})"
+    except (KeyError, TypeError) as e:
+        got = f"{path} without a plain {e}"
     raise CheckpointError(got, expected="a plain LoRA adapter, as peft saves it", remedy="Give an adapter folder.")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from spvla.errors import CheckpointError, UserError
-from spvla.files import cache_dir, new_folder, write_json
+from spvla.files import cache_dir, new_folder, write_json, write_text
 from spvla.policy.adapters import (
     ADAPTER_CONFIG,
     STATISTICS,
@@ -32,7 +32,8 @@ from spvla.policy.policy import OpenVLAPolicy
 from spvla.policy.presets import TOWER_FILE, create_tiny
 from spvla.policy.prompt import load_tokenizer
 from spvla.policy.quantised import quantise
-from spvla.policy.weights import Weights, open_weights, require_shapes, torch_dtype, write_weights
+from spvla.policy.repeatable import keep_sums_in_order
+from spvla.policy.weights import Weights, open_weights, read_json, require_shapes, torch_dtype, write_weights
 
 __all__ = [
     "OpenVLAPolicy",
@@ -68,6 +69,8 @@ def load_policy(
     decode_batch_size: pad every batch to this many rows, so that no result depends on who shares its batch (and, on a
     GPU, so that it runs as one CUDA graph); 0 decodes each batch at its own size. Raises CheckpointError.
     """
+    if decode_batch_size and device.startswith("cuda"):
+        keep_sums_in_order()
     base, adapter = base_of(path)
     model = load_model(base, device=device, dtype=dtype, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
     policy = OpenVLAPolicy(
@@ -122,7 +125,7 @@ def resolve(path: str | Path) -> Path:
     """The folder of a path, of the preset "tiny", or of a Hugging Face name in the local cache."""
     if str(path) == "tiny":
         folder = cache_dir() / "presets" / f"tiny-{_TINY_VERSION}"
-        return folder if folder.exists() else create_tiny(folder)
+        return folder if folder.exists() else _create_once(folder)
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -141,6 +144,16 @@ def resolve(path: str | Path) -> Path:
         expected="a checkpoint or adapter folder, a Hugging Face name in the local cache, or 'tiny'",
         remedy=remedy,
     )
+
+
+def _create_once(folder: Path) -> Path:
+    """Several processes may come at once; each makes the same bytes, and one's folder takes the name."""
+    try:
+        return create_tiny(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        return folder
 
 
 def base_of(path: str | Path) -> tuple[Path, Path | None]:
@@ -163,12 +176,7 @@ def base_of(path: str | Path) -> tuple[Path, Path | None]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except (OSError, json.JSONDecodeError) as e:
-        raise CheckpointError(
-            f"{folder / CONFIG} cannot be read ({e})", expected="an OpenVLA config", remedy="Copy it again."
-        ) from e
+    config = read_json(folder / CONFIG)
     if config.get("model_type") != "openvla":
         raise CheckpointError(
             f"{folder / CONFIG} of model type {config.get('model_type')!r}",
@@ -184,7 +192,7 @@ def norm_stats(folder: Path) -> dict[str, Any]:
     if (folder / CONFIG).exists():
         stats.update(read_config(folder).get("norm_stats") or {})
     if (folder / STATISTICS).exists():
-        stats.update(json.loads((folder / STATISTICS).read_text()))
+        stats.update(read_json(folder / STATISTICS))
     return stats
 
 
@@ -237,8 +245,7 @@ def policy_digest(path: str | Path) -> str:
     digest = hashlib.sha256()
     for f in files:
         digest.update(f"{f.name}:{_file_digest(f)}\n".encode())
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    memory.write_text(digest.hexdigest())
+    write_text(memory, digest.hexdigest())
     return digest.hexdigest()
 
 
@@ -269,7 +276,7 @@ def _tower_heads(folder: Path) -> dict[str, int]:
     path = folder / TOWER_FILE
     if not path.exists():
         return {}
-    return {name: tower["num_heads"] for name, tower in json.loads(path.read_text()).items()}
+    return {name: tower["num_heads"] for name, tower in read_json(path).items()}
 
 
 def _copy_companions(source: Path, new: Path, stats: Mapping[str, Any] | None) -> None:

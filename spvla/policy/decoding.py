@@ -202,15 +202,14 @@ class Decoder:
 
 
 @cache
-def compiled_kernels() -> Kernels:
+def compiled_kernels(backend: str = "inductor") -> Kernels:
     """Each step compiled once for each shape, and shared by all layers and decoders of the process."""
-    torch._dynamo.config.recompile_limit = max(
-        64, torch._dynamo.config.recompile_limit
-    )  # many buckets, few shapes each
-    options = {"dynamic": False, "fullgraph": True}
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(64, limit)  # a few shapes for each bucket of the process
+    options = {"dynamic": False, "fullgraph": True, "backend": backend}
     return Kernels(
         run_block=torch.compile(Block.forward, **options),
-        attend_one=torch.compile(attend_one_by_sums, **options),
         project=torch.compile(LlamaLayer.project, **options),
+        attend_one=torch.compile(attend_one_by_sums, **options),
         finish=torch.compile(LlamaLayer.finish, **options),
     )

@@ -152,7 +152,7 @@ class OpenVLAPolicy:
                 expected=f"one of {', '.join(stats) or '(the checkpoint holds no action statistics)'}",
                 remedy="Give the key of the data set that the policy was trained on.",
             )
-        return ActionStats.from_json(stats[unnorm_key]["action"])
+        return ActionStats.from_json(stats[unnorm_key].get("action", {}))
 
     def _adapter_names(self, adapters: Sequence[str | None] | None, count: int) -> list[str | None]:
         names = [self.default_adapter] * count if adapters is None else list(adapters)

@@ -4,7 +4,6 @@ Adding a version copies its A and B into a free slot and moves nothing else. Whe
 and `version` tells holders of CUDA graphs that the tensors they recorded are gone.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from spvla.errors import UserError
 from spvla.policy.adapters import StoredAdapter
 from spvla.policy.linear import Linear, PatchConv, Rows, Stack
 from spvla.policy.openvla import OpenVLA
+from spvla.policy.weights import read_json
 
 FIRST_SLOTS = 2  # the base and one adapter; doubled when full
 
@@ -97,4 +97,4 @@ def map_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def read_statistics(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -117,6 +118,17 @@ def write_weights(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError naming the file."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} cannot be read ({e})", expected="a JSON object", remedy="Copy it again.") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}", expected="an object", remedy="Copy it again.")
+    return value
+
+
 def alone(t: Tensor) -> Tensor:
     """The tensor on the CPU in memory of its own: not a part of a larger one."""
     t = t.detach().cpu().contiguous()
@@ -134,12 +146,10 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def _indexed_files(folder: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError) as e:
-        raise CheckpointError(
-            f"{folder / INDEX} cannot be read", expected="an index with a weight_map", remedy="Copy it again."
-        ) from e
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not weight_map:
+        raise CheckpointError(f"{folder / INDEX} has no weight_map", expected="tensor: shard", remedy="Copy it again.")
+    names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or not (folder / name).exists():
             raise CheckpointError(
