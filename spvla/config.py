@@ -279,6 +279,12 @@ class EvaluateConfig(FarmConfig):
             expected="one of the two",
             remedy="Give the checkpoint to evaluate, or the training run to follow.",
         )
+        require(
+            not self.stop_when_settled or self.pretrained_checkpoint.count(",") == 1,
+            f"--stop_when_settled True with --pretrained_checkpoint {self.pretrained_checkpoint or '(none)'}",
+            expected="two checkpoints to compare, separated by a comma",
+            remedy="Name both, or leave --stop_when_settled out.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

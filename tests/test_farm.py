@@ -209,4 +209,4 @@ def test_the_result_is_the_same_whatever_the_load(tmp_path: Path) -> None:
             Run(farm, job(wanted[:: -1 if num_envs == 2 else 1], "libero_object_no_noops"), ledger).play()
             tables.append([(r.trial, r.status, r.steps, r.state_digest) for r in ledger.trials()])
     assert tables[0] == tables[1] == tables[2]
-    assert len({digest for *_, digest in tables[0]}) > 6  # the versions and init states do differ
+    assert len({digest for *_, digest in tables[0]}) > 2  # two init states: so the versions do differ

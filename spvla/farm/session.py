@@ -20,14 +20,14 @@ from spvla.farm.console import Console, Tally, View
 from spvla.farm.exports import export, log_to_wandb
 from spvla.farm.farm import Farm, cluster_sizes
 from spvla.farm.ledger import Ledger, TrialRow
-from spvla.farm.logfile import write_log
+from spvla.farm.logfile import log_name, write_log
 from spvla.farm.plan import Plan, make_plan
 from spvla.farm.protocol import Protocol, require_same
 from spvla.farm.run import Job, Run
 from spvla.farm.settle import verdict
 from spvla.farm.sizing import decode_batch_size
 from spvla.farm.summary import Summary, summarise
-from spvla.files import require_writable
+from spvla.files import require_writable, safe_name
 from spvla.runs import LEDGER
 from spvla.sim import assets
 from spvla.types import MAX_STEPS, Trial
@@ -41,6 +41,9 @@ PACKAGES = {"mujoco": "mujoco", "robosuite": "robosuite", "libero": "hf-libero"}
 @contextmanager
 def session(config: EvaluateConfig) -> Iterator["Session"]:
     """Opens the ledger in --local_log_dir. Raises UserError if it cannot be used."""
+    log_name("suite", at=datetime.now(), note=config.run_id_note)  # refused now, not when hours of trials are done
+    if config.run_id_note:
+        safe_name(config.run_id_note, what="run_id_note")
     folder = require_writable(config.local_log_dir, flag="--local_log_dir")
     with Ledger.create(folder / LEDGER) as ledger, Console() as console, ExitStack() as stack:
         yield Session(config, ledger, console, stack)
@@ -63,11 +66,11 @@ class Session:
         self._require_known_protocol()
         done = {row.trial for row in self.ledger.outcomes()}
         missing = [t for t in plan.trials if t not in done]
+        if not missing:
+            self.console.say(f"evaluate  nothing is missing: {len(plan.trials)} trials are in {self.ledger.path}")
+            return summarise(self._rows(plan))
         try:
-            if missing:
-                self._play(plan, missing)
-            else:
-                self.console.say(f"evaluate  nothing is missing: {len(plan.trials)} trials are in {self.ledger.path}")
+            self._play(plan, missing)
         finally:
             self._write(plan)
         return summarise(self._rows(plan))
