@@ -65,6 +65,8 @@ FLOORS = {
     "spvla.selfplay.objective": 1,
     "spvla.selfplay.clock": 1,
     "spvla.selfplay.adapters": 1,
+    "spvla.selfplay.settings": 2,
+    "spvla.selfplay.blocks": 2,
     "spvla.selfplay.network": 4,
     "spvla.selfplay.scoring": 5,
     "spvla.selfplay.measures": 8,

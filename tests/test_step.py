@@ -19,7 +19,8 @@ from spvla.policy.adapters import add_lora
 from spvla.selfplay import step as step_module
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import Reply, score_real
-from spvla.selfplay.step import Learner, StepConfig, learning_rate
+from spvla.selfplay.settings import StepConfig, learning_rate
+from spvla.selfplay.step import Learner
 from spvla.types import ACTION_DIM, Batch
 
 FORK = StepConfig(objective="spvla", beta=0.5, eta=0.01, sft_weight=1.0, logp_reduction="mean")

@@ -6,14 +6,13 @@ The same weights and numbers as spvla.policy.openvla, laid out so that a trainin
     attention there is; the last six rows attend to their prefix and to each other by a small mask. So neither
     continuation sees the other, and padding (on the right) needs no mask;
   * after the last layer's attention only the rows whose logits are wanted go on;
-  * every function below is pure in tensors, so that torch.compile compiles each once and uses it for all layers.
+  * the two towers run side by side.
 
 Legend: B batch, T rows (BOS, 256 patches, text, generated), D width, H heads, K head width, R rows with logits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,16 @@ from torch import Tensor, nn
 from spvla.policy.openvla import OpenVLA, OpenVLAConfig
 from spvla.policy.vision import NUM_PATCHES, PATCH_SIZE, Block, TowerConfig, VisionTower
 from spvla.selfplay.adapters import Flat, Lora, Site, adapted, base_layer, fuse, point_at
+from spvla.selfplay.blocks import (
+    Norm,
+    Rows,
+    decode_attention,
+    llama_attention,
+    llama_rest,
+    project,
+    rms_norm,
+    vit_block,
+)
 
 LLAMA = "language_model.model"
 
@@ -30,104 +39,6 @@ Loras = Callable[[str], Lora | None]  # site -> adapter, as `Adapter.lora`
 
 def bare(site: str) -> None:
     """No adapter anywhere: the base model."""
-
-
-class Norm(NamedTuple):
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-
-
-class Rows(NamedTuple):
-    """Where each row stands. `extra` rows at the end see only what `mask` allows; all others are causal."""
-
-    cos: Tensor  # (1 or B, T, 1, K) float32
-    sin: Tensor
-    mask: Tensor | None  # (B, 1, extra, T)
-    extra: int
-
-
-def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    wide = x.float()
-    return norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding in float32: (B, T, H, K) -> (B, H, T, K)."""
-    wide = x.float()
-    left, right = wide.chunk(2, -1)
-    return (wide * cos + torch.cat((-right, left), -1) * sin).to(x.dtype).transpose(1, 2).contiguous()
-
-
-def project_qkv(x: Tensor, norm: Norm, site: Site, lora: Lora | None, heads: int, rows: Rows) -> tuple[Tensor, ...]:
-    """(B, T, D) -> rotated q and k, and v, each (B, H, T, K)."""
-    q, k, v = (part.unflatten(-1, (heads, -1)) for part in adapted(rms_norm(x, norm), site, lora).split(site.outs, -1))
-    return rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin), v.transpose(1, 2).contiguous()
-
-
-def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Few rows against many, with a mask: (B, H, Q, K), (B, H, T, K), (B, 1, Q, T) -> (B, H, Q, K)."""
-    scores = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
-
-
-def llama_attention(
-    x: Tensor, norm: Norm, site: Site, lora: Lora | None, heads: int, rows: Rows
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The first half of a layer, without its output map: (B, T, D) -> (B, T, D), and k, v (B, H, T, K)."""
-    q, k, v = project_qkv(x, norm, site, lora, heads, rows)
-    plain = x.shape[1] - rows.extra
-    out = F.scaled_dot_product_attention(q[:, :, :plain], k[:, :, :plain], v[:, :, :plain], is_causal=True)
-    if rows.mask is not None:
-        out = torch.cat((out, attend_masked(q[:, :, plain:], k, v, rows.mask)), 2)
-    return out.transpose(1, 2).flatten(2), k, v
-
-
-def llama_rest(x: Tensor, attended: Tensor, norm: Norm, sites: Sequence[Site], loras: Sequence[Lora | None]) -> Tensor:
-    """Output map, residual, gated MLP: (B, T, D) twice -> (B, T, D)."""
-    x = x + adapted(attended, sites[0], loras[0])
-    gate, up = adapted(rms_norm(x, norm), sites[1], loras[1]).chunk(2, -1)
-    return x + adapted(F.silu(gate) * up, sites[2], loras[2])
-
-
-def decode_attention(
-    x: Tensor, norm: Norm, site: Site, lora: Lora | None, heads: int, rows: Rows, k: Tensor, v: Tensor, at: Tensor
-) -> Tensor:
-    """As llama_attention for one new row each: (B, 1, D). Writes row `at` (B,) of the caches k, v (B, H, T, K)."""
-    q, new_k, new_v = project_qkv(x, norm, site, lora, heads, rows)
-    batch = torch.arange(x.shape[0], device=x.device)
-    k[batch, :, at] = new_k[:, :, 0]
-    v[batch, :, at] = new_v[:, :, 0]
-    seen = torch.arange(k.shape[2], device=x.device) <= at[:, None]  # (B, T)
-    return attend_masked(q, k, v, seen[:, None, None]).transpose(1, 2).flatten(2)
-
-
-def vit_block(
-    x: Tensor,
-    norms: Sequence[Norm],
-    sites: Sequence[Site],
-    loras: Sequence[Lora | None],
-    scales: Sequence[Tensor | None],
-    heads: int,
-) -> Tensor:
-    """One pre-norm transformer block of a tower: (B, T, D) -> (B, T, D). `scales` is DINOv2's LayerScale."""
-    h = F.layer_norm(x, x.shape[-1:], norms[0].weight, norms[0].bias, norms[0].eps)
-    q, k, v = adapted(h, sites[0], loras[0]).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    x = x + _scaled(adapted(h, sites[1], loras[1]), scales[0])
-    h = F.layer_norm(x, x.shape[-1:], norms[1].weight, norms[1].bias, norms[1].eps)
-    h = adapted(F.gelu(adapted(h, sites[2], loras[2])), sites[3], loras[3])
-    return x + _scaled(h, scales[1])
-
-
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else x * scale
-
-
-def project(x: Tensor, sites: Sequence[Site], loras: Sequence[Lora | None]) -> Tensor:
-    """Vision features -> Llama's width: (B, 256, dino + siglip) -> (B, 256, D)."""
-    h = F.gelu(adapted(x, sites[0], loras[0]))
-    return adapted(F.gelu(adapted(h, sites[1], loras[1])), sites[2], loras[2])
 
 
 class Network:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from spvla.policy.images import to_pixel_values
 from spvla.policy.vision import NUM_PATCHES
-from spvla.selfplay.network import Loras, Network, Rows
+from spvla.selfplay.blocks import Rows
+from spvla.selfplay.network import Loras, Network
 from spvla.selfplay.objective import cap_logits, token_logps
 from spvla.types import ACTION_DIM, Batch
 

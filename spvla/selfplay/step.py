@@ -9,73 +9,26 @@ Workers (torch.distributed, if initialised) meet twice a step: once to add that 
 covers the adapter only. The host waits for the device once a step, to read the metrics and to skip what is not finite.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spvla.config import TrainConfig
 from spvla.errors import CheckpointError, TrainingError, UserError
 from spvla.policy import actions
 from spvla.selfplay.adapters import Adapter, Flat, has_adapter
 from spvla.selfplay.clock import Clock, memory_gib
 from spvla.selfplay.measures import Margin, collided, extremes, imitation, selfplay
 from spvla.selfplay.network import Loras, Network, bare
-from spvla.selfplay.objective import LossType, Reduction
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import Inputs, Opponent, Reply, Speech, draw_uniforms, score_pair, score_real, to_inputs
+from spvla.selfplay.settings import OPPONENT, POLICY, StepConfig, learning_rate
 from spvla.types import ACTION_DIM, Batch
-
-POLICY, OPPONENT = "policy", "opponent"  # names of the two adapters
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepConfig:
-    """The training flags that one step depends on; see TrainConfig for their meaning."""
-
-    objective: Literal["spin", "spvla", "sft"] = "spin"
-    beta: float = 0.1
-    eta: float = 0.0
-    sft_weight: float = 0.0
-    loss_type: LossType = "sigmoid"
-    logp_reduction: Reduction = "sum"
-    opponent_temperature: float = 0.0
-    opponent_update: Literal["iteration", "ema"] = "iteration"
-    ema_decay: float = 0.9999
-    skip_hard_above: float | None = None
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
-    drop_collisions: bool = False
-    use_lora: bool = True
-    lora_dropout: float = 0.0
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.01
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
-    max_grad_norm: float | None = None
-    max_steps: int = 200_000
-    seed: int = 7
-    max_nonfinite_steps: int = 10
-    compile: bool = False
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> "StepConfig":
-        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
-
-
-def learning_rate(config: StepConfig, step: int) -> float:
-    """Rate of optimiser step `step` = 0, 1, ...: linear warm-up, then constant, or falling to 0 at max_steps."""
-    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    done = min(1.0, max(0, step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
-    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.lr_schedule]
-    return config.learning_rate * warm * shape
 
 
 class Shares(NamedTuple):
@@ -97,7 +50,12 @@ class Learner:
         """`model` is an OpenVLA, under peft where use_lora, with adapter "policy" and, unless the bare base plays,
         "opponent". `replies` keeps the opponent's answers over epochs: only where images are not augmented.
         """
-        require_consistent(config, replies)
+        if replies is not None and config.opponent_update == "ema":
+            raise UserError(
+                "replies kept over epochs for an opponent that moves",
+                expected="a frozen opponent",
+                remedy="Use --opponent_update iteration, or keep no replies.",
+            )
         self.config, self.replies = config, replies
         self.network = Network(model, compiled=config.compile)
         self.device = self.network.device
@@ -320,13 +278,4 @@ class Learner:
             f"{self.nonfinite} steps in a row with a loss or gradient that is not finite (the last: loss "
             f"{metrics['total_loss']}, gradient norm {metrics['grad_norm']}). The last checkpoint stays. "
             "Lower --learning_rate, or set --max_grad_norm, --warmup_steps or --logit_softcap."
-        )
-
-
-def require_consistent(config: StepConfig, replies: ReplyStore | None) -> None:
-    if replies is not None and config.opponent_update == "ema":
-        raise UserError(
-            "replies kept over epochs for an opponent that moves",
-            expected="a frozen opponent",
-            remedy="Use --opponent_update iteration, or keep no replies.",
         )
