@@ -426,7 +426,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--budget_s", type=float, default=240.0, help="later parts are left out when it runs short")
     parser.add_argument("--free_sums", action="store_true", help="let cuBLAS cut sums as it likes (repeatable.py)")
-    parser.add_argument("--lt_sums", action="store_true", help="instead: cuBLASLt, told not to split sums")
+    parser.add_argument("--lt_sums", action="store_true", help="on a GPU, instead: cuBLASLt, told not to split sums")
     args = parser.parse_args()
     args.batches = [int(b) for b in args.batches.split(",")]
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
