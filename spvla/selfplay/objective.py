@@ -42,7 +42,8 @@ def spin_loss(
     and  ent = opponent_real - policy_generated:
         sigmoid: -log sigmoid(beta x - eta ent)
         hinge:   relu(1 - beta x - eta ent)       the fork's sign, opposite to sigmoid's
-    In sigmoid eta > 0 thus rewards probable generated actions no less than real ones are under the opponent.
+    Since -ent = policy_generated - opponent_real, under sigmoid eta > 0 holds the generated action's probability up,
+    against beta, and under hinge it pushes it down further.
     """
     real = policy_real - opponent_real
     generated = policy_generated - opponent_generated

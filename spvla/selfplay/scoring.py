@@ -268,11 +268,6 @@ class _Decoder:
         return self.network.logits(hidden[:, 0], self.loras)
 
 
-def generate(network: Network, inputs: Inputs, loras: Loras, *, temperature: float = 0.0, uniforms: Tensor) -> Tensor:
-    """The adapter's own actions: (B, A) ids."""
-    return Opponent(network, loras, Speech(temperature=temperature)).reply(inputs, uniforms).generated
-
-
 def draw_uniforms(seed: int, visit: int, samples: np.ndarray) -> np.ndarray:
     """(B,) sample numbers -> (B, A) float32 in [0, 1), the same for a sample whoever shares its batch."""
     rows = [np.random.default_rng((seed, visit, int(s))).random(ACTION_DIM, np.float32) for s in samples]
