@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spvla.errors import DatasetError
+from spvla.files import safe_name
 from spvla.types import ACTION_DIM, CAMERA_SIZE
 
 SPLITS = ("train", "val")
@@ -70,7 +71,7 @@ def find(data_root_dir: Path, dataset_name: str) -> Layout:
 
 def newest_version(data_root_dir: Path, dataset_name: str) -> Path:
     """DATA_ROOT/NAME/1.0.0, or DATA_ROOT/NAME itself if it holds the files."""
-    folder = data_root_dir / dataset_name
+    folder = data_root_dir / safe_name(dataset_name, what="--dataset_name")
     if not folder.is_dir():
         found = sorted(p.name for p in data_root_dir.glob("*/") if any(versions(p)))
         raise DatasetError(
