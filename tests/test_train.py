@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -208,23 +209,23 @@ def test_two_workers_learn_what_one_learns_with_twice_the_batch(data: Path, tmp_
     assert again.checkpoint == two.checkpoint  # nothing left to do
 
 
-@pytest.fixture
-def saboteur(tmp_path: Path) -> Iterator[list[str]]:
+@contextmanager
+def saboteur(run: Path) -> Iterator[list[str]]:
     """Kills Ray's processes as checkpoints appear; yields the list of its deeds."""
     deeds: list[str] = []
 
     def act() -> None:
         for step, victim in ((10, "RayTrainWorker"), (15, "TrainController")):
-            when(lambda step=step: newest(tmp_path / "a") >= step)
+            when(lambda step=step: newest(run) >= step)
             for process in psutil.Process().children(recursive=True):
                 if victim in " ".join(process.cmdline()):
                     process.kill()
-                    deeds.append(f"{victim} at step {newest(tmp_path / 'a')}")
+                    deeds.append(f"{victim} at step {newest(run)}")
 
     thread = threading.Thread(target=act, daemon=True)
     thread.start()
     yield deeds
-    thread.join(1)
+    thread.join()
 
 
 def newest(run: Path) -> int:
@@ -232,7 +233,8 @@ def newest(run: Path) -> int:
     return every[-1][0] if every else 0
 
 
-def test_a_run_killed_in_every_way_ends_with_the_same_bits(data: Path, tmp_path: Path, saboteur: list[str]) -> None:
+@pytest.mark.timeout(600)
+def test_a_run_killed_in_every_way_ends_with_the_same_bits(data: Path, tmp_path: Path) -> None:
     config = quick_flags(data, tmp_path, run_id="a", max_steps=20, save_steps=5)
     command = [sys.executable, "-m", "spvla.cli", "train", *flags_of(config)]
     driver = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -240,8 +242,9 @@ def test_a_run_killed_in_every_way_ends_with_the_same_bits(data: Path, tmp_path:
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert newest(tmp_path / "a") < 10
-    result = train(config)
-    assert saboteur == ["RayTrainWorker at step 10", "TrainController at step 15"]
+    with saboteur(tmp_path / "a") as deeds:
+        result = train(config)
+    assert deeds == ["RayTrainWorker at step 10", "TrainController at step 15"]
     straight = train_here(dataclasses.replace(config, run_id="straight"))
     assert distance(weights_of(result.run), weights_of(straight)) == 0
     assert [row["step"] for row in runs.read_metrics(result.run)] == list(range(1, 21))

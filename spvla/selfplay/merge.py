@@ -8,9 +8,11 @@ when only the latest is kept.
 import shutil
 import sys
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 
 from spvla import runs
+from spvla.errors import SpvlaError
 from spvla.files import new_folder
 from spvla.policy.checkpoint import save_merged
 from spvla.selfplay.resume import STATE, prune
@@ -24,24 +26,35 @@ class Merger:
         self.run, self.only_latest = run, only_latest
         self.waiting = waiting / run.name
         self.busy: Future[None] | None = None
+        self.given_up: set[str] = set()
 
     def poll(self) -> None:
         if self.busy is not None and not self.busy.done():
             return
-        if self.busy is not None:
-            self.busy.result()
         self.busy = None
         if missing := self._missing():
-            self.busy = in_thread(lambda: self._merge(missing[-1] if self.only_latest else missing[0]))
+            chosen = missing[-1] if self.only_latest else missing[0]
+            self.busy = in_thread(lambda: self._try(chosen))
 
     def finish(self) -> None:
-        while self.busy is not None or self._missing():
-            if self.busy is not None:
-                self.busy.result()
+        self.poll()
+        while self.busy is not None:
+            self.busy.result()
             self.poll()
+        with suppress(OSError):
+            self.waiting.rmdir()
 
     def _missing(self) -> list[Path]:
-        return [p for _, p in runs.checkpoints(self.run) if not (self.run / runs.MERGED / p.name).exists()]
+        every = [path for _, path in runs.checkpoints(self.run) if path.name not in self.given_up]
+        return [path for path in every if not (self.run / runs.MERGED / path.name).exists()]
+
+    def _try(self, checkpoint: Path) -> None:
+        """A merge that fails, say on a full disk, is told and given up: the adapter stays, and training goes on."""
+        try:
+            self._merge(checkpoint)
+        except (OSError, SpvlaError) as e:
+            self.given_up.add(checkpoint.name)
+            print(f"merge  {checkpoint.name} failed: {e}", file=sys.stderr)
 
     def _merge(self, checkpoint: Path) -> None:
         held = self.waiting / checkpoint.name
@@ -56,4 +69,4 @@ class Merger:
         shutil.rmtree(held)
         if self.only_latest:
             prune(merged.parent, keep=merged)
-        print(f"merged  {merged}", file=sys.stderr)
+        print(f"merge  {merged}", file=sys.stderr)

@@ -59,6 +59,8 @@ def train(config: TrainConfig, *, label: str = "train", callbacks: Sequence[User
     config.check()
     require_datasets(config)
     require_startable(config)
+    if config.save_merged:
+        require_writable(config.adapter_tmp_dir, flag="--adapter_tmp_dir")
     run = require_writable(config.run_root_dir / run_id(config), flag="--run_root_dir")
     with locked(run):
         start = start_policy(config, run)
@@ -99,7 +101,7 @@ def _run(job: Job, follower: Follower, callbacks: Sequence[UserCallback]) -> Non
         (job.run / marker).unlink(missing_ok=True)
     config = job.config
     merger = None
-    if config.save_merged:
+    if config.save_merged and config.use_lora:
         merger = Merger(job.run, config.adapter_tmp_dir.resolve(), only_latest=config.save_latest_checkpoint_only)
     done = in_thread(lambda: _fit(job, callbacks))
     try:
@@ -111,8 +113,9 @@ def _run(job: Job, follower: Follower, callbacks: Sequence[UserCallback]) -> Non
         done.result()
         if merger:
             merger.finish()
-    except KeyboardInterrupt:
-        _stop(job, done)
+    except BaseException:  # Ctrl-C above all; whatever it is, the workers must not go on alone
+        if not done.done():
+            _stop(job, done)
         raise
 
 
