@@ -19,6 +19,7 @@ TIP = 0.0092  # m from the grip site to the fingertips
 PAD = 0.006  # m, half the height of a pad
 HAND = (0.104, 0.033, 0.031)  # m: half across, half along, from grip site up to the hand
 MARGIN = 0.003  # m kept free
+STEEP = 0.012  # slope from which the fingers would slide off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +93,9 @@ def _parts(mine: np.ndarray, w: float, z: float) -> list[tuple[float, float, flo
     parts = []
     for run in np.split(np.arange(len(across)), cuts + 1):
         low, high = across[run[0]], across[run[-1]]
-        if high - low < OPENING - 2 * MARGIN and np.ptp(along[run]) > 0.006:
-            parts.append((float(low + high) / 2, float(high - low), _slope(across[run], along[run])))
+        slope = _slope(across[run], along[run])
+        if high - low < OPENING - 2 * MARGIN and np.ptp(along[run]) > 0.006 and slope < STEEP:
+            parts.append((float(low + high) / 2, float(high - low), slope))
     return parts
 
 

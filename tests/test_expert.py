@@ -1,0 +1,139 @@
+"""Scripted demonstrations: what the actions are like, that they solve their tasks, and the geometry they rest on."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from spvla.sim.assets import AssetSet, resolve
+from spvla.sim.expert import SETTLE, SETTLING_STEPS, demonstrate
+from spvla.sim.expert.clearance import lowest
+from spvla.sim.expert.grasps import MARGIN, OPENING, TIP, grasps
+from spvla.sim.expert.motion import DOWN
+from spvla.sim.expert.scene import Scene, _box, _cylinder
+from spvla.sim.libero import LiberoEnv
+
+NONE = np.zeros((0, 3))
+
+
+@pytest.fixture(scope="module")
+def assets() -> Iterator[AssetSet]:
+    """The embedded set, whatever this machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LIBERO_ASSETS", raising=False)
+        patch.setattr("spvla.sim.assets._libero_places", lambda: [])
+        yield resolve()
+
+
+@pytest.fixture(scope="module")
+def soup(assets: AssetSet) -> Iterator[LiberoEnv]:
+    with LiberoEnv("libero_object", 0, assets) as env:
+        yield env
+
+
+def solve(env: LiberoEnv, init_state: int, seed: int = 7) -> list[np.ndarray]:
+    actions = demonstrate(env, init_state, np.random.default_rng(seed))
+    assert actions is not None
+    return actions
+
+
+def replayed(env: LiberoEnv, init_state: int, actions: list[np.ndarray]) -> list[bool]:
+    env.reset(init_state)
+    for _ in range(SETTLING_STEPS):
+        env.step(SETTLE)
+    return [env.step(action) for action in actions]
+
+
+def test_the_same_seed_gives_the_same_demonstration_and_its_replay_ends_solved(soup: LiberoEnv) -> None:
+    actions = solve(soup, 3)
+    assert np.array_equal(actions, solve(soup, 3))
+    assert not np.array_equal(actions, solve(soup, 3, seed=8))
+    outcome = replayed(soup, 3, actions)
+    assert outcome[-1]
+    assert not outcome[0]
+
+
+def test_actions_stay_in_range_start_gently_and_change_smoothly(soup: LiberoEnv) -> None:
+    actions = np.array(solve(soup, 0))
+    assert actions.dtype == np.float32
+    assert actions.shape[1:] == (7,)
+    assert len(actions) <= soup.max_steps
+    assert abs(actions).max() <= 1
+    assert set(actions[:, 6]) == {-1.0, 1.0}
+    assert np.linalg.norm(np.diff(actions[:, :6], axis=0), axis=1).max() < 0.4
+    assert (np.diff(actions[:, 6]) != 0).sum() == 2  # closes once, opens once
+    still = np.linalg.norm(actions[:, :6], axis=1) < 1e-4
+    assert still.mean() < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", range(10))
+def test_every_object_task_is_solved_from_its_first_ten_init_states(assets: AssetSet, task: int) -> None:
+    with LiberoEnv("libero_object", task, assets) as env:
+        solved = [demonstrate(env, i, np.random.default_rng([7, task, i])) is not None for i in range(10)]
+    assert np.mean(solved) >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", range(10))
+def test_every_spatial_task_is_solved(assets: AssetSet, task: int) -> None:
+    with LiberoEnv("libero_spatial", task, assets) as env:
+        solved = [demonstrate(env, i, np.random.default_rng([7, task, i])) is not None for i in range(4)]
+    assert np.mean(solved) >= 0.75
+
+
+@pytest.mark.parametrize("task", [0, 7], ids=["drawer", "knob"])
+def test_furniture_is_worked(assets: AssetSet, task: int) -> None:
+    with LiberoEnv("libero_goal", task, assets) as env:
+        solve(env, 0)
+
+
+def test_a_box_is_grasped_across_its_narrow_side_near_its_middle() -> None:
+    box = _box(np.array([0.06, 0.02, 0.02])) + [0.3, 0.1, 0.02]
+    best = grasps(box, NONE, ground=0.0)[0]
+    closing = best.pose.rotation.as_matrix()[:, 0]
+    assert abs(closing[1]) == pytest.approx(1.0)
+    assert best.width == pytest.approx(0.04, abs=0.001)
+    assert np.linalg.norm(best.pose.position[:2] - [0.3, 0.1]) < 0.01
+
+
+def test_what_is_wider_than_the_hand_has_no_grasp_but_a_thin_rim_has() -> None:
+    assert grasps(_box(np.array([0.05, 0.05, 0.03])) + [0, 0, 0.03], NONE, ground=0.0) == []
+    solid = _cylinder(0.05, 0.03) + [0, 0, 0.03]
+    hollow = solid[(np.linalg.norm(solid[:, :2], axis=1) > 0.045) | (solid[:, 2] < 0.003)]
+    rim = grasps(hollow, NONE, ground=0.0)[0]
+    assert np.linalg.norm(rim.pose.position[:2]) == pytest.approx(0.05, abs=0.01)
+    assert rim.width < OPENING / 4
+
+
+def test_a_wall_beside_the_thing_leaves_only_the_grasps_along_it() -> None:
+    cube = _box(np.array([0.02, 0.02, 0.02])) + [0, 0, 0.02]
+    wall = _box(np.array([0.1, 0.002, 0.1])) + [0, 0.035, 0.1]
+    for grasp in grasps(cube, wall, ground=0.0):
+        assert abs(grasp.pose.rotation.as_matrix()[1, 0]) < 0.8  # the fingers do not close towards the wall
+
+
+def test_a_held_thing_comes_down_to_what_is_below_it_and_no_further() -> None:
+    held = _box(np.array([0.01, 0.01, 0.03])) + [0, 0, 0.03]  # hangs from the fingers: z is down in the hand's frame
+    shelf = _box(np.array([0.05, 0.05, 0.01])) + [0.4, 0, 0.19]
+    low = {"held": held, "opening": 0.02, "ground": 0.0}
+    above = lowest(np.array([0.4, 0.0]), DOWN, obstacles=shelf, **low)
+    assert above == pytest.approx(0.20 + 0.06 + MARGIN, abs=1e-6)
+    beside = lowest(np.array([0.0, 0.0]), DOWN, obstacles=shelf, **low)
+    assert beside == pytest.approx(0.06 + MARGIN, abs=1e-6)
+    empty = lowest(np.array([0.0, 0.0]), DOWN, obstacles=shelf, held=NONE, opening=0.0, ground=0.0)
+    assert empty == pytest.approx(TIP + MARGIN, abs=1e-6)
+
+
+def test_the_scene_follows_the_simulation(soup: LiberoEnv) -> None:
+    soup.reset(0)
+    scene = Scene(soup)
+    before, cloud = scene.position, scene.cloud("alphabet_soup_1")
+    for _ in range(5):
+        soup.step(np.array([0, 0, 0.5, 0, 0, 0, -1]))
+    assert scene.position[2] > before[2] + 0.01
+    assert isinstance(scene.rotation, Rotation)
+    assert abs(cloud.mean(0) - scene.where("alphabet_soup_1")).max() < 0.03
+    assert scene.ground == pytest.approx(0.0, abs=0.01)
+    assert not scene.holds("alphabet_soup_1")
