@@ -37,6 +37,7 @@ from spvla.policy.adapters import add_lora, use_adapter
 from spvla.policy.openvla import OpenVLA
 from spvla.policy.presets import preset
 from spvla.policy.vision import NUM_PATCHES
+from spvla.selfplay import blocks
 from spvla.selfplay.network import Network, bare
 from spvla.selfplay.objective import greedy_logps, spin_loss, token_logps
 from spvla.selfplay.replies import ReplyStore
@@ -51,6 +52,8 @@ BATCHES = 2  # distinct ones, taken in turn
 def main() -> None:
     args = arguments()
     if args.way:
+        if args.masked_sdpa:
+            blocks.attend_masked = F.scaled_dot_product_attention
         with attention(args):
             print(json.dumps(measure(args)))
         return
@@ -79,6 +82,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="c and d without torch.compile")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step of c")
     parser.add_argument("--cudnn", action="store_true", help="prefer cuDNN's attention to flash attention")
+    parser.add_argument("--masked_sdpa", action="store_true", help="torch's attention for the rows under a mask, too")
     parser.add_argument("--compare", action="store_true", help="print c with and without work on other streams")
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # this process measures it
