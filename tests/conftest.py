@@ -36,14 +36,6 @@ def real_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def any_assets() -> None:
-    """Whatever assets there are: LIBERO_ASSETS, LIBERO's own, or the embedded primitives."""
-    from spvla.sim import assets
-
-    print(f"assets: {assets.resolve().name}")
-
-
-@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster with four logical CPUs, started once for all tests that ask for it."""
     from spvla.cluster import connection
