@@ -189,6 +189,8 @@ class Opponent:
     def _decoder(self, inputs: Inputs) -> "_Decoder":
         shape = (inputs.text.shape[0], NUM_PATCHES + inputs.text.shape[1])
         if shape not in self._decoders:
+            if self._decoders and self.network.device.type == "cuda":
+                torch.cuda.synchronize()  # the old one may still be decoding
             self._decoders.clear()  # caches are large: one shape at a time
             self._decoders[shape] = _Decoder(self.network, self.loras, self.speech, *shape)
         return self._decoders[shape]
