@@ -74,6 +74,9 @@ class Renderer:
         self.model = model
         self.context: GLContext | None = open_context()
         self.scene = mujoco.MjvScene(model, maxgeom=MAX_GEOMS)
+        model.vis.global_.offwidth = model.vis.global_.offheight = CAMERA_SIZE  # a buffer no larger than the picture
+        if not (model.light_castshadow & model.light_active).any():
+            model.vis.quality.shadowsize = 0  # 64 MB of shadow map for nothing
         self.device = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.device)
         self.options = mujoco.MjvOption()
