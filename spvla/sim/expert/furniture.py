@@ -13,8 +13,8 @@ BEFORE = 0.09  # m in front of a handle, where the hand stops and turns
 TURN = 0.95  # rad a knob is turned: LIBERO's stoves burn from 0.5 on
 
 
-def pull_open(expert: Expert, part: Part) -> Motion:
-    """Takes a drawer's handle from the front, fingers above and below it, and draws the drawer out."""
+def pull_open(expert: Expert, part: Part, *, length: float | None = None) -> Motion:
+    """Takes a drawer's handle from the front, fingers above and below it, and draws it out: all the way by default."""
     arm = expert.arm
     handle = part.handle()
     center, rotation = (handle.min(0) + handle.max(0)) / 2, facing(-part.outward)
@@ -25,13 +25,13 @@ def pull_open(expert: Expert, part: Part) -> Motion:
     yield from arm.go(ahead, near=0.006)
     yield from arm.go(grip, near=0.005, pace=0.6, straight=True)
     yield from arm.close()
-    length = max(abs(limit) for limit in part.limits) - abs(part.value)
-    yield from arm.go(grip.moved(*((length + 0.01) * part.outward)), near=0.004, pace=0.6)
+    length = length or max(abs(limit) for limit in part.limits) + 0.01
+    yield from arm.go(grip.moved(*((length - abs(part.value)) * part.outward)), near=0.004, pace=0.6)
     yield from arm.open(8)
     clear = arm.pose.moved(*(0.07 * part.outward))
     yield from arm.go(clear, near=0.02, pace=0.8)
-    yield from arm.through(Pose(position=clear.position + [0, 0, 0.16], rotation=yawed(0)))
-    if not part.is_open:
+    yield from arm.go(Pose(position=clear.position + [0, 0, 0.16], rotation=yawed(0)), near=0.05, turn_near=0.3)
+    if abs(part.value) < 0.85 * length:
         raise CannotDo(f"open {part.fixture}")
 
 

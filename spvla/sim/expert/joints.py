@@ -57,10 +57,6 @@ class Part:
         low, high = self.limits
         return self.axis * (1 if high > -low else -1)
 
-    @property
-    def is_open(self) -> bool:
-        return bool(self.scene.problem.get_object(self.fixture).is_open(self.value))
-
     def cloud(self) -> np.ndarray:
         return self.scene.body_cloud(self.body)
 

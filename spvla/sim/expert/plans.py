@@ -5,6 +5,7 @@ from spvla.sim.expert.joints import Part
 from spvla.sim.expert.motion import Motion
 from spvla.sim.expert.skills import CannotDo, Expert
 
+ENOUGH = 0.125  # m a drawer is drawn out to take a bowl in; further out it stands in the hand's way
 ORDER = {"open": 0, "turnon": 1, "in": 2, "on": 2, "close": 3}
 
 
@@ -42,7 +43,7 @@ def bring(expert: Expert, name: str, target: str) -> Motion:
     region = expert.scene.problem.object_sites_dict.get(target)
     if region is not None and region.joints:
         part = Part.of(expert.scene, target)
-        if not part.is_open:
-            yield from pull_open(expert, part)
+        if part.slides and abs(part.value) < 0.8 * ENOUGH:
+            yield from pull_open(expert, part, length=ENOUGH)
     yield from expert.pick(name)
     yield from expert.place(name, expert.scene.where(target))

@@ -19,6 +19,7 @@ from spvla.sim.libero import LiberoEnv
 SPACING = 0.004  # m, between neighbouring surface points
 FURNITURE = 0.25  # m; a geom with a longer half side is a table, a floor or a wall
 WRIST = (0.088, 0.21)  # m from the grip site to the wrist: back and up
+SIDES = (("finger_joint1_tip", "leftfinger"), ("finger_joint2_tip", "rightfinger"))  # bodies: pad and finger
 ROBOT = ("robot0", "gripper0", "mount0")
 
 
@@ -106,7 +107,7 @@ class Scene:
             for one, other in ((first, second), (second, first)):
                 if one in owned:
                     touching.add(self.model.body(other).name)
-        return all(any(side in body for body in touching) for side in _SIDES)
+        return all(any(body.endswith(side) for body in touching) for side in SIDES)
 
     # --- surface points
 
@@ -135,9 +136,6 @@ class Scene:
         points, geoms = self._surface[0][chosen], self._surface[1][chosen]
         turns = self.data.geom_xmat[geoms].reshape(-1, 3, 3)
         return np.einsum("nij,nj->ni", turns, points) + self.data.geom_xpos[geoms]
-
-
-_SIDES = ("finger_joint1", "finger_joint2")  # the bodies of the two pads
 
 
 def _surface_of(model: mujoco.MjModel, geom: int) -> np.ndarray:
