@@ -107,15 +107,16 @@ class Farm:
             crew.dismiss(slot, why)
 
     def _launch_worker(self, name: str) -> tuple[Any, ray.ObjectRef]:
-        extra = {"spvla_env": 0.01} if "spvla_env" in ray.cluster_resources() else {}
-        actor = RemoteEnvWorker.options(num_cpus=self.sizes.env_cpus, num_gpus=0, resources=extra).remote(
-            name, self.working
-        )
+        actor = RemoteEnvWorker.options(
+            num_cpus=self.sizes.env_cpus, num_gpus=0, resources=placed_by("spvla_env")
+        ).remote(name, self.working)
         return actor, actor.facts.remote()
 
     def _launch_server(self, name: str) -> tuple[Any, ray.ObjectRef]:
         num_gpus = 1 if self.serving.device == "cuda" else 0
-        actor = RemotePolicyServer.options(num_cpus=DECODER_CPUS, num_gpus=num_gpus).remote(name, self.serving)
+        actor = RemotePolicyServer.options(
+            num_cpus=DECODER_CPUS, num_gpus=num_gpus, resources=placed_by("spvla_policy")
+        ).remote(name, self.serving)
         return actor, actor.prepare.remote(self.versions, self.adapters)
 
 
@@ -123,11 +124,22 @@ def cluster_sizes(config: FarmConfig, device: str | None = None) -> Sizes:
     """What the connected cluster should carry now; `device` is kept once it is chosen."""
     resources = ray.cluster_resources()
     return sizes(
-        cpus=resources.get("CPU", 0),
+        cpus=cpus_for("spvla_env"),
         gpus=0 if device == "cpu" else resources.get("GPU", 0),
         num_envs=config.num_envs,
         num_decoders=config.num_decoders,
     )
+
+
+def placed_by(resource: str) -> dict[str, float]:
+    """A request that only machines with this custom resource can meet, on a cluster that has any (cluster.yaml)."""
+    return {resource: 0.01} if resource in ray.cluster_resources() else {}
+
+
+def cpus_for(resource: str) -> float:
+    """CPUs of the machines with this custom resource; of all machines where none has it."""
+    held = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(r.get("CPU", 0) for r in [r for r in held if resource in r] or held)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

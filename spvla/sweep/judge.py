@@ -14,6 +14,7 @@ from spvla.config import EvaluateConfig, SweepConfig
 from spvla.data.index import ensure_index
 from spvla.data.loader import require_frames
 from spvla.data.store import FrameStore
+from spvla.farm.farm import cpus_for
 from spvla.farm.plan import readable_name
 from spvla.farm.session import session
 from spvla.selfplay.prepare import datasets_of
@@ -87,6 +88,7 @@ def index_data(config: SweepConfig) -> None:
 def evaluation(config: SweepConfig, folder: Path) -> EvaluateConfig:
     """The farm's flags; its ledger is the sweep's. Training keeps the CPUs that it needs."""
     training = max_concurrent(config) * config.train.num_workers
+    left = int(ray.cluster_resources().get("CPU", 0)) - training
     return EvaluateConfig(
         pretrained_checkpoint=TRIALS,  # `farm.run` names them
         task_suite_name=config.task_suite_name,
@@ -96,7 +98,7 @@ def evaluation(config: SweepConfig, folder: Path) -> EvaluateConfig:
         libero_assets=config.libero_assets,
         max_steps=config.max_trial_steps,
         local_log_dir=folder,
-        num_envs=config.num_envs or max(1, int(ray.cluster_resources().get("CPU", 0)) - training),
+        num_envs=config.num_envs or max(1, min(left, int(cpus_for("spvla_env")))),
         num_decoders=1,
         num_videos=0,
         max_failure_videos=0,
