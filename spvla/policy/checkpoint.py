@@ -32,7 +32,6 @@ from spvla.policy.policy import OpenVLAPolicy
 from spvla.policy.presets import TOWER_FILE, create_tiny
 from spvla.policy.prompt import load_tokenizer
 from spvla.policy.quantised import quantise
-from spvla.policy.repeatable import keep_sums_in_order
 from spvla.policy.weights import Weights, open_weights, read_json, require_shapes, torch_dtype, write_weights
 
 __all__ = [
@@ -69,8 +68,6 @@ def load_policy(
     decode_batch_size: pad every batch to this many rows, so that no result depends on who shares its batch (and, on a
     GPU, so that it runs as one CUDA graph); 0 decodes each batch at its own size. Raises CheckpointError.
     """
-    if decode_batch_size and device.startswith("cuda"):
-        keep_sums_in_order()
     base, adapter = base_of(path)
     model = load_model(base, device=device, dtype=dtype, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
     policy = OpenVLAPolicy(
