@@ -10,7 +10,7 @@ from training_parts import DATASET, train_here, write_toy_dataset
 
 from spvla import runs
 from spvla.config import SelfplayConfig, TrainConfig
-from spvla.farm.ledger import TrialRow
+from spvla.farm.ledger import Ledger, TrialRow
 from spvla.selfplay.iterate import Iteration, compare, judge, score, selfplay, story
 from spvla.selfplay.prepare import plain
 
@@ -107,7 +107,12 @@ def test_two_iterations_play_each_policy_against_the_one_before_and_resume_from_
     assert TrainConfig(seed=second["seed"]).seed == config.seed + 1
 
     (run / runs.HISTORY).unlink()  # as if killed before it was written
-    ledger = (run / runs.LEDGER).stat().st_mtime_ns
+    played = outcomes(run)
     assert selfplay(config) == history
     assert (run / runs.HISTORY).exists()
-    assert ledger <= (run / runs.LEDGER).stat().st_mtime_ns
+    assert outcomes(run) == played  # when and where each trial was played included: none was played again
+
+
+def outcomes(run: Path) -> list[TrialRow]:
+    with Ledger.open(run / runs.LEDGER) as ledger:
+        return ledger.outcomes()
