@@ -1,7 +1,6 @@
 """How many actions a second one GPU decodes, against transformers' `generate` at batch 1 on the same weights.
 
     python benchmarks/decode.py                              # 7B at random weights, bfloat16, one GPU
-    python benchmarks/decode.py --free_sums                  # the same without what makes results repeatable
     python benchmarks/decode.py --preset tiny --device cpu   # a smoke run: shows that it works, not how fast
 
 Everything is measured in one process, one after another: the card's rate at a matrix product of the model's own shape,
@@ -32,7 +31,6 @@ from spvla.policy.llama import attend_one, attend_one_by_sums
 from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.presets import preset
 from spvla.policy.prompt import build_tiny_tokenizer, prompt_ids
-from spvla.policy.repeatable import keep_sums_in_order
 from spvla.policy.resident import Residents, map_shape
 from spvla.policy.vision import NUM_PATCHES
 from spvla.policy.weights import torch_dtype
@@ -425,7 +423,6 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32,64", help="the largest is used for flips and adapters")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--budget_s", type=float, default=240.0, help="later parts are left out when it runs short")
-    parser.add_argument("--free_sums", action="store_true", help="let cuBLAS cut sums as it likes (repeatable.py)")
     parser.add_argument("--lt_sums", action="store_true", help="on a GPU, instead: cuBLASLt, told not to split sums")
     args = parser.parse_args()
     args.batches = [int(b) for b in args.batches.split(",")]

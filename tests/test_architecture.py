@@ -25,7 +25,6 @@ FLOORS = {
     "spvla.policy.images": 1,
     "spvla.policy.linear": 0,
     "spvla.policy.prompt": 2,
-    "spvla.policy.repeatable": 1,
     "spvla.policy.vision": 1,
     "spvla.policy.llama": 2,
     "spvla.policy.weights": 2,
