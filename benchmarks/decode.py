@@ -423,15 +423,9 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32,64", help="the largest is used for flips and adapters")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--budget_s", type=float, default=240.0, help="later parts are left out when it runs short")
-    parser.add_argument("--lt_sums", action="store_true", help="on a GPU, instead: cuBLASLt, told not to split sums")
     args = parser.parse_args()
     args.batches = [int(b) for b in args.batches.split(",")]
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    if args.lt_sums:
-        torch.backends.cuda.preferred_blas_library("cublaslt")
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)  # the second: no split sums
-    elif not args.free_sums:
-        keep_sums_in_order()
     bench = Bench(args)
     bench.run()
     bench.report()
