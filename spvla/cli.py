@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -48,6 +49,8 @@ def run(args: list[str]) -> int:
         return 0
     try:
         name, parsed = parse(args)
+        if not verbose:
+            warnings.simplefilter("ignore")  # deprecations inside libraries are no news to who runs a command
         entry_point(name)(parsed)
     except UserError as e:
         print(f"spvla: {e}", file=sys.stderr)

@@ -97,8 +97,11 @@ A full run on one GPU, from OpenVLA's own checkpoint and data:
   spvla selfplay --vla_path openvla/openvla-7b-finetuned-libero-spatial --data_root_dir modified_libero_rlds \\
     --dataset_name libero_spatial_no_noops --task_suite_name libero_spatial --run_root_dir runs \\
     --lora_rank 32 --batch_size 20 --learning_rate 2e-4 --beta 0.5 --image_aug True --max_steps 10000 --iterations 2
-On a GPU cluster:
-  ray up cluster.yaml
-  ray dashboard cluster.yaml &
-  ray job submit --address http://127.0.0.1:8265 --working-dir . -- python ray_jobs/selfplay.py --num_workers 8 ...
+On a GPU cluster, after `ray get-auth-token --generate` (docs/operations.md):
+  ray up cluster.yaml && (ray dashboard cluster.yaml &)
+  RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 ray job submit --working-dir . -- \\
+    python ray_jobs/selfplay.py --vla_path openvla/openvla-7b-finetuned-libero-spatial \\
+    --data_root_dir /shared/modified_libero_rlds --dataset_name libero_spatial_no_noops \\
+    --task_suite_name libero_spatial --run_root_dir /shared/runs --lora_rank 32 --batch_size 20 \\
+    --learning_rate 2e-4 --beta 0.5 --image_aug True --max_steps 10000 --iterations 2 --num_workers 4
 """
