@@ -170,6 +170,13 @@ def test_validation_looks_at_held_out_frames_and_leaves_training_as_it_was(data:
     assert distance(weights_of(plain), weights_of(watched)) == 0
 
 
+def test_an_empty_validation_split_is_told_before_the_first_step(data: Path, tmp_path: Path) -> None:
+    config = quick_flags(data, tmp_path, run_id="a", val_steps=4, val_split_from_train=False)
+    with pytest.raises(DatasetError, match="val split"):
+        train_here(config)
+    assert not list(runs.read_metrics(tmp_path / "a"))
+
+
 def test_every_weight_can_be_trained_by_plain_behaviour_cloning(data: Path, tmp_path: Path) -> None:
     flags = {"objective": "sft", "use_lora": False, "learning_rate": 1e-3, "batch_size": 8}
     run = train_here(quick_flags(data, tmp_path, run_id="whole", max_steps=6, save_steps=6, **flags))

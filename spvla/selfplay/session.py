@@ -77,6 +77,8 @@ class Session:
         self.learner = Learner(self.model, StepConfig.of(self.config), replies=self._replies())
         self.smoothed = Smoothed()
         self._feed()
+        if self.config.val_steps:
+            self._loader("val")  # an empty split is told now, not after hours
 
     @property
     def step(self) -> int:
