@@ -1,17 +1,29 @@
 """Sweeps: the space from the command line, the folder as the whole state, and a real one over real training."""
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
+from draccus import encode
+from training_parts import flags_of, quick_flags, when, write_toy_dataset
 
+from spvla import runs
 from spvla.cli import parse
 from spvla.config import SweepConfig, TrainConfig
-from spvla.errors import UserError
+from spvla.data.index import ensure_index
+from spvla.errors import ClusterError, UserError
+from spvla.farm.ledger import Ledger
 from spvla.sweep import folder as sweep_folder
 from spvla.sweep.judge import judge_new_checkpoints
 from spvla.sweep.space import search_space
+from spvla.sweep.sweep import sweep
+
+DATA = "libero_object_no_noops"  # its statistics' key lets the policies act in libero_object
 
 
 def config(folder: Path, **space: str) -> SweepConfig:
@@ -96,3 +108,120 @@ def test_sweep_flags_reach_their_config() -> None:
         ["sweep", "--beta", "0.3,0.7", "--metric", "val_action_accuracy", "--max_concurrent", "2", "--batch_size", "4"]
     )
     assert (parsed.metric, parsed.max_concurrent, parsed.train.batch_size) == ("val_action_accuracy", 2, 4)
+
+
+# Real ones
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_toy_dataset(root, name=DATA)
+    ensure_index(root, DATA)
+    return root
+
+
+def real_config(data: Path, folder: Path, **flags: object) -> SweepConfig:
+    train = quick_flags(data, folder, run_id="s", dataset_name=DATA, max_steps=4, save_steps=2)
+    given = {"space": {"beta": "0.3,0.7"}, "metric": "val_action_accuracy", "task_suite_name": "libero_object"}
+    return SweepConfig(train=train, **given | {"max_concurrent": 2} | flags)
+
+
+def test_a_sweep_trains_judges_and_ranks(data: Path, tmp_path: Path, ray_cluster: None) -> None:
+    rows = sweep(real_config(data, tmp_path))
+    assert sorted(row.parameters["beta"] for row in rows) == [0.3, 0.7]
+    assert {row.status for row in rows} <= {"done", "stopped"} and rows[0].status == "done"
+    for row in rows:
+        measured = {
+            r["step"]: r.get("val_action_accuracy") for r in runs.read_metrics(tmp_path / "s/trials" / row.name)
+        }
+        assert row.objective == measured[row.step]
+        assert (Path(row.checkpoint) / "adapter_model.safetensors").exists()
+    assert rows[0].objective >= (rows[1].objective or 0)
+    assert json.loads((tmp_path / "s" / "trials.json").read_text())["trials"][0]["name"] == rows[0].name
+
+
+def test_a_sweep_that_cannot_be_judged_or_cannot_fit_is_refused(data: Path, tmp_path: Path, ray_cluster: None) -> None:
+    few = tmp_path / "few"
+    write_toy_dataset(few, episodes=4, name=DATA)
+    with pytest.raises(UserError, match="the val split of libero_object_no_noops is empty"):
+        sweep(real_config(few, tmp_path))
+    wide = real_config(data, tmp_path / "wide", metric="success_rate")
+    with pytest.raises(ClusterError, match="4 CPU in all; expected at least 5 CPU for a trial of 4 workers beside"):
+        sweep(replace(wide, train=replace(wide.train, num_workers=4)))
+    with pytest.raises(UserError, match="was started with another --metric"):
+        sweep(replace(real_config(few, tmp_path), metric="success_rate"))
+
+
+def command(config: SweepConfig) -> list[str]:
+    own = ("metric", "task_suite_name", "max_concurrent", "tasks", "num_trials_per_task", "max_trial_steps", "num_envs")
+    flags = [str(part) for name in own for part in (f"--{name}", encode(getattr(config, name)))]
+    swept = [part for name, text in config.space.items() for part in (f"--{name}", text)]
+    flags = [part for i, part in enumerate(flags) if "None" not in flags[i - i % 2 : i - i % 2 + 2]]
+    return [sys.executable, "-m", "spvla.cli", "sweep", *flags_of(config.train), *swept, *flags]
+
+
+def verdicts(folder: Path) -> list[dict]:
+    return [row for run in sweep_folder.trial_folders(folder) for row in sweep_folder.judged(run)]
+
+
+def ended(folder: Path) -> list[Path]:
+    return [r for r in sweep_folder.trial_folders(folder) if sweep_folder.status_of(r, 4) in sweep_folder.ENDED]
+
+
+def written_at(runs_ended: list[Path]) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for run in runs_ended for p in run.rglob("adapter_model.safetensors")}
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_and_repeats_no_ended_trial(data: Path, tmp_path: Path) -> None:
+    config = real_config(data, tmp_path, space={"beta": "0.3,0.7", "learning_rate": "2e-4,5e-4"})
+    driver = subprocess.Popen(command(config), stderr=subprocess.DEVNULL, start_new_session=True)
+    when(lambda: len(ended(tmp_path / "s")) >= 1, timeout_s=600)
+    driver.kill()
+    driver.wait()
+    before, asked = written_at(ended(tmp_path / "s")), verdicts(tmp_path / "s")
+    assert before and len(ended(tmp_path / "s")) < 4
+    done = subprocess.run(command(config), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "s" / "trials.json").read_text())["trials"]
+    assert len(rows) == 4 and {row["status"] for row in rows} <= {"done", "stopped"}
+    assert before.items() <= written_at(ended(tmp_path / "s")).items()
+    told = [(row["checkpoint_path"], row["step"]) for row in verdicts(tmp_path / "s")]
+    assert len(set(told)) == len(told) and len(told) > len(asked)
+    assert "best  " in done.stdout and done.stdout.count("0.") >= 12
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_leaves_no_process_and_goes_on(data: Path, tmp_path: Path) -> None:
+    config = real_config(data, tmp_path)
+    config = replace(config, train=replace(config.train, max_steps=100_000, save_steps=100_000))
+    driver = subprocess.Popen(command(config), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    trials = [tmp_path / "s" / "trials" / f"beta={beta}" for beta in (0.3, 0.7)]
+    when(lambda: all(any(True for _ in runs.read_metrics(run)) for run in trials), timeout_s=600)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGINT)
+    _, said = driver.communicate(timeout=180)
+    assert driver.returncode == 130 and said.endswith("the same command goes on from here\n")
+    _, left = psutil.wait_procs(family, timeout=30)
+    assert left == []
+    saved = [runs.checkpoints(run)[-1][0] for run in trials]
+    assert all(step >= 1 for step in saved)  # the interrupt saved them: save_steps is far away
+    longer = replace(config, train=replace(config.train, max_steps=max(saved) + 2))
+    done = subprocess.run(command(longer), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for run, step in zip(trials, saved, strict=True):
+        steps = [row["step"] for row in runs.read_metrics(run)]
+        assert steps == list(range(1, len(steps) + 1)) and steps[-1] >= step
+
+
+@pytest.mark.slow
+def test_all_trials_are_judged_by_success_on_one_farm(data: Path, tmp_path: Path) -> None:
+    config = real_config(data, tmp_path, metric="success_rate", tasks=(0,), num_trials_per_task=1, max_trial_steps=6)
+    done = subprocess.run(command(config), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    with Ledger.open(tmp_path / "s" / runs.LEDGER) as ledger:
+        outcomes = ledger.outcomes()
+    rows = verdicts(tmp_path / "s")
+    assert len(outcomes) == len(rows) >= 3 and len({o.policy for o in outcomes}) == len(outcomes)
+    assert done.stderr.count("environments (") == 1  # one farm for all

@@ -21,7 +21,7 @@ from spvla.types import Episode
 DATASET = "toy_no_noops"
 
 
-def write_toy_dataset(root: Path, episodes: int = 22, steps: int = 6) -> Path:
+def write_toy_dataset(root: Path, episodes: int = 22, steps: int = 6, name: str = DATASET) -> Path:
     """Grey frames whose brightness tells the action: something to learn, in a second. 22 episodes: one is held out."""
     from spvla.data.rlds import write_dataset
 
@@ -40,7 +40,7 @@ def write_toy_dataset(root: Path, episodes: int = 22, steps: int = 6) -> Path:
             source=f"episode {i}",
         )
 
-    return write_dataset((episode(i) for i in range(episodes)), root, DATASET)
+    return write_dataset((episode(i) for i in range(episodes)), root, name)
 
 
 def quick_flags(data: Path, runs_dir: Path, **flags: Any) -> TrainConfig:
