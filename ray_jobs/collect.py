@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python ray_jobs/collect.py --flags ...`: the flags of `spvla collect`, on a cluster."""
+"""`spvla collect` as a Ray job: `ray job submit --working-dir . -- python ray_jobs/collect.py --flags ...`."""
 
 import sys
 

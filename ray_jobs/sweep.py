@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python ray_jobs/sweep.py --flags ...`: the flags of `spvla sweep`, on a cluster."""
+"""`spvla sweep` as a Ray job: `ray job submit --working-dir . -- python ray_jobs/sweep.py --flags ...`."""
 
 import sys
 
