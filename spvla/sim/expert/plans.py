@@ -45,5 +45,5 @@ def bring(expert: Expert, name: str, target: str) -> Motion:
         part = Part.of(expert.scene, target)
         if part.slides and abs(part.value) < 0.8 * ENOUGH:
             yield from pull_open(expert, part, length=ENOUGH)
-    yield from expert.pick(name)
+    yield from expert.pick(name, expert.scene.where(target))
     yield from expert.place(name, expert.scene.where(target))

@@ -29,10 +29,10 @@ class Expert:
 
     # --- pick and place
 
-    def pick(self, name: str) -> Motion:
-        """Grasps a thing from above and lifts it clear of the table."""
+    def pick(self, name: str, target: np.ndarray) -> Motion:
+        """Grasps a thing from above, in a way that also suits where it goes, and lifts it clear of the table."""
         for attempt in range(3):
-            grasp = self.choose_grasp(name, skip=attempt)
+            grasp = self.choose_grasp(name, target, skip=attempt)
             yield from self.arm.open(0 if self.scene.opening > OPENING - 0.01 else 8)
             yield from self.travel(grasp.pose, obstacles=self.scene.obstacles())
             yield from self.arm.go(grasp.pose, near=0.003, pace=0.7, straight=True)
@@ -44,15 +44,19 @@ class Expert:
                 return
         raise CannotDo(f"grasp {name}")
 
-    def choose_grasp(self, name: str, *, skip: int = 0) -> Grasp:
+    def choose_grasp(self, name: str, target: np.ndarray, *, skip: int = 0) -> Grasp:
         obstacles = self.scene.obstacles(name)
         found = grasps(self.scene.cloud(name), obstacles, ground=self.scene.ground)
-        found.sort(key=lambda g: g.cost + 4 * max(0.0, self.scene.stretch(g.pose.position) - COMFORTABLE))
+        carried = target - self.scene.where(name)
+        found.sort(key=lambda g: g.cost + self._strain(g.pose.position) + self._strain(g.pose.position + carried))
         if len(found) <= skip:
             raise CannotDo(f"find a grasp of {name}")
         if skip:
             return found[min(len(found) - 1, 5 * skip)]
         return found[self.rng.integers(min(3, len(found)))]
+
+    def _strain(self, position: np.ndarray) -> float:
+        return 4 * max(0.0, self.scene.stretch(position) - COMFORTABLE)
 
     def travel(self, to: Pose, *, obstacles: np.ndarray, held: np.ndarray = NOTHING, margin: float = LIFT) -> Motion:
         """Up, across and to a point straight above `to`, clear of everything on the way."""
