@@ -30,18 +30,11 @@ import ray
 
 from spvla.cluster import connection
 from spvla.config import FarmConfig
-from spvla.farm.actors import (
-    EnvWorker,
-    Order,
-    PolicyServer,
-    Request,
-    ServerSettings,
-    Version,
-    WorkerSettings,
-)
+from spvla.farm.actors import EnvWorker, PolicyServer, open_libero
 from spvla.farm.batcher import BatchStats
 from spvla.farm.farm import Farm, cluster_sizes
 from spvla.farm.ledger import Ledger
+from spvla.farm.messages import Order, Request, ServerSettings, Version, WorkerSettings
 from spvla.farm.pool import Crew
 from spvla.farm.protocol import Protocol
 from spvla.farm.run import Job, Run
@@ -170,6 +163,7 @@ class Bench:
             max_steps={suite: args.max_steps for suite in MAX_STEPS},
             call_timeout_s=300,
             log_folder=tempfile.mkdtemp(prefix="spvla-bench-"),
+            open_env=open_libero,
         )
         self.serving = ServerSettings(
             device=self.sizes.device,

@@ -9,9 +9,9 @@ import fakes
 from ray import cloudpickle
 
 from spvla.config import FarmConfig
-from spvla.farm.actors import ServerSettings, Version, WorkerSettings
 from spvla.farm.farm import Farm
 from spvla.farm.ledger import Ledger
+from spvla.farm.messages import ServerSettings, Version, WorkerSettings
 from spvla.farm.protocol import Protocol
 from spvla.farm.run import Job
 from spvla.files import write_json

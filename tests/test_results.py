@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
 import pytest
-from farm_parts import PROTOCOL, SUITE, open_ledger, trials
+from farm_parts import PROTOCOL, SUITE, VERSION, open_ledger, trials
 
 from spvla.config import EvaluateConfig
 from spvla.errors import UserError
@@ -18,6 +19,7 @@ from spvla.farm.console import Console, Tally, View, rich_table
 from spvla.farm.exports import export, log_to_wandb
 from spvla.farm.ledger import Ledger
 from spvla.farm.logfile import log_name, log_text
+from spvla.farm.settle import Pairs, pairs_of
 from spvla.farm.summary import summarise, table
 from spvla.farm.videos import FilmQuota, encode_mp4, video_name
 from spvla.types import Outcome, Status, Trial
@@ -131,6 +133,20 @@ def test_a_video_is_an_mp4_of_thirty_frames_a_second(tmp_path: Path) -> None:
         meta, read = reader.get_meta_data(), [frame for frame in reader]
     assert meta["fps"] == 30 and meta["codec"] == "h264" and len(read) == 15
     assert abs(int(read[10].mean()) - 80) < 6
+
+
+def test_pairs_are_trials_that_both_have_ended(tmp_path: Path) -> None:
+    a, b = VERSION, replace(VERSION, digest="p1", name="other")
+    wanted = trials(tasks=1, init_states=4, versions=[a, b])
+    outcomes = {("p0", 0): True, ("p0", 1): True, ("p0", 2): False, ("p0", 3): True, ("p1", 0): False, ("p1", 1): True}
+    with open_ledger(tmp_path, wanted, [a, b]) as ledger:
+        for trial in wanted:
+            if (won := outcomes.get((trial.policy, trial.init_state))) is not None:
+                status = Status.SUCCESS if won else Status.FAILURE
+                ledger.claim(PROTOCOL.digest, trial)
+                ledger.record(PROTOCOL.digest, trial, Outcome(status=status, steps=9, seconds=1.0, state_digest="d"))
+        assert pairs_of(ledger.trials(), "p0", "p1") == Pairs(both=2, only_a=1, only_b=0)
+        assert pairs_of(ledger.trials(), "p1", "p0") == Pairs(both=2, only_a=0, only_b=1)
 
 
 def test_videos_are_named_as_the_originals() -> None:

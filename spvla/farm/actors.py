@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,26 @@ import ray
 
 from spvla.errors import InfrastructureError
 from spvla.farm.batcher import Batcher, BatchStats
+from spvla.farm.messages import (
+    EXCEPTION,
+    POLICY_GONE,
+    POLICY_RAISED,
+    Fault,
+    Order,
+    Report,
+    Request,
+    ServerFacts,
+    ServerSettings,
+    Version,
+    WorkerFacts,
+    WorkerSettings,
+)
 from spvla.farm.pool import LOG_HEADER
 from spvla.farm.videos import encode_mp4
 from spvla.sim import assets, suites
 from spvla.sim.assets import AssetSet
 from spvla.sim.episode import run_trial
-from spvla.types import Env, Outcome, Status, Trial
+from spvla.types import Env, Trial
 
 
 def every_instruction() -> list[str]:
@@ -38,23 +51,7 @@ def every_instruction() -> list[str]:
     return [task.instruction for suite in suites.SUITES for task in suites.tasks(suite)]
 
 
-def differing(one: object, other: object, names: Sequence[str]) -> list[str]:
-    pairs = ((n, getattr(one, n), getattr(other, n)) for n in names)
-    return [f"{n}: {a} here, {b} there" for n, a, b in pairs if a != b]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Version:
-    """One policy that the farm knows: a base checkpoint, or an adapter on one."""
-
-    digest: str
-    name: str
-    path: str
-    base: str  # checkpoint that is loaded; the adapter, if any, joins it
-    is_adapter: bool
-
-
-def load_checkpoint(base: str, settings: "ServerSettings") -> Any:
+def load_checkpoint(base: str, settings: ServerSettings) -> Any:
     """An OpenVLAPolicy: a `Policy` that also takes adapters in and lets them go."""
     from spvla.policy.checkpoint import load_policy
 
@@ -72,97 +69,6 @@ def open_libero(suite: str, task: int, assets: AssetSet) -> Env:
     from spvla.sim.libero import LiberoEnv
 
     return LiberoEnv(suite, task, assets)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    device: str  # "cpu" or "cuda"
-    dtype: str
-    load_in_8bit: bool
-    load_in_4bit: bool
-    decode_batch_size: int  # every batch is padded to this; 0: batches keep their own size
-    max_batch: int
-    wait_ms: float | None
-    log_folder: str | None
-    load: Callable[[str, "ServerSettings"], Any] = load_checkpoint
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerFacts:
-    """What the protocol must know of a policy server."""
-
-    device: str  # "cpu" or the GPU's name
-    pid: int
-
-    def differences(self, other: "ServerFacts") -> list[str]:
-        return differing(self, other, ("device",))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One step's question. 150 KB, mostly image: it travels inline in Ray's message."""
-
-    version: str  # digest
-    image: np.ndarray  # (224, 224, 3) uint8
-    instruction: str
-    unnorm_key: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerSettings:
-    assets: Path | None
-    num_steps_wait: int
-    center_crop: bool
-    max_steps: dict[str, int]  # suite -> limit
-    call_timeout_s: float
-    log_folder: str | None
-    open_env: Callable[[str, int, AssetSet], Env] = open_libero
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerFacts:
-    """What the protocol must know of a machine that simulates."""
-
-    assets: str
-    assets_digest: str
-    renderer: str
-    versions: dict[str, str]  # package -> version
-    pid: int
-    log: str
-
-    def differences(self, other: "WorkerFacts") -> list[str]:
-        return differing(self, other, ("assets_digest", "renderer", "versions"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    trial: Trial
-    unnorm_key: str
-    film: frozenset[Status]  # outcomes worth a video
-
-
-# kinds of faults
-POLICY_GONE, POLICY_RAISED, EXCEPTION = "policy actor gone", "policy actor raised", "exception"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """An infrastructure error under a trial."""
-
-    kind: str
-    message: str
-    traceback: str
-    policy_at_fault: bool  # the policy actor fell, not the environment
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What came of an order: an outcome or a fault."""
-
-    outcome: Outcome | None = None
-    fault: Fault | None = None
-    video: bytes | None = None
-    rss_bytes: int = 0
 
 
 class PolicyUnavailable(InfrastructureError):
@@ -285,7 +191,7 @@ class EnvWorker:
             renderer=renderer_name(),
             versions={p: importlib.metadata.version(p) for p in ("mujoco", "robosuite", "hf-libero")},
             pid=os.getpid(),
-            log=str(self.log),
+            log=str(self.log or ""),
         )
 
     def run(self, order: Order, server: Any) -> Report:

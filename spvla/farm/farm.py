@@ -12,15 +12,8 @@ import ray
 
 from spvla.config import FarmConfig
 from spvla.errors import InfrastructureError
-from spvla.farm.actors import (
-    RemoteEnvWorker,
-    RemotePolicyServer,
-    ServerFacts,
-    ServerSettings,
-    Version,
-    WorkerFacts,
-    WorkerSettings,
-)
+from spvla.farm.actors import RemoteEnvWorker, RemotePolicyServer
+from spvla.farm.messages import ServerFacts, ServerSettings, Version, WorkerFacts, WorkerSettings
 from spvla.farm.pool import Crew, Slot
 from spvla.farm.sizing import DECODER_CPUS, Sizes, sizes
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spvla.config import EvaluateConfig
 from spvla.errors import CheckpointError, UserError
-from spvla.farm.actors import Version
+from spvla.farm.messages import Version
 from spvla.policy import checkpoint
 from spvla.sim import suites
 from spvla.sim.init_states import num_init_states

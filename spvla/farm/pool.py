@@ -127,5 +127,5 @@ def first_line(text: str) -> str:
 
 
 def last_line(text: str) -> str:
-    """Of a remote traceback: the exception itself."""
-    return text.strip().splitlines()[-1].strip() if text.strip() else "no message"
+    """Of a remote traceback: the exception itself; of Ray's advice on dead actors, the beginning."""
+    return text.strip().splitlines()[-1].strip()[:160] if text.strip() else "no message"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import ray
 
-from spvla.farm.actors import POLICY_RAISED, Fault, Order, Report
 from spvla.farm.batcher import BatchStats
 from spvla.farm.farm import Farm
 from spvla.farm.ledger import Ledger
+from spvla.farm.messages import POLICY_RAISED, Fault, Order, Report
 from spvla.farm.pool import POLL_S, Slot, cause_of_death, first_line, tail
 from spvla.farm.scheduler import Scheduler
 from spvla.farm.videos import FilmQuota, video_name

@@ -15,19 +15,20 @@ from typing import Any
 
 from spvla.cluster import connection
 from spvla.config import EvaluateConfig
-from spvla.farm.actors import ServerFacts, ServerSettings, WorkerFacts, WorkerSettings
+from spvla.farm.actors import load_checkpoint, open_libero
 from spvla.farm.console import Console, Tally, View
 from spvla.farm.exports import export, log_to_wandb
 from spvla.farm.farm import Farm, cluster_sizes
 from spvla.farm.ledger import Ledger, TrialRow
 from spvla.farm.logfile import log_name, write_log
+from spvla.farm.messages import ServerFacts, ServerSettings, WorkerFacts, WorkerSettings
 from spvla.farm.plan import Plan, make_plan
 from spvla.farm.protocol import Protocol, require_same
 from spvla.farm.run import Job, Run
-from spvla.farm.settle import verdict
+from spvla.farm.settle import pairs_of, verdict
 from spvla.farm.sizing import decode_batch_size
 from spvla.farm.summary import Summary, summarise
-from spvla.files import require_writable, safe_name
+from spvla.files import require_writable
 from spvla.runs import LEDGER
 from spvla.sim import assets
 from spvla.types import MAX_STEPS, Trial
@@ -42,8 +43,6 @@ PACKAGES = {"mujoco": "mujoco", "robosuite": "robosuite", "libero": "hf-libero"}
 def session(config: EvaluateConfig) -> Iterator["Session"]:
     """Opens the ledger in --local_log_dir. Raises UserError if it cannot be used."""
     log_name("suite", at=datetime.now(), note=config.run_id_note)  # refused now, not when hours of trials are done
-    if config.run_id_note:
-        safe_name(config.run_id_note, what="run_id_note")
     folder = require_writable(config.local_log_dir, flag="--local_log_dir")
     with Ledger.create(folder / LEDGER) as ledger, Console() as console, ExitStack() as stack:
         yield Session(config, ledger, console, stack)
@@ -139,6 +138,7 @@ class Session:
             max_steps={suite: min(limit, c.max_steps or limit) for suite, limit in MAX_STEPS.items()},
             call_timeout_s=c.call_timeout_s,
             log_folder=logs,
+            open_env=open_libero,
         )
         serving = ServerSettings(
             device=sizes.device,
@@ -149,6 +149,7 @@ class Session:
             max_batch=batch_size or sizes.envs,
             wait_ms=c.wait_ms,
             log_folder=logs,
+            load=load_checkpoint,
         )
         return self.stack.enter_context(Farm(c, working=working, serving=serving, say=self.console.say))
 
@@ -221,17 +222,13 @@ class Watcher:
 
     def _settle(self, rows: Sequence[TrialRow], run: Run) -> None:
         first, second = (v.digest for v in self.plan.versions)
-        won = {(r.policy, r.suite, r.task, r.init_state): r.status == "success" for r in rows if r.status is not None}
-        places = [key[1:] for key in won if key[0] == first and (second, *key[1:]) in won]
-        only_first = sum(won[(first, *p)] and not won[(second, *p)] for p in places)
-        only_second = sum(won[(second, *p)] and not won[(first, *p)] for p in places)
-        pairs = len(self.plan.trials) // 2
-        if words := verdict(only_first, only_second, pairs_left=pairs - len(places)):
+        found, pairs = pairs_of(rows, first, second), len(self.plan.trials) // 2
+        if words := verdict(found.only_a, found.only_b, pairs_left=pairs - found.both):
             self.settled = True
             dropped = run.drop(self.plan.trials)
             names = " and ".join(v.name for v in self.plan.versions)
             self.session.console.say(
-                f"evaluate  {names}: settled after {len(places)} of {pairs} pairs: {words}; {dropped} trials left out"
+                f"evaluate  {names}: settled after {found.both} of {pairs} pairs: {words}; {dropped} trials left out"
             )
 
 

@@ -5,11 +5,34 @@ an e-value, whose error holds at whatever moment one stops (Ville's inequality),
 without one when no outcome of the remaining pairs could produce any.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import exp, lgamma, log
 
+from spvla.farm.ledger import TrialRow
 from spvla.statistics import mcnemar
 
 LEVEL = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Trials that both of two policies have ended."""
+
+    both: int
+    only_a: int  # solved by a alone
+    only_b: int
+
+
+def pairs_of(rows: Sequence[TrialRow], a: str, b: str) -> Pairs:
+    """`a` and `b` are digests of policies; a pair is an equal suite, task and init state."""
+    won = {(r.policy, r.suite, r.task, r.init_state): r.status == "success" for r in rows if r.status is not None}
+    places = [place for policy, *place in won if policy == a and (b, *place) in won]
+    return Pairs(
+        both=len(places),
+        only_a=sum(won[(a, *p)] and not won[(b, *p)] for p in places),
+        only_b=sum(won[(b, *p)] and not won[(a, *p)] for p in places),
+    )
 
 
 def e_value(only_a: int, only_b: int) -> float:
