@@ -7,6 +7,7 @@ RUN/merged/step_000300/        adapters merged into the base, in OpenVLA's own l
 RUN/ledger.sqlite              every trial's outcome
 RUN/videos/                    episode=N--success=S--task=....mp4
 RUN/it-0/, RUN/it-1/, ...      self-play iterations, each a run folder itself; RUN/history.jsonl tells their story
+RUN/trials/, RUN/trials.json   a sweep's trials, each a run folder itself, and their table
 RUN/report.html
 """
 
@@ -19,11 +20,12 @@ from typing import Any
 from spvla.errors import UserError
 from spvla.files import write_json
 
-CONFIG, METRICS, LEDGER, HISTORY, REPORT = (
+CONFIG, METRICS, LEDGER, HISTORY, SWEEP, REPORT = (
     "config.json",
     "metrics.jsonl",
     "ledger.sqlite",
     "history.jsonl",
+    "trials.json",
     "report.html",
 )
 CHECKPOINTS, MERGED, VIDEOS = "checkpoints", "merged", "videos"

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from spvla import runs
 from spvla.config import StatusConfig
@@ -21,18 +22,20 @@ def status(config: StatusConfig) -> None:
 def describe(run: Path) -> Iterator[str]:
     written = runs.read_config(run)
     yield f"{run.resolve()}  (spvla {written['command']})"
-    folders = [f for f in (run, *sorted(run.glob("it-*"))) if (f / runs.METRICS).exists()]
-    for folder in folders:
-        yield training_line(folder, written["config"].get("max_steps"))
+    flags = written["config"]
+    max_steps = flags.get("train", flags).get("max_steps")  # a sweep's are under "train"
+    for folder in (run, *sorted(run.glob("it-*")), *sorted(run.glob("trials/*/"))):
+        if rows := list(runs.read_metrics(folder)):
+            yield training_line(folder, rows[-1], max_steps)
     if (run / runs.LEDGER).exists():
         yield from evaluation_lines(run / runs.LEDGER)
     yield from iteration_rows(run)
+    yield from sweep_rows(run)
 
 
-def training_line(folder: Path, max_steps: int | None) -> str:
-    last = list(runs.read_metrics(folder))[-1]
+def training_line(folder: Path, last: dict[str, Any], max_steps: int | None) -> str:
     ago = format_seconds(time.time() - (folder / runs.METRICS).stat().st_mtime)
-    loss = f"  loss {last['total_loss']:.4f}" if "total_loss" in last else ""
+    loss = f"  loss {last['total_loss']:.4f}" if last.get("total_loss") is not None else ""
     saved = runs.latest_checkpoint(folder)
     checkpoint = f"checkpoint {saved.name}" if saved else "no checkpoint yet"
     return f"training  {folder.name}  step {last['step']}/{max_steps}{loss}  {checkpoint}  last written {ago} ago"
@@ -54,3 +57,14 @@ def iteration_rows(run: Path) -> Iterator[str]:
     for line in path.read_text().splitlines() if path.exists() else ():
         row = json.loads(line)
         yield f"iteration  {row['name']}  {row['successes']}/{row['trials']}  {row['verdict']}"
+
+
+def sweep_rows(run: Path) -> Iterator[str]:
+    """As the sweep's last table has them, best first."""
+    path = run / runs.SWEEP
+    if not path.exists():
+        return
+    told = json.loads(path.read_text())
+    for row in told["trials"]:
+        objective = "-" if row["objective"] is None else f"{row['objective']:.4f}"
+        yield f"trial  {row['name']}  {told['metric']} {objective} at step {row['step']}  {row['status']}"

@@ -62,7 +62,9 @@ def run(tmp_path: Path) -> Path:
     rows = [{"step": s, "total_loss": 1 / (s + 1), "grad_norm": 1.0, "action_accuracy": 0.5} for s in range(5)]
     (run / runs.METRICS).write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 5, "total_l')
     sweep = [
-        {"parameters": {"beta": b, "learning_rate": 1e-4 * b}, "objective": b, "status": "done"} for b in (0.3, 0.7)
+        {"name": f"t{b}", "step": 4, "objective": b, "status": "done"}
+        | {"parameters": {"beta": b, "learning_rate": 1e-4 * b}}
+        for b in (0.3, 0.7)
     ]
     (run / "trials.json").write_text(json.dumps({"metric": "success_rate", "trials": sweep}))
     return run
@@ -101,6 +103,7 @@ def test_status_reads_the_folder_alone(run: Path) -> None:
     lines = "\n".join(describe(run))
     assert "policy-b  libero_object  8/8 trials done, 4 successes (50.0%)" in lines
     assert "step 4/" in lines
+    assert "trial  t0.7  success_rate 0.7000 at step 4  done" in lines
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

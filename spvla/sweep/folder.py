@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from spvla import runs
 from spvla.config import SweepConfig, TrainConfig
 from spvla.files import safe_name, write_json
 from spvla.selfplay.prepare import run_id
 
-TRIALS, JUDGED, PARAMETERS, TABLE = "trials", "judged.jsonl", "parameters.json", "trials.json"
+TRIALS, JUDGED, PARAMETERS = "trials", "judged.jsonl", "parameters.json"
 STOPPED, FAILED = "stopped", "failed"
 ENDED = ("done", STOPPED)
 
@@ -81,7 +82,7 @@ def write_table(folder: Path, config: SweepConfig) -> list[SweepTrial]:
     """The trials, best first, also as SWEEP/trials.json."""
     rows = [sweep_trial(run, config.train.max_steps) for run in trial_folders(folder)]
     rows.sort(key=lambda row: (row.objective is None, -(row.objective or 0.0), row.name))
-    write_json(folder / TABLE, {"metric": config.metric, "trials": [asdict(row) for row in rows]})
+    write_json(folder / runs.SWEEP, {"metric": config.metric, "trials": [asdict(row) for row in rows]})
     return rows
 
 
