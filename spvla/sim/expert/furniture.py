@@ -74,11 +74,6 @@ def turn_knob(expert: Expert, part: Part) -> Motion:
     yield from arm.go(arm.pose.moved(0, 0, 0.08), near=0.02)
 
 
-def swing_shut(expert: Expert, part: Part) -> Motion:
-    """Pushes a door shut at its free edge, from behind, along its arc."""
-    raise CannotDo(f"shut {part.fixture}")
-
-
 def facing(direction: np.ndarray) -> Rotation:
     """A hand that points along a horizontal direction, tilted down, closing up and down; the way nearest to rest."""
     z = np.cos(TILT) * direction - np.sin(TILT) * np.array([0, 0, 1])

@@ -19,6 +19,7 @@ TIP = 0.0092  # m from the grip site to the fingertips
 PAD = 0.006  # m, half the height of a pad
 HAND = (0.104, 0.033, 0.031)  # m: half across, half along, from grip site up to the hand
 MARGIN = 0.003  # m kept free
+ROOMY = 0.018  # m beside the open fingers from which more is no better
 STEEP = 0.012  # slope from which the fingers would slide off
 
 
@@ -76,7 +77,7 @@ def _with_yaw(
                 lever = float(np.hypot(c, w))
                 tilt = abs(np.arctan2(np.sin(2 * (yaw - around)), np.cos(2 * (yaw - around)))) / 2
                 cost = 8 * lever + 0.35 * tilt + 4 * slope + 3 * (top - z < PAD + 0.002) * 0.1 + 4 * abs(z - center[2])
-                cost += 0.3 * max(0.0, 0.012 - room) / 0.012
+                cost += 0.7 * max(0.0, ROOMY - room) / ROOMY
                 position = np.array([*(center[:2] + axes.T @ [c, w]), z])
                 found.append(Grasp(pose=Pose(position=position, rotation=yawed(yaw)), cost=float(cost), width=width))
     return found

@@ -1,6 +1,6 @@
 """From a task's goal, as LIBERO's BDDL files state it, to skills: one rule for each kind of goal."""
 
-from spvla.sim.expert.furniture import pull_open, push_shut, swing_shut, turn_knob
+from spvla.sim.expert.furniture import pull_open, push_shut, turn_knob
 from spvla.sim.expert.joints import Part
 from spvla.sim.expert.motion import Motion
 from spvla.sim.expert.skills import CannotDo, Expert
@@ -33,7 +33,9 @@ def achieve(expert: Expert, goal: list[str]) -> Motion:
         yield from turn_knob(expert, Part.of(scene, name))
     elif kind == "close":
         part = Part.of(scene, name)
-        yield from (push_shut if part.slides else swing_shut)(expert, part)
+        if not part.slides:
+            raise CannotDo(f"shut the door of {name}")
+        yield from push_shut(expert, part)
     else:
         yield from bring(expert, name, rest[0])
 
