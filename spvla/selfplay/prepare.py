@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 
 from spvla import runs
-from spvla.cluster import require_resources
+from spvla.cluster import grows, require_resources
 from spvla.config import TrainConfig
 from spvla.data import layout
 from spvla.data.index import ensure_index
@@ -171,7 +171,8 @@ def require_same_run(config: TrainConfig, run: Path, start: str) -> None:
 def prepare(config: TrainConfig, run: Path, start: str) -> Job:
     """Everything the workers need, checked; indexes are built where they are missing. Needs Ray."""
     gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = gpus >= config.num_workers if config.use_gpu is None else config.use_gpu
+    enough = 1 if grows() else config.num_workers
+    use_gpu = gpus >= enough if config.use_gpu is None else config.use_gpu
     require_resources(f"{config.num_workers} workers", CPU=config.num_workers, GPU=config.num_workers * use_gpu)
     root = config.data_root_dir.expanduser().resolve()
     stores = [
