@@ -12,6 +12,7 @@ from pathlib import Path
 from spvla.errors import ClusterError
 
 # Health checks at 0.2 s: at Ray's default of 2 s every third report blocks for 1.9 s.
+_GROWING = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900"}  # a machine that must boot first
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
@@ -50,7 +51,7 @@ def connection(*, num_cpus: int | None = None) -> Iterator[None]:
 def _set_environment() -> None:
     from ray._raylet import Config
 
-    for name, value in _ENVIRONMENT.items():
+    for name, value in (_ENVIRONMENT | (_GROWING if grows() else {})).items():
         os.environ.setdefault(name, value)
     Config.initialize("")  # Ray reads these when it is imported, which may be long ago: let it read them again
 

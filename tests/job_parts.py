@@ -89,6 +89,7 @@ def job_server(*, num_cpus: int = 2) -> Iterator[JobServer]:
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "SPVLA_CACHE": str(Path(os.environ.get("SPVLA_CACHE", Path.home() / ".cache" / "spvla"))),
         "OMP_NUM_THREADS": "1",
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",  # Ray's own 3 s are too short to save a large policy
     }
     (temp_dir / "home").mkdir()
     server = JobServer(environment=environment, temp_dir=temp_dir)
