@@ -165,7 +165,8 @@ class TrainConfig:
     """stop after so many non-finite steps in a row"""
 
     num_workers: int = 1
-    """Ray Train workers (data-parallel ranks)"""
+    """Ray Train workers (data-parallel ranks); a run may go on with another number, from the very next sample, and with
+    the effective batch that follows from it"""
     use_gpu: bool | None = None
     """one GPU a worker; by default when the cluster has enough"""
     max_failures: int = 3

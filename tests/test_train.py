@@ -18,6 +18,7 @@ from training_parts import (
     DATASET,
     distance,
     flags_of,
+    job_of,
     quick_flags,
     train_here,
     weights_of,
@@ -30,6 +31,7 @@ from spvla.errors import CheckpointError, DatasetError, TrainingError, UserError
 from spvla.files import write_json
 from spvla.policy.checkpoint import load_policy
 from spvla.selfplay.prepare import datasets_of, locked, require_same_run, require_startable, run_id, start_policy
+from spvla.selfplay.session import Place, Session
 from spvla.selfplay.train import train
 
 
@@ -132,6 +134,19 @@ def test_two_steps_and_two_more_equal_four_bit_for_bit(data: Path, tmp_path: Pat
     rows = [list(runs.read_metrics(tmp_path / name)) for name in ("straight", "halves")]
     assert [r["total_loss"] for r in rows[0]] == [r["total_loss"] for r in rows[1]]
     assert [r["smoothed_loss"] for r in rows[0]] == pytest.approx([r["smoothed_loss"] for r in rows[1]], rel=1e-6)
+
+
+def test_a_run_goes_on_with_another_number_of_workers_from_the_very_next_sample(data: Path, tmp_path: Path) -> None:
+    config = quick_flags(data, tmp_path, run_id="resized")
+    alone = Session(job_of(config), Place())
+    for _ in range(2):
+        alone.advance()
+    alone.write(tmp_path / "checkpoint")
+    wanted = next(alone.batches).samples.tolist() + next(alone.batches).samples.tolist()
+    pair = [Session(job_of(config), Place(rank=rank, world=2)) for rank in range(2)]
+    for session in pair:
+        session.load(tmp_path / "checkpoint")
+    assert sorted(s for session in pair for s in next(session.batches).samples.tolist()) == sorted(wanted)
 
 
 def test_self_play_begins_at_log_two_and_learns_from_there(data: Path, tmp_path: Path) -> None:

@@ -11,14 +11,17 @@ DCT, and simplejpeg always the fast one.
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-import torch
 
 from spvla.errors import UserError
 from spvla.policy import pixels
 from spvla.types import IMAGE_SIZE
+
+if TYPE_CHECKING:
+    import torch
 
 _JPEG_FLAGS = (
     *(cv2.IMWRITE_JPEG_QUALITY, 95),
@@ -101,8 +104,10 @@ def augment(image: np.ndarray, drawn: Augmentation) -> np.ndarray:
     return pixels.to_uint8(out)
 
 
-def to_pixel_values(images: np.ndarray | torch.Tensor) -> torch.Tensor:
+def to_pixel_values(images: "np.ndarray | torch.Tensor") -> "torch.Tensor":
     """(B, 224, 224, 3) uint8 -> (B, 6, 224, 224) float32, same device; channels 0-2 for DINOv2, 3-5 for SigLIP."""
+    import torch  # here, because environment workers use the rest of this file and need no torch: 370 MB each
+
     x = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255
     mean, std = (x.new_tensor(a + b).view(1, 6, 1, 1) for a, b in ((DINO_MEAN, SIGLIP_MEAN), (DINO_STD, SIGLIP_STD)))
     return (torch.cat((x, x), dim=1) - mean) / std

@@ -30,7 +30,8 @@ TINY = "tiny"  # the preset's name
 _FREE = {
     *("run_root_dir", "adapter_tmp_dir", "run_id", "run_id_note", "data_root_dir", "vla_path", "max_steps"),
     *("save_steps", "save_latest_checkpoint_only", "save_merged", "val_steps", "skip_corrupt", "max_failures"),
-    *("use_gpu", "compile", "max_nonfinite_steps", "use_wandb", "wandb_project", "wandb_entity", "wandb_mode"),
+    *("num_workers", "use_gpu", "compile", "max_nonfinite_steps"),
+    *("use_wandb", "wandb_project", "wandb_entity", "wandb_mode"),
 }
 
 

@@ -76,6 +76,7 @@ class Session:
         self.model = open_model(self.config, self.base, self.adapter, place.device)
         self.learner = Learner(self.model, StepConfig.of(self.config), replies=self._replies())
         self.smoothed = Smoothed()
+        self.samples = 0  # taken so far, over all workers
         self._feed()
         if self.config.val_steps:
             self._loader("val")  # an empty split is told now, not after hours
@@ -95,6 +96,7 @@ class Session:
         batches = list(islice(self.batches, self.config.grad_accumulation_steps))
         waited_s = time.perf_counter() - start_s
         row: Row = {"step": self.step + 1, **self.learner.step(batches)}
+        self.samples += self.samples_per_step
         step_s = time.perf_counter() - start_s
         row["data_s"] = row.get("data_s", 0.0) + waited_s
         row["smoothed_loss"] = self.smoothed.add(row["total_loss"])
@@ -119,8 +121,8 @@ class Session:
             save_adapter(self.model, folder, adapter_name=POLICY, base=str(self.base), norm_stats=stats)
         else:
             save_model(self.model, folder, source=self.base, norm_stats=stats)
-        state = {"learner": self.learner.state_dict(), "smoothed": self.smoothed.value, "data": self.data}
-        save_state(folder, state)
+        state = {"learner": self.learner.state_dict(), "smoothed": self.smoothed.value}
+        save_state(folder, state | {"samples": self.samples, "data": self.data})
 
     def load(self, checkpoint: Path) -> None:
         """Goes to exactly where the run stood. Raises CheckpointError, DatasetError."""
@@ -132,12 +134,12 @@ class Session:
                 remedy="Start a new run with another --run_id.",
             )
         self.learner.load_state_dict(state["learner"])
-        self.smoothed = Smoothed(value=state["smoothed"])
+        self.smoothed, self.samples = Smoothed(value=state["smoothed"]), state["samples"]
         self._feed()
 
     def _feed(self) -> None:
-        """Batches from where the learner stands: which samples come is a function of the seed and that place alone."""
-        self.batches = iter(self._loader("train", start_sample=self.step * self.samples_per_step))
+        """Batches from the very next sample: which one that is follows from the seed and the count so far alone."""
+        self.batches = iter(self._loader("train", start_sample=self.samples))
 
     def _loader(self, split: Split, start_sample: int = 0) -> Loader:
         config = self.config
