@@ -1,0 +1,103 @@
+"""`spvla collect` and `spvla regenerate` on a real cluster with real environments; the tally that decides takes."""
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from spvla.collect import RECORDING, Tally, collect, regenerate
+from spvla.config import CollectConfig, RegenerateConfig
+from spvla.data.layout import find
+from spvla.data.rlds import read_episodes
+from spvla.errors import DatasetError, UserError
+from spvla.sim.assets import AssetSet, resolve
+from spvla.sim.expert import demonstrate
+from spvla.sim.libero import LiberoEnv
+from spvla.types import Episode
+
+DATASET = "libero_object_no_noops"
+
+
+@pytest.fixture
+def assets(monkeypatch: pytest.MonkeyPatch) -> AssetSet:
+    monkeypatch.delenv("LIBERO_ASSETS", raising=False)
+    return resolve()
+
+
+def episodes(root: Path) -> list[Episode]:
+    return list(read_episodes(find(root, DATASET).shards))
+
+
+def test_a_failure_makes_one_more_take_due_and_the_first_successes_are_kept() -> None:
+    tally = Tally({4: 2}, {4: 10}, {})
+    assert [tally.next(None), tally.due(4)] == [(4, 0), 0]
+    tally.running |= {(4, 0), (4, 1)}
+    assert tally.next(4) is None  # two are wanted and two are under way
+    tally.running -= {(4, 0)}
+    tally.done[4, 0] = False
+    assert tally.next(4) == (4, 2)
+    tally.running.clear()
+    tally.done.update({(4, 2): True, (4, 1): True, (4, 3): True})
+    assert tally.next(4) is None
+    assert list(tally.kept()) == [(4, 1), (4, 2)]
+
+
+def test_an_idle_worker_stays_with_its_task_and_a_task_is_given_up_at_its_limit() -> None:
+    tally = Tally({0: 1, 1: 1}, {0: 2, 1: 2}, {})
+    assert tally.next(1) == (1, 0)
+    tally.done.update({(1, 0): False, (1, 1): False})
+    assert tally.next(1) == (0, 0)
+
+
+def test_an_unknown_task_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--tasks 10; expected 0 to 9"):
+        collect(CollectConfig(tasks=(10,), data_root_dir=tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_data_set_of_another_origin_is_never_overwritten(tmp_path: Path, assets: AssetSet) -> None:
+    (tmp_path / DATASET / "1.0.0").mkdir(parents=True)
+    with pytest.raises(DatasetError, match="already exists and was made from something else"):
+        collect(CollectConfig(tasks=(0,), num_demos_per_task=1, data_root_dir=tmp_path))
+    assert not list((tmp_path / DATASET / "1.0.0").iterdir())
+
+
+def test_collect_writes_a_data_set_and_the_same_command_again_finds_it_done(
+    tmp_path: Path, assets: AssetSet, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = CollectConfig(tasks=(1,), num_demos_per_task=1, data_root_dir=tmp_path, num_workers=1)
+    collect(config)
+    (episode,) = episodes(tmp_path)
+    assert episode.instruction == "pick up the cream cheese and place it in the basket"
+    assert len(episode.images) == len(episode.wrist_images) == len(episode.actions) <= 280
+    assert "init state 0" in episode.source
+    note = json.loads((tmp_path / DATASET / RECORDING).read_text())
+    assert note["assets"] == {"name": assets.name, "digest": assets.digest}
+    assert not list(tmp_path.glob(".*.takes"))
+    assert "100.0%  pick up the cream cheese" in capsys.readouterr().out
+    collect(config)
+    assert "already recorded" in capsys.readouterr().out
+
+
+def test_regenerate_drops_noops_and_failures(tmp_path: Path, assets: AssetSet, ray_cluster: None) -> None:
+    with LiberoEnv("libero_object", 1, assets) as env:
+        actions = demonstrate(env, 0, np.random.default_rng([7, 1, 0]))
+        assert actions is not None
+        state, name = env.init_states[0], env.task_name
+    good = np.array(actions)
+    padded = np.repeat(good, np.where(np.arange(len(good)) % 20 == 0, 2, 1), axis=0)
+    padded[np.flatnonzero((padded[1:] == padded[:-1]).all(axis=1)) + 1, :6] = 0  # each repeated step asks nothing
+    demos = [padded, good[:40]]
+    folder = tmp_path / "demos"
+    folder.mkdir()
+    with h5py.File(folder / f"{name}_demo.hdf5", "w") as opened:
+        for number, steps in enumerate(demos):
+            opened[f"data/demo_{number}/actions"] = steps.astype(np.float64)
+            opened[f"data/demo_{number}/states"] = np.tile(state, (len(steps), 1))
+    regenerate(RegenerateConfig(demos=folder, task_suite_name="libero_object", data_root_dir=tmp_path, num_workers=1))
+    (episode,) = episodes(tmp_path)
+    assert len(padded) > len(good)
+    assert np.array_equal(episode.actions, good)
+    assert episode.source == f"{name}_demo.hdf5#demo_0"
