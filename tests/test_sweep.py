@@ -196,7 +196,13 @@ def test_a_killed_sweep_goes_on_and_repeats_no_ended_trial(data: Path, tmp_path:
 def test_an_interrupted_sweep_leaves_no_process_and_goes_on(data: Path, tmp_path: Path) -> None:
     config = real_config(data, tmp_path)
     config = replace(config, train=replace(config.train, max_steps=5000, save_steps=5000))
-    driver = subprocess.Popen(command(config), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    driver = subprocess.Popen(
+        command(config),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
+    )
     trials = [tmp_path / "s" / "trials" / f"beta={beta}" for beta in (0.3, 0.7)]
     when(lambda: all(any(True for _ in runs.read_metrics(run)) for run in trials), timeout_s=600)
     family = psutil.Process(driver.pid).children(recursive=True)

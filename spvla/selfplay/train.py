@@ -150,10 +150,22 @@ def _fit(job: Job, callbacks: Sequence[UserCallback]) -> None:
         raise error
 
 
+class Trainer(TorchTrainer):
+    """Without Ray 2.60's cleaner of placement groups.
+
+    It takes an empty answer from a busy dashboard for the controller's death, and then ends all workers of a healthy
+    run. A group whose controller really died goes with it all the same.
+    """
+
+    def _create_default_callbacks(self) -> list:
+        every = super()._create_default_callbacks()
+        return [c for c in every if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+
 def _trainer(job: Job, callbacks: Sequence[UserCallback]) -> TorchTrainer:
     """Ray's experiment folder is RUN/checkpoints, so that its checkpoints are ours."""
     config = job.config
-    return TorchTrainer(
+    return Trainer(
         work,
         train_loop_config={"job": job},
         # CPU tensors by gloo even on GPUs: the workers agree on when to stop without touching the device
