@@ -62,6 +62,7 @@ def test_a_training_job_is_stopped_with_a_checkpoint_and_goes_on_when_submitted_
     server.submit("second", "train", *flags_of(config), runtime_env='{"env_vars": {"OMP_NUM_THREADS": "1"}}')
     assert server.wait("second") == "SUCCEEDED", server.logs("second")
     logs = server.logs("second")
+    assert not [word for word in ("WARNING", "Warning", "TensorFlow", "absl", "Traceback") if word in logs]
     assert f"goes on from step {step}" in logs
     assert f"{step + 2}/{step + 2} steps" in logs
     assert [s for s, _ in runs.checkpoints(run)] == [step + 2]
