@@ -131,10 +131,11 @@ with connection(num_cpus=1):
     import psutil, ray
     me = psutil.Process()
     listening = [
-        (p.name(), c.laddr.ip, " ".join(p.cmdline())) for p in me.children(recursive=True)
+        (c.laddr.port, c.laddr.ip) for p in me.children(recursive=True)
         for c in p.net_connections("tcp") if c.status == "LISTEN"
     ]
-    dashboard = [ip for _, ip, line in listening if "dashboard/dashboard.py" in line]
+    page = int(ray._private.worker._global_node.webui_url.rsplit(":", 1)[1])  # its metrics are on another port
+    dashboard = [ip for port, ip in listening if port == page]
     token = pathlib.Path.home() / ".ray" / "auth_token"
     print("FACTS", json.dumps({"mode": stat.S_IMODE(token.stat().st_mode), "dashboard": dashboard,
                                "auth": os.environ["RAY_AUTH_MODE"], "usage": os.environ["RAY_USAGE_STATS_ENABLED"]}))
