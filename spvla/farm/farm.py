@@ -84,7 +84,7 @@ class Farm:
                     self._welcome(crew, slot)
             if not crew.alive():
                 raise InfrastructureError(
-                    f"no {crew.kind} actor is left ({crew.slots[-1].given_up}); logs: {self.working.log_folder}"
+                    f"no {crew.kind} actor is left ({crew.last_fall}); logs: {self.working.log_folder}"
                 )
 
     def _welcome(self, crew: Crew, slot: Slot) -> None:

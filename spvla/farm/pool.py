@@ -46,6 +46,8 @@ class Crew(Generic[Facts]):
     launch: Callable[[str], tuple[Any, ray.ObjectRef]]
     start_timeout_s: float
     slots: list[Slot[Facts]] = field(default_factory=list)
+    proven: bool = False  # somebody has been ready: falls are bad luck, not a fault of every machine
+    last_fall: str = ""
 
     def grow_to(self, size: int) -> None:
         while len(self.slots) < size:
@@ -55,7 +57,9 @@ class Crew(Generic[Facts]):
         return [s for s in self.slots if s.ready]
 
     def alive(self) -> bool:
-        """Somebody works, or may yet."""
+        """Somebody works, or may yet. Where nobody ever could, a round of falls is enough."""
+        if not self.proven and sum(s.deaths for s in self.slots) >= GIVE_UP_AFTER + STARTS_AT_ONCE:
+            return False
         return any(not s.given_up for s in self.slots)
 
     def fill(self) -> None:
@@ -76,6 +80,7 @@ class Crew(Generic[Facts]):
                 reference, slot.starting = slot.starting, None
                 try:
                     slot.facts = ray.get(reference)
+                    self.proven = True
                     yield slot, ""
                 except ray.exceptions.RayError as e:
                     yield slot, self.lost(slot, last_line(str(e)))
@@ -87,8 +92,9 @@ class Crew(Generic[Facts]):
         self.retire(slot)
         slot.deaths += 1
         slot.wait_until_s = time.monotonic() + min(10.0, 0.1 * 2**slot.deaths)
+        self.last_fall = f"{slot.name} died {slot.deaths} times in a row, at last of: {why}"
         if slot.deaths >= GIVE_UP_AFTER:
-            slot.given_up = f"{slot.name} died {slot.deaths} times in a row, at last of: {why}"
+            slot.given_up = self.last_fall
         return why
 
     def retire(self, slot: Slot[Facts]) -> None:
