@@ -15,7 +15,6 @@ of a large matrix product; of d, two.
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 import subprocess
@@ -23,13 +22,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,12 +34,12 @@ from spvla.policy.adapters import add_lora, use_adapter
 from spvla.policy.openvla import OpenVLA
 from spvla.policy.presets import preset
 from spvla.policy.vision import NUM_PATCHES
-from spvla.selfplay import blocks
 from spvla.selfplay.network import Network, bare
 from spvla.selfplay.objective import greedy_logps, spin_loss, token_logps
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import FED, REAL_ROWS, score_pair, to_inputs
-from spvla.selfplay.step import POLICY, Learner, StepConfig
+from spvla.selfplay.settings import POLICY, StepConfig
+from spvla.selfplay.step import Learner
 from spvla.types import ACTION_DIM, Batch
 
 BETA, LEARNING_RATE = 0.1, 1e-5
@@ -52,10 +49,7 @@ BATCHES = 2  # distinct ones, taken in turn
 def main() -> None:
     args = arguments()
     if args.way:
-        if args.masked_sdpa:
-            blocks.attend_masked = F.scaled_dot_product_attention
-        with attention(args):
-            print(json.dumps(measure(args)))
+        print(json.dumps(measure(args)))
         return
     rate = matmul_tflops(args) if args.device == "cuda" else float("nan")
     results = {"device": device_name(args), "torch": torch.__version__, "matmul_tflops": rate, "ways": {}}
@@ -81,9 +75,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ways", default="cd,a,b", help="what to run; letters of one process stand together")
     parser.add_argument("--eager", action="store_true", help="c and d without torch.compile")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step of c")
-    parser.add_argument("--cudnn", action="store_true", help="prefer cuDNN's attention to flash attention")
-    parser.add_argument("--masked_sdpa", action="store_true", help="torch's attention for the rows under a mask, too")
-    parser.add_argument("--compare", action="store_true", help="print c with and without work on other streams")
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # this process measures it
     return parser.parse_args()
@@ -111,22 +102,11 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     rows = {"c": timed(args, our_step(args, learner), args.batch, passes=3, model=model) | agreement}
     if args.profile:
         profile(our_step(args, learner))
-    if args.compare:
-        compare_streams(args, learner)
     if "d" in args.way:
         with tempfile.TemporaryDirectory() as folder:
             learner.replies = ReplyStore(Path(folder) / "replies.bin", num_samples=args.batch * BATCHES, key="")
             rows["d"] = timed(args, our_step(args, learner), args.batch, passes=2, model=model)
     return rows
-
-
-def attention(args: argparse.Namespace) -> AbstractContextManager:
-    """Which attention torch tries first."""
-    if not args.cudnn:
-        return nullcontext()
-    kinds = torch.nn.attention.SDPBackend
-    order = [kinds.CUDNN_ATTENTION, kinds.FLASH_ATTENTION, kinds.EFFICIENT_ATTENTION, kinds.MATH]
-    return torch.nn.attention.sdpa_kernel(order, set_priority=True)
 
 
 def timed(
@@ -371,32 +351,6 @@ def profile(step: Callable[[], dict[str, float]]) -> None:
     print(
         p.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90), file=sys.stderr
     )
-
-
-def compare_streams(args: argparse.Namespace, learner: Learner) -> None:
-    """What the second tower's stream, and decoding aside, gain: alternated, three rounds, on stderr.
-
-    With a rate of 0 every step on a batch must give the same loss and gradient; a race would show here.
-    """
-    side, reply, config = learner.network.side, learner.opponent.reply, learner.config
-    learner.config, batch = dataclasses.replace(config, learning_rate=0.0), random_batch(args.batch, args.text, 0)
-    seconds, seen = {}, []
-    for _ in range(3):
-        for towers_aside, decoding_aside in ((False, False), (True, False), (False, True), (True, True)):
-            learner.network.side = side if towers_aside else None
-            learner.opponent.reply = reply if decoding_aside else lambda *given: reply(*given).wait()
-            for repeat in range(4):
-                start = time.perf_counter()
-                metrics = learner.step([batch])
-                seen.append((metrics["total_loss"], metrics["grad_norm"]))
-                if repeat:
-                    seconds.setdefault((towers_aside, decoding_aside), []).append(time.perf_counter() - start)
-    learner.network.side, learner.opponent.reply, learner.config = side, reply, config
-    for (towers_aside, decoding_aside), times in seconds.items():
-        speed = args.batch / statistics.median(times)
-        print(f"towers aside {towers_aside}, decoding aside {decoding_aside}: {speed:.1f} samples/s", file=sys.stderr)
-    for name, values in zip(("loss", "gradient norm"), zip(*seen, strict=True), strict=True):
-        print(f"aside or not, {name} from {min(values):.6f} to {max(values):.6f}", file=sys.stderr)
 
 
 def device_name(args: argparse.Namespace) -> str:

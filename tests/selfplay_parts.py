@@ -1,6 +1,8 @@
 """A tiny policy with adapters that do something, and ragged batches: what the tests of scoring and step share."""
 
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +19,25 @@ from spvla.types import ACTION_DIM, Batch
 PAD = 32_000
 
 
-def tiny_core(seed: int = 0) -> OpenVLA:
-    model = OpenVLA(preset("tiny"))
-    initialise(model, seed)
-    return model.eval().requires_grad_(False)
+def tiny_core() -> OpenVLA:
+    return deepcopy(_core())
 
 
 def tiny_model(*names: str, rank: int = 4, dropout: float = 0.0, strength: float = 0.05) -> nn.Module:
     """Under one adapter for each name, all different from each other and from the base."""
+    return deepcopy(_model(names, rank, dropout, strength))
+
+
+@cache
+def _core() -> OpenVLA:
+    """Built once: a copy is much quicker than new random weights."""
+    model = OpenVLA(preset("tiny"))
+    initialise(model, 0)
+    return model.eval().requires_grad_(False)
+
+
+@cache
+def _model(names: tuple[str, ...], rank: int, dropout: float, strength: float) -> nn.Module:
     model = tiny_core()
     for i, name in enumerate(names):
         model = add_lora(model, rank=rank, dropout=dropout, adapter_name=name, seed=i)

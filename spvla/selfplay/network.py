@@ -5,21 +5,19 @@ The same weights and numbers as spvla.policy.openvla, laid out so that a trainin
   * the generated tokens stand behind the real sequence. Rows up to there are plainly causal, which is the fastest
     attention there is; the last six rows attend to their prefix and to each other by a small mask. So neither
     continuation sees the other, and padding (on the right) needs no mask;
-  * after the last layer's attention only the rows whose logits are wanted go on;
-  * the two towers run side by side.
+  * after the last layer's attention only the rows whose logits are wanted go on.
 
 Legend: B batch, T rows (BOS, 256 patches, text, generated), D width, H heads, K head width, R rows with logits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spvla.policy.openvla import OpenVLA, OpenVLAConfig
-from spvla.policy.vision import NUM_PATCHES, PATCH_SIZE, Block, TowerConfig, VisionTower
+from spvla.policy.vision import NUM_PATCHES, PATCH_SIZE, TowerConfig, VisionTower
 from spvla.selfplay.adapters import Flat, Lora, Site, adapted, base_layer, fuse, point_at
 from spvla.selfplay.blocks import (
     Norm,
@@ -55,7 +53,6 @@ class Network:
         for site, names in _site_names(self.core.config):
             self.parts[site] = [self.core.get_submodule(name) for name in names]
             self.sites[site] = fuse(self.parts[site])
-        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         compile_ = compile_once_a_shape if compiled else (lambda f: f)
         self._vit_block, self._project = compile_(vit_block), compile_(project)
         self._attention, self._rest = compile_(llama_attention), compile_(llama_rest)
@@ -102,20 +99,12 @@ class Network:
         )
 
     def patches(self, pixels: Tensor, loras: Loras) -> Tensor:
-        """Pixel values (B, 6, 224, 224) -> projected patches (B, 256, D). The towers run side by side."""
-        towers = _towers(self.core.config)
-        x = list(pixels.to(self.dtype).split(3, 1))
-        with self._aside() as streams:
-            for i in range(-1, max(config.depth for _, config in towers) - 1):  # in turn, so that both get going
-                for t, (name, config) in enumerate(towers):
-                    with streams[t]:
-                        if i == -1:
-                            x[t] = self._cut(name, x[t], loras)
-                        elif i < config.depth - 1:  # the last block never runs
-                            x[t] = self._block(f"{name}.{i}", x[t], config.num_heads, loras)
+        """Pixel values (B, 6, 224, 224) -> projected patches (B, 256, D)."""
+        halves = pixels.to(self.dtype).split(3, 1)
+        towers = zip(_towers(self.core.config), halves, strict=True)
+        features = [self._tower(name, config, half, loras) for (name, config), half in towers]
         names = [f"projector.fc{i}" for i in (1, 2, 3)]
-        features = torch.cat([y[:, -NUM_PATCHES:] for y in x], -1)
-        return self._project(features, [self.sites[n] for n in names], [loras(n) for n in names])
+        return self._project(torch.cat(features, -1), [self.sites[n] for n in names], [loras(n) for n in names])
 
     def embed(self, ids: Tensor) -> Tensor:
         """(...) -> (..., D)."""
@@ -165,36 +154,23 @@ class Network:
         norm = self._norm(f"{LLAMA}.layers.{layer}.post_attention_layernorm")
         return self._rest(x, attended, norm, [self.sites[n] for n in names], [loras(n) for n in names])
 
-    @contextmanager
-    def _aside(self) -> Iterator[list[AbstractContextManager]]:
-        """Contexts for two strands of work. On a GPU the second is a stream of its own, joined at the end."""
-        if self.side is None:
-            yield [nullcontext(), nullcontext()]
-            return
-        main = torch.cuda.current_stream(self.device)
-        self.side.wait_stream(main)
-        yield [nullcontext(), torch.cuda.stream(self.side)]
-        main.wait_stream(self.side)
-
-    def _cut(self, name: str, pixels: Tensor, loras: Loras) -> Tensor:
-        """(B, 3, 224, 224) -> a tower's first rows (B, T, D): class token and registers, if any, then 256 patches."""
+    def _tower(self, name: str, config: TowerConfig, pixels: Tensor, loras: Loras) -> Tensor:
+        """(B, 3, 224, 224) -> features (B, 256, D): output of the last block but one, prefix tokens dropped."""
         tower: VisionTower = self.core.get_submodule(name)
         x = adapted(unfold(pixels), self.sites[f"{name}.patch"], loras(f"{name}.patch")) + tower.pos_embed
         prefix = [t.expand(len(x), -1, -1) for t in (tower.cls_token, tower.reg_token) if t is not None]
-        return torch.cat((*prefix, x), 1)
-
-    def _block(self, name: str, x: Tensor, heads: int, loras: Loras) -> Tensor:
-        tower, _, index = name.rpartition(".")
-        block: Block = self.core.get_submodule(f"{tower}.blocks.{index}")
-        names = [f"{name}.{part}" for part in ("qkv", "proj", "fc1", "fc2")]
-        return self._vit_block(
-            x,
-            [Norm(n.weight, n.bias, n.eps) for n in (block.norm1, block.norm2)],
-            [self.sites[n] for n in names],
-            [loras(n) for n in names],
-            [getattr(scale, "scale_factor", None) for scale in (block.ls1, block.ls2)],
-            heads,
-        )
+        x = torch.cat((*prefix, x), 1)
+        for i, block in enumerate(tower.blocks[:-1]):  # the last block never runs
+            names = [f"{name}.{i}.{part}" for part in ("qkv", "proj", "fc1", "fc2")]
+            x = self._vit_block(
+                x,
+                [Norm(n.weight, n.bias, n.eps) for n in (block.norm1, block.norm2)],
+                [self.sites[n] for n in names],
+                [loras(n) for n in names],
+                [getattr(scale, "scale_factor", None) for scale in (block.ls1, block.ls2)],
+                config.num_heads,
+            )
+        return x[:, -NUM_PATCHES:]
 
     def _norm(self, name: str) -> Norm:
         return Norm(self.core.get_submodule(name).weight, None, self.llm.rms_norm_eps)

@@ -77,19 +77,16 @@ class PairLogits:
 
 def score_real(network: Network, inputs: Inputs, loras: Loras, *, cache: Callable | None = None) -> Tensor:
     """Logits of the real action and the end of sequence: (B, A + 1, V)."""
-    x = _prefix_and_real(network, inputs, network.patches(inputs.pixels, loras))
+    x = _prefix_and_real(network, inputs, loras)
     cos, sin = network.rotary(torch.arange(x.shape[1], device=x.device)[None])
     rows = Rows(cos=cos, sin=sin, mask=None, extra=0)
     keep = inputs.first[:, None] + torch.arange(REAL_ROWS, device=x.device)
     return network.logits(network.hidden(x, rows, loras, keep=keep, cache=cache), loras)
 
 
-def score_pair(
-    network: Network, inputs: Inputs, generated: Tensor, loras: Loras, *, patches: Tensor | None = None
-) -> PairLogits:
-    """Logits of both actions in one pass; `generated` is (B, A). `patches` (B, 256, D), if they are there already."""
-    patches = network.patches(inputs.pixels, loras) if patches is None else patches
-    x = torch.cat((_prefix_and_real(network, inputs, patches), network.embed(generated[:, :FED])), 1)
+def score_pair(network: Network, inputs: Inputs, generated: Tensor, loras: Loras) -> PairLogits:
+    """Logits of both actions in one pass; `generated` is (B, A)."""
+    x = torch.cat((_prefix_and_real(network, inputs, loras), network.embed(generated[:, :FED])), 1)
     rows = pair_rows(network, inputs.first, length=x.shape[1] - FED)
     steps = torch.arange(REAL_ROWS, device=x.device)
     keep = torch.cat((inputs.first[:, None] + steps, (x.shape[1] - FED + steps[:FED]).expand(len(x), -1)), 1)
@@ -109,9 +106,9 @@ def pair_rows(network: Network, first: Tensor, *, length: int) -> Rows:
     return Rows(cos=cos, sin=sin, mask=(prefix | own)[:, None], extra=FED)
 
 
-def _prefix_and_real(network: Network, inputs: Inputs, patches: Tensor) -> Tensor:
+def _prefix_and_real(network: Network, inputs: Inputs, loras: Loras) -> Tensor:
     """(B, L, D): BOS, patches, text."""
-    text = network.embed(inputs.text)
+    patches, text = network.patches(inputs.pixels, loras), network.embed(inputs.text)
     return torch.cat((text[:, :1], patches, text[:, 1:]), 1)
 
 
@@ -122,13 +119,6 @@ class Reply:
     generated: Tensor  # (B, A) int64
     real_logps: Tensor  # (B, A)
     generated_logps: Tensor  # (B, A)
-    decoded: torch.cuda.Event | None = None  # decoding goes on aside until then
-
-    def wait(self) -> "Reply":
-        """Call before the generated action is used."""
-        if self.decoded is not None:
-            torch.cuda.current_stream().wait_event(self.decoded)
-        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,14 +156,12 @@ class Opponent:
     def reply(self, inputs: Inputs, uniforms: Tensor) -> Reply:
         """`uniforms` (B, A) in [0, 1) decide what is sampled; greedy decoding ignores them."""
         decoder = self._decoder(inputs)
-        decoder.wait()
         logits = score_real(self.network, inputs, self.loras, cache=decoder.store)[:, :ACTION_DIM]
         generated, generated_logps = decoder.decode(logits[:, 0], inputs.first, uniforms)
         return Reply(
             generated=generated,
             real_logps=self.speech.logps(logits, inputs.real),
             generated_logps=generated_logps,
-            decoded=decoder.done,
         )
 
     @torch.no_grad()
@@ -189,8 +177,6 @@ class Opponent:
     def _decoder(self, inputs: Inputs) -> "_Decoder":
         shape = (inputs.text.shape[0], NUM_PATCHES + inputs.text.shape[1])
         if shape not in self._decoders:
-            if self._decoders and self.network.device.type == "cuda":
-                torch.cuda.synchronize()  # the old one may still be decoding
             self._decoders.clear()  # caches are large: one shape at a time
             self._decoders[shape] = _Decoder(self.network, self.loras, self.speech, *shape)
         return self._decoders[shape]
@@ -209,8 +195,6 @@ class _Decoder:
         self.logits = torch.zeros(batch, network.vocabulary, dtype=network.dtype, device=device)
         self.first = torch.full((batch,), NUM_PATCHES, device=device)
         self.uniforms = torch.zeros(batch, ACTION_DIM, device=device)
-        self.side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self.done: torch.cuda.Event | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.out: tuple[Tensor, Tensor] | None = None
 
@@ -219,35 +203,24 @@ class _Decoder:
         self.values[layer].copy_(values)
 
     def decode(self, logits: Tensor, first: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, V) logits of the first token, its predictor's row (B,) -> ids (B, A), log-probs (B, A).
-
-        On a GPU they are there once `done` has passed: decoding waits for memory and leaves room for other work.
-        """
+        """(B, V) logits of the first token, its predictor's row (B,) -> ids (B, A), log-probs (B, A)."""
         self.logits.copy_(logits)
         self.first.copy_(first)
         self.uniforms.copy_(uniforms)
-        if self.side is None:
+        if self.network.device.type != "cuda":
             return self._loop()
         if self.graph is None:
             self._capture()
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
-            self.graph.replay()
-            ids, logps = (out.clone() for out in self.out)
-            self.done = self.side.record_event()
-        return ids, logps
-
-    def wait(self) -> None:
-        """Before the caches are written again."""
-        if self.done is not None:
-            torch.cuda.current_stream().wait_event(self.done)
+        self.graph.replay()
+        return self.out[0].clone(), self.out[1].clone()
 
     def _capture(self) -> None:
-        """Records the loop. Running it first compiles it; the replay writes the same into the caches again."""
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
+        """Records the loop. A first run, aside as torch asks, compiles it; the replay writes the caches again."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
             self._loop()
-        torch.cuda.current_stream().wait_stream(self.side)
+        torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.out = self._loop()

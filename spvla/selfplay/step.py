@@ -196,7 +196,7 @@ class Learner:
         sample = 1 / (sum(len(x.text) for x in inputs) * self.world)
         if self.config.objective == "sft" or not self.config.drop_collisions:
             return Shares(sample=sample, pair=sample)
-        kept = sum((~collided(x, r.wait())).sum() for x, r in zip(inputs, replies, strict=True)).float()
+        kept = sum((~collided(x, r)).sum() for x, r in zip(inputs, replies, strict=True)).float()
         if self.world > 1:
             dist.all_reduce(kept)
         return Shares(sample=sample, pair=1 / kept.clamp(min=1))
@@ -228,8 +228,7 @@ class Learner:
         """The policy's logits (B, A + 1, V), and its log-probs of the generated action (B, A)."""
         loras = partial(self.loras, dropout=self.config.lora_dropout) if self.config.lora_dropout else self.loras
         if self.config.objective == "spin":
-            patches = self.network.patches(inputs.pixels, loras)  # while the opponent still decodes
-            pair = score_pair(self.network, inputs, reply.wait().generated, loras, patches=patches)
+            pair = score_pair(self.network, inputs, reply.generated, loras)
             return pair.real, self.speech.logps(pair.generated, reply.generated)
         logits = score_real(self.network, inputs, loras)
         return logits, None if reply is None else self.speech.greedy(logits[:, :ACTION_DIM])
