@@ -9,11 +9,14 @@ export PYTHONDONTWRITEBYTECODE := 1
 demo: setup
 	$(PY) -m spvla.cli demo
 
+# Twice, because Mesa's renderer and TensorFlow each bring an LLVM of their own and crash in one process.
 test: setup
 	$(PY) -m pytest
+	$(PY) -m pytest tests/sim
 
 test-slow: setup
 	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow tests/sim
 
 lint: setup
 	$(PY) -m ruff check .

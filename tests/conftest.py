@@ -13,6 +13,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 SHARED = Path(os.environ.get("SPVLA_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """tests/sim draws in this process, where TensorFlow must not be: it runs only when it is named."""
+    named = any("sim" in Path(argument.split("::")[0]).parts for argument in config.args)
+    return True if collection_path.name == "sim" and not named else None
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Folder of reference outputs of the original code."""
