@@ -155,7 +155,7 @@ env.image()
     home, cache, work = tmp_path / "home", tmp_path / "cache", tmp_path / "work"
     for folder in (home, work):
         folder.mkdir()
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     environ = {**os.environ, "HOME": str(home), "SPVLA_CACHE": str(cache), "PYTHONPATH": str(root)}
     environ.pop("LIBERO_CONFIG_PATH", None)
     log = Path("/tmp/robosuite.log")
