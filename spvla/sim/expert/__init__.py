@@ -13,18 +13,28 @@ from spvla.sim.libero import LiberoEnv
 SETTLE = np.array([0, 0, 0, 0, 0, 0, OPEN])
 AFTERWARDS = 8  # steps to draw back once the task is solved and the hand is empty
 SETTLING_STEPS = 10  # objects fall before the hand moves, as in evaluation
+REHEARSALS = 8  # attempts from the same init state, each with other habits and other grasps, before it is given up
 
 
 def demonstrate(env: LiberoEnv, init_state: int, rng: np.random.Generator) -> list[np.ndarray] | None:
     """(7,) float32 actions that solve the task from `init_state`, after the settling steps; None when they do not.
 
-    The last action leaves the task solved, and there are at most `env.max_steps`. Equal arguments give equal actions.
+    The expert rehearses: what fails is tried again from the start with other grasps, and the first attempt that solves
+    the task is the demonstration. Its last action leaves the task solved, and there are at most `env.max_steps`. Equal
+    arguments give equal actions.
     """
+    attempts = (attempt(env, init_state, rng, rehearsal=rehearsal) for rehearsal in range(REHEARSALS))
+    return next((actions for actions in attempts if actions is not None), None)
+
+
+def attempt(env: LiberoEnv, init_state: int, rng: np.random.Generator, *, rehearsal: int) -> list[np.ndarray] | None:
+    """One attempt from a fresh reset; later ones choose among more grasps, and only the last mends what went wrong."""
     env.reset(init_state)
     for _ in range(SETTLING_STEPS):
         env.step(SETTLE)
     scene = Scene(env)
-    expert = Expert(scene=scene, arm=Arm(scene=scene, pace=rng.uniform(0.85, 1.0)), rng=rng)
+    arm = Arm(scene=scene, pace=rng.uniform(0.85, 1.0))
+    expert = Expert(scene=scene, arm=arm, rng=rng, rehearsal=rehearsal, persists=rehearsal == REHEARSALS - 1)
     actions: list[np.ndarray] = []
     solved = 0  # steps since when the task has been solved
     for action in islice(pursue(expert), env.max_steps):

@@ -20,6 +20,8 @@ def pursue(expert: Expert) -> Motion:
             try:
                 yield from achieve(expert, goal)
             except CannotDo:
+                if not expert.persists:
+                    return
                 yield from expert.release()
 
 

@@ -26,12 +26,14 @@ class Expert:
     scene: Scene
     arm: Arm
     rng: np.random.Generator
+    rehearsal: int = 0  # attempts before this one
+    persists: bool = True  # grasps again what slipped; else the attempt ends there
 
     # --- pick and place
 
     def pick(self, name: str, target: np.ndarray) -> Motion:
         """Grasps a thing from above, in a way that also suits where it goes, and lifts it clear of the table."""
-        for attempt in range(3):
+        for attempt in range(3 if self.persists else 1):
             grasp = self.choose_grasp(name, target, skip=attempt)
             yield from self.arm.open(0 if self.scene.opening > OPENING - 0.01 else 8)
             yield from self.travel(grasp.pose, obstacles=self.scene.obstacles())
@@ -53,6 +55,9 @@ class Expert:
             raise CannotDo(f"find a grasp of {name}")
         if skip:
             return found[min(len(found) - 1, 5 * skip)]
+        if self.rehearsal:
+            found = distinct(found, 2 + 2 * self.rehearsal)
+            return found[self.rng.integers(len(found))]
         return found[self.rng.integers(min(3, len(found)))]
 
     def _strain(self, position: np.ndarray) -> float:
@@ -111,6 +116,22 @@ class Expert:
         """Lets go, then draws back straight up while the fingers still open."""
         yield from self.arm.open(5)
         yield from self.arm.go(self.arm.pose.moved(0, 0, rise), near=0.02, pace=0.7)
+
+
+def distinct(found: list[Grasp], count: int) -> list[Grasp]:
+    """The first `count` of which no two are much alike."""
+    kept: list[Grasp] = []
+    for grasp in found:
+        if len(kept) == count:
+            break
+        if not any(alike(grasp.pose, other.pose) for other in kept):
+            kept.append(grasp)
+    return kept
+
+
+def alike(one: Pose, other: Pose) -> bool:
+    turn = (one.rotation * other.rotation.inv()).magnitude()
+    return bool(np.linalg.norm(one.position - other.position) < 0.012 and turn < np.radians(20))
 
 
 def yaw_of(rotation: Rotation) -> float:
