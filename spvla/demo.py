@@ -85,7 +85,7 @@ def selfplay_config(out: Path) -> SelfplayConfig:
         num_workers=2,
         task_suite_name=SUITE,
         tasks=TASKS,
-        num_trials_per_task=3,
+        num_trials_per_task=2,
     )
 
 

@@ -112,6 +112,7 @@ def test_ctrl_c_leaves_no_process_no_claim_and_a_run_that_goes_on(tmp_path: Path
             assert row.status is not None or ledger.claim(row.protocol, row.trial)
 
 
+@pytest.mark.slow
 def test_a_lost_node_costs_no_trial(tmp_path: Path) -> None:
     """Its own process, since a process has one Ray: head without CPUs for environments, two nodes with, one removed."""
     script = Path(__file__).with_name("node_loss.py")
