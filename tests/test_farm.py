@@ -179,6 +179,7 @@ def test_trials_of_another_driver_are_left_to_it(tmp_path: Path) -> None:
     assert rows[0].state_digest == "theirs"
 
 
+@pytest.mark.slow
 def test_the_result_is_the_same_whatever_the_load(tmp_path: Path) -> None:
     """A real policy, three versions of it at once; 1, 2 and 5 workers, so other batches and another order each time."""
     base = tiny_with_statistics(tmp_path / "tiny")
