@@ -79,7 +79,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=15.0, help="length of each measurement of supply and demand")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.trials < 3:
+        parser.error(f"--trials {args.trials}; expected 3 or more: the measurement begins after two for each environment")
+    return args
 
 
 def random_policy(base: str, settings: ServerSettings) -> Any:
