@@ -81,7 +81,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
     if args.trials < 3:
-        parser.error(f"--trials {args.trials}; expected 3 or more: the measurement begins after two for each environment")
+        parser.error(f"--trials {args.trials}; expected 3 or more: measuring begins after two for each environment")
     return args
 
 
