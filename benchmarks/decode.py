@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spvla.policy.adapters import StoredAdapter, lora_config
+from spvla.policy.attend import attend_new
 from spvla.policy.decoding import Decoder
 from spvla.policy.images import to_pixel_values
 from spvla.policy.linear import Rows
-from spvla.policy.llama import attend_one, attend_one_by_sums
 from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.presets import preset
 from spvla.policy.prompt import build_tiny_tokenizer, prompt_ids
@@ -273,22 +273,18 @@ class Bench:
     def attention(self) -> None:
         """One layer's attention of a cached step, by several means: microseconds."""
         llm, n = self.model.config.llm, max(self.args.batches)
-        slots, width = NUM_PATCHES + self.max_prompt + 8, llm.width // llm.num_heads
+        slots, width = NUM_PATCHES + self.max_prompt + ACTION_DIM - 1, llm.width // llm.num_heads
         make = lambda t: torch.randn(n, llm.num_heads, t, width, device=self.device, dtype=self.dtype)  # noqa: E731
-        q, k, v = make(1), make(slots), make(slots)
-        mask = torch.zeros(n, 1, 1, slots, device=self.device, dtype=self.dtype)
-
-        def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-            return ((q @ k.transpose(2, 3)).float() * width**-0.5 + mask).softmax(-1).to(v.dtype) @ v
-
+        q, k, v, keys, values = make(1), make(1), make(1), make(slots), make(slots)
+        at = torch.full((n,), slots - 1, device=self.device)
+        mask = torch.ones(n, 1, 1, slots, dtype=torch.bool, device=self.device)
         ways = {
-            "sdpa": attend_one,
-            "matmuls": products,
-            "compiled sums": torch.compile(attend_one_by_sums, dynamic=False),
+            "ours": lambda: attend_new(q, k, v, keys, values, at),
+            "torch's with a mask": lambda: F.scaled_dot_product_attention(q, keys, values, attn_mask=mask),
         }
         for name, way in ways.items():
-            way(q, k, v, mask)
-            seconds = min(self.timed(lambda way=way: [way(q, k, v, mask) for _ in range(20)], 3)) / 20
+            way()
+            seconds = min(self.timed(lambda way=way: [way() for _ in range(20)], 3)) / 20
             self.result.attention_us[name] = 1e6 * seconds
         self.log("attention of a cached step, us: " + str({k: round(v) for k, v in self.result.attention_us.items()}))
 

@@ -19,15 +19,13 @@ import torch
 from torch import Tensor
 
 from spvla.errors import UserError
+from spvla.policy.graphs import record
 from spvla.policy.linear import Rows
-from spvla.policy.llama import EAGER, Cache, Kernels, LlamaLayer, attend_one_by_sums
+from spvla.policy.llama import EAGER, Cache, Kernels, LlamaLayer
 from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.prompt import PAD
 from spvla.policy.vision import NUM_PATCHES, Block
 from spvla.types import ACTION_DIM, IMAGE_SIZE
-
-WARM_UPS = 2  # passes before a graph is captured: the first compiles
-SLOT_MULTIPLE = 8  # cache lengths are multiples of this: masked attention on a GPU asks for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +100,6 @@ class Decoder:
         self.model, self.batch_size, self.max_prompt = model, batch_size, max_prompt
         self.rows = rows or Rows()
         slots = NUM_PATCHES + max_prompt + ACTION_DIM - 1
-        slots = -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
         self.kv = Cache(model.config.llm, batch_size, slots, dtype=model.dtype, device=model.device)
         self.inputs = self._buffers()
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -190,15 +187,7 @@ class Decoder:
         """Compiles the steps of a layer, then records one whole pass."""
         self.model.language_model.pack()
         self.kernels = compiled_kernels()
-        stream = torch.cuda.Stream()  # one of its own: decoders may then run side by side, sharing no work space
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._run()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            self.out = self._run()
+        self.graph, self.out = record(self._run)
 
 
 @cache
@@ -210,6 +199,6 @@ def compiled_kernels(backend: str = "inductor") -> Kernels:
     return Kernels(
         run_block=torch.compile(Block.forward, **options),
         project=torch.compile(LlamaLayer.project, **options),
-        attend_one=torch.compile(attend_one_by_sums, **options),
+        fill=torch.compile(LlamaLayer.fill, **options),
         finish=torch.compile(LlamaLayer.finish, **options),
     )

@@ -108,9 +108,12 @@ def to_pixel_values(images: "np.ndarray | torch.Tensor") -> "torch.Tensor":
     """(B, 224, 224, 3) uint8 -> (B, 6, 224, 224) float32, same device; channels 0-2 for DINOv2, 3-5 for SigLIP."""
     import torch  # here, because environment workers use the rest of this file and need no torch: 370 MB each
 
-    x = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255
-    mean, std = (x.new_tensor(a + b).view(1, 6, 1, 1) for a, b in ((DINO_MEAN, SIGLIP_MEAN), (DINO_STD, SIGLIP_STD)))
-    return (torch.cat((x, x), dim=1) - mean) / std
+    x = torch.as_tensor(images).permute(0, 3, 1, 2).contiguous().float().div_(255)
+    out = x.new_empty(len(x), 6, *x.shape[2:])
+    for half, mean, std in ((out[:, :3], DINO_MEAN, DINO_STD), (out[:, 3:], SIGLIP_MEAN, SIGLIP_STD)):
+        torch.sub(x, x.new_tensor(mean).view(3, 1, 1), out=half)
+        half.div_(x.new_tensor(std).view(3, 1, 1))
+    return out
 
 
 def _simplejpeg() -> ModuleType:

@@ -5,8 +5,8 @@ masks of any form, a cache whose rows have different lengths, keys and values of
 matrix products joined where several maps read the same input.
 
 A layer is three steps, so that each can be compiled by itself and attention can stand between them:
-    project  residual stream -> rotated q, k, and v
-    attend   with a causal mask, a given one, or against a cache
+    project  residual stream -> rotated q, k, and v (`fill`: k and v go into a cache)
+    attend   with a causal mask, a given one, or one new token against a cache
     finish   output map, residual, gated MLP, residual
 
 Legend: B batch, T tokens, S cache slots, H heads, K head width, D width, V vocabulary.
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spvla.policy.attend import attend_new
 from spvla.policy.linear import Linear, pack, together
 from spvla.policy.vision import Block, RunBlock
 
@@ -90,24 +91,17 @@ class LlamaLayer(nn.Module):
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn(self.input_layernorm(x), rope)
 
+    def fill(self, x: Tensor, rope: Rope, keys: Tensor, values: Tensor) -> Tensor:
+        """As `project`, k and v going into `keys` and `values` (B, H, T, K), parts of a cache; returns q."""
+        q, k, v = self.project(x, rope)
+        keys.copy_(k)
+        values.copy_(v)
+        return q
+
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """(B, T, D), (B, H, T, K) -> (B, T, D)."""
         x = x + self.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one query a row: (B, H, 1, K), (B, H, S, K) twice, (B, 1, 1, S) added to scores -> (B, H, 1, K)."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def attend_one_by_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The same, for a compiler: a single query is bound by reading keys and values, which two fused sums do once.
-
-    Attention kernels made for many queries leave most of their tile empty here.
-    """
-    scores = (q.float() * k.float()).sum(-1)[:, :, None] * q.shape[-1] ** -0.5 + mask.float()  # (B, H, 1, S)
-    return (scores.softmax(-1).transpose(2, 3) * v.float()).sum(2, keepdim=True).to(v.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +109,8 @@ class Kernels:
     """The steps that a decoder may replace by compiled ones."""
 
     run_block: RunBlock = Block.__call__
-    attend_one: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attend_one
     project: Callable[[LlamaLayer, Tensor, Rope], tuple[Tensor, Tensor, Tensor]] = LlamaLayer.project
+    fill: Callable[[LlamaLayer, Tensor, Rope, Tensor, Tensor], Tensor] = LlamaLayer.fill
     finish: Callable[[LlamaLayer, Tensor, Tensor], Tensor] = LlamaLayer.finish
 
 
@@ -130,21 +124,15 @@ class Cache:
     def __init__(
         self, config: LlamaConfig, batch: int, slots: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.depth, 2, batch, config.num_heads, slots, config.width // config.num_heads)
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
-        self.rows = torch.arange(batch, device=device)
+        shape = (batch, config.num_heads, slots, config.width // config.num_heads)
+        self.keys, self.values = (  # one tensor a layer: compiled code that writes to one wants no aliases
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.depth)] for _ in range(2)
+        )
         self.at: Tensor | None = None
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """New keys and values (B, H, T, K) -> those to attend to."""
-        if self.at is None:
-            self.kv[layer, 0, :, :, : k.shape[2]] = k
-            self.kv[layer, 1, :, :, : v.shape[2]] = v
-            return k, v
-        keys, values = self.kv[layer]
-        keys[self.rows, :, self.at] = k[:, :, 0]
-        values[self.rows, :, self.at] = v[:, :, 0]
-        return keys, values
+    def layer(self, i: int, tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first tokens, or of all slots: each (B, H, tokens, K)."""
+        return self.keys[i][:, :, :tokens], self.values[i][:, :, :tokens]
 
 
 class LlamaModel(nn.Module):
@@ -167,28 +155,33 @@ class LlamaModel(nn.Module):
     ) -> Tensor:
         """Embeddings (B, T, D) -> final hidden states (B, T, D).
 
-        mask: (B or 1, 1, T, T) bool (True attends) or added to the scores; None is causal, or what a cache holds.
+        mask: (B or 1, 1, T, T) bool (True attends) or added to the scores; None is causal. With a cache there is none.
         positions: (B or 1, T); None counts from 0. last: (B,) the one token of each row to go on with after the last
-        layer's attention, for an output (B, 1, D).
+        layer's attention, for an output (B, 1, D); for prompts read into a cache.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         rope = rotary(positions, self.config, x.dtype)
-        stepping = cache is not None and cache.at is not None
-        if stepping:
-            mask = seen(cache.at, cache.kv.shape[4], x.dtype)
         for i, layer in enumerate(self.layers):
-            q, k, v = kernels.project(layer, x, rope)
-            if cache is not None:
-                k, v = cache.write(i, k, v)
-            if last is not None and i == self.config.depth - 1:
-                x, q, mask = take(x, last), take_head_rows(q, last), seen(last, k.shape[2], x.dtype)
-            if cache is not None and mask is not None:
-                attended = kernels.attend_one(q, k, v, mask)
+            if cache is None:
+                attended = attend(*kernels.project(layer, x, rope), mask)
+            elif cache.at is not None:
+                attended = attend_new(*kernels.project(layer, x, rope), *cache.layer(i), cache.at)
             else:
-                attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+                keys, values = cache.layer(i, x.shape[1])
+                q = kernels.fill(layer, x, rope, keys, values)
+                if last is not None and i == self.config.depth - 1:
+                    x, q, k, v = take(x, last), *(take_head_rows(t, last) for t in (q, keys, values))
+                    attended = attend_new(q, k, v, *cache.layer(i), last)
+                else:
+                    attended = attend(q, keys, values)
             x = kernels.finish(layer, x, attended)
         return self.norm(x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, H, T, K) three times -> (B, H, T, K), causal unless a mask says otherwise."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 class Llama(nn.Module):
@@ -231,12 +224,6 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     cos, sin = rope
     left, right = x.chunk(2, -1)
     return x * cos + torch.cat((-right, left), -1) * sin
-
-
-def seen(at: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
-    """Positions (B,) -> (B, 1, 1, S) to add to scores: 0 where the token at each may look, else -inf."""
-    hidden = torch.arange(slots, device=at.device) > at[:, None]
-    return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill(hidden, -torch.inf)[:, None, None]
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

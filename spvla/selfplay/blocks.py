@@ -48,12 +48,6 @@ def project_qkv(x: Tensor, norm: Norm, site: Site, lora: Lora | None, heads: int
     return rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin), v.transpose(1, 2).contiguous()
 
 
-def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Few rows against many, with a mask: (B, H, Q, K), (B, H, T, K), (B, 1, Q, T) -> (B, H, Q, K)."""
-    scores = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
-
-
 def llama_attention(
     x: Tensor, norm: Norm, site: Site, lora: Lora | None, heads: int, rows: Rows
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,7 +56,7 @@ def llama_attention(
     plain = x.shape[1] - rows.extra
     out = F.scaled_dot_product_attention(q[:, :, :plain], k[:, :, :plain], v[:, :, :plain], is_causal=True)
     if rows.mask is not None:
-        out = torch.cat((out, attend_masked(q[:, :, plain:], k, v, rows.mask)), 2)
+        out = torch.cat((out, F.scaled_dot_product_attention(q[:, :, plain:], k, v, attn_mask=rows.mask)), 2)
     return out.transpose(1, 2).flatten(2), k, v
 
 
@@ -71,18 +65,6 @@ def llama_rest(x: Tensor, attended: Tensor, norm: Norm, sites: Sequence[Site], l
     x = x + adapted(attended, sites[0], loras[0])
     gate, up = adapted(rms_norm(x, norm), sites[1], loras[1]).chunk(2, -1)
     return x + adapted(F.silu(gate) * up, sites[2], loras[2])
-
-
-def decode_attention(
-    x: Tensor, norm: Norm, site: Site, lora: Lora | None, heads: int, rows: Rows, k: Tensor, v: Tensor, at: Tensor
-) -> Tensor:
-    """As llama_attention for one new row each: (B, 1, D). Writes row `at` (B,) of the caches k, v (B, H, T, K)."""
-    q, new_k, new_v = project_qkv(x, norm, site, lora, heads, rows)
-    batch = torch.arange(x.shape[0], device=x.device)
-    k[batch, :, at] = new_k[:, :, 0]
-    v[batch, :, at] = new_v[:, :, 0]
-    seen = torch.arange(k.shape[2], device=x.device) <= at[:, None]  # (B, T)
-    return attend_masked(q, k, v, seen[:, None, None]).transpose(1, 2).flatten(2)
 
 
 def vit_block(

@@ -10,22 +10,23 @@ The same weights and numbers as spvla.policy.openvla, laid out so that a trainin
 Legend: B batch, T rows (BOS, 256 patches, text, generated), D width, H heads, K head width, R rows with logits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spvla.policy.attend import attend_new
 from spvla.policy.openvla import OpenVLA, OpenVLAConfig
 from spvla.policy.vision import NUM_PATCHES, PATCH_SIZE, TowerConfig, VisionTower
 from spvla.selfplay.adapters import Flat, Lora, Site, adapted, base_layer, fuse, point_at
 from spvla.selfplay.blocks import (
     Norm,
     Rows,
-    decode_attention,
     llama_attention,
     llama_rest,
     project,
+    project_qkv,
     rms_norm,
     vit_block,
 )
@@ -33,6 +34,7 @@ from spvla.selfplay.blocks import (
 LLAMA = "language_model.model"
 
 Loras = Callable[[str], Lora | None]  # site -> adapter, as `Adapter.lora`
+Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (B, H, T, K)
 
 
 def bare(site: str) -> None:
@@ -56,7 +58,7 @@ class Network:
         compile_ = compile_once_a_shape if compiled else (lambda f: f)
         self._vit_block, self._project = compile_(vit_block), compile_(project)
         self._attention, self._rest = compile_(llama_attention), compile_(llama_rest)
-        self._decode_attention = compile_(decode_attention)
+        self._project_qkv = compile_(project_qkv)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,10 +71,6 @@ class Network:
     @property
     def vocabulary(self) -> int:
         return self.sites["lm_head"].outs[0]
-
-    def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
-        """(layers, B, H, T, K) of keys, or of values."""
-        return self.llm.depth, batch, self.llm.num_heads, length, self.llm.width // self.llm.num_heads
 
     def train_all(self) -> Flat:
         """Makes every weight that takes part trainable. The model's parameters become views of the flat's `compute`."""
@@ -110,30 +108,24 @@ class Network:
         """(...) -> (..., D)."""
         return F.embedding(ids, self.core.get_submodule(f"{LLAMA}.embed_tokens").weight)
 
-    def hidden(self, x: Tensor, rows: Rows, loras: Loras, *, keep: Tensor, cache: Callable | None = None) -> Tensor:
-        """Runs all layers and returns the rows `keep` (B, R), normed: (B, T, D) -> (B, R, D).
-
-        `cache(layer, k, v)` is given each layer's keys and values (B, H, T, K).
-        """
+    def hidden(self, x: Tensor, rows: Rows, loras: Loras, *, keep: Tensor, cache: Cache | None = None) -> Tensor:
+        """Runs all layers and returns the rows `keep` (B, R), normed: (B, T, D) -> (B, R, D). Fills an empty cache."""
         for i in range(self.llm.depth):
             norm, heads = self._norm(f"{LLAMA}.layers.{i}.input_layernorm"), self.llm.num_heads
             attended, k, v = self._attention(x, norm, self.sites[f"{i}.qkv"], loras(f"{i}.qkv"), heads, rows)
             if cache is not None:
-                cache(i, k, v)
+                cache.append((k, v))
             if i == self.llm.depth - 1:
                 x, attended = take_rows(x, keep), take_rows(attended, keep)
             x = self._finish(i, x, attended, loras)
         return rms_norm(x, self._norm(f"{LLAMA}.norm"))
 
-    def decode_hidden(
-        self, x: Tensor, rows: Rows, loras: Loras, *, keys: Sequence[Tensor], values: Sequence[Tensor], at: Tensor
-    ) -> Tensor:
-        """One token further: (B, 1, D) -> (B, 1, D), writing row `at` (B,) of each layer's caches (B, H, T, K)."""
+    def decode_hidden(self, x: Tensor, rows: Rows, loras: Loras, *, cache: Cache, at: Tensor) -> Tensor:
+        """One token further: (B, 1, D) -> (B, 1, D), overwriting row `at` (B,) of the cache."""
         for i in range(self.llm.depth):
             norm, site = self._norm(f"{LLAMA}.layers.{i}.input_layernorm"), self.sites[f"{i}.qkv"]
-            attended = self._decode_attention(
-                x, norm, site, loras(f"{i}.qkv"), self.llm.num_heads, rows, keys[i], values[i], at
-            )
+            q, k, v = self._project_qkv(x, norm, site, loras(f"{i}.qkv"), self.llm.num_heads, rows)
+            attended = attend_new(q, k, v, *cache[i], at).transpose(1, 2).flatten(2)
             x = self._finish(i, x, attended, loras)
         return rms_norm(x, self._norm(f"{LLAMA}.norm"))
 

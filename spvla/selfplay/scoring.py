@@ -12,16 +12,18 @@ Legend: B batch, T text tokens, L rows before the generated ones (256 + T), A ac
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spvla.policy.graphs import record
 from spvla.policy.images import to_pixel_values
 from spvla.policy.vision import NUM_PATCHES
 from spvla.selfplay.blocks import Rows
-from spvla.selfplay.network import Loras, Network
+from spvla.selfplay.network import Cache, Loras, Network
 from spvla.selfplay.objective import cap_logits, token_logps
 from spvla.types import ACTION_DIM, Batch
 
@@ -75,7 +77,7 @@ class PairLogits:
     generated: Tensor  # (B, A, V) predicts the generated action
 
 
-def score_real(network: Network, inputs: Inputs, loras: Loras, *, cache: Callable | None = None) -> Tensor:
+def score_real(network: Network, inputs: Inputs, loras: Loras, *, cache: Cache | None = None) -> Tensor:
     """Logits of the real action and the end of sequence: (B, A + 1, V)."""
     x = _prefix_and_real(network, inputs, loras)
     cos, sin = network.rotary(torch.arange(x.shape[1], device=x.device)[None])
@@ -146,23 +148,22 @@ class Speech:
 
 
 class Opponent:
-    """Scores the real action and plays its own. On a GPU decoding is one CUDA graph for each shape."""
+    """Scores the real action and plays its own. On a GPU the whole of it is one CUDA graph for each shape."""
 
     def __init__(self, network: Network, loras: Loras, speech: Speech) -> None:
         self.network, self.loras, self.speech = network, loras, speech
-        self._decoders: dict[tuple[int, int], _Decoder] = {}
+        self._recorded: dict[torch.Size, _Recorded] = {}
 
     @torch.no_grad()
     def reply(self, inputs: Inputs, uniforms: Tensor) -> Reply:
         """`uniforms` (B, A) in [0, 1) decide what is sampled; greedy decoding ignores them."""
-        decoder = self._decoder(inputs)
-        logits = score_real(self.network, inputs, self.loras, cache=decoder.store)[:, :ACTION_DIM]
-        generated, generated_logps = decoder.decode(logits[:, 0], inputs.first, uniforms)
-        return Reply(
-            generated=generated,
-            real_logps=self.speech.logps(logits, inputs.real),
-            generated_logps=generated_logps,
-        )
+        if self.network.device.type != "cuda":
+            return self._answer(inputs, uniforms)
+        shape = inputs.text.shape
+        if shape not in self._recorded:
+            self._recorded.clear()  # keys and values are large: one shape at a time
+            self._recorded[shape] = _Recorded(self._answer, inputs, uniforms)
+        return self._recorded[shape](inputs, uniforms)
 
     @torch.no_grad()
     def own_greedy(self, inputs: Inputs) -> Reply:
@@ -174,73 +175,50 @@ class Opponent:
             generated_logps=self.speech.greedy(logits),
         )
 
-    def _decoder(self, inputs: Inputs) -> "_Decoder":
-        shape = (inputs.text.shape[0], NUM_PATCHES + inputs.text.shape[1])
-        if shape not in self._decoders:
-            self._decoders.clear()  # caches are large: one shape at a time
-            self._decoders[shape] = _Decoder(self.network, self.loras, self.speech, *shape)
-        return self._decoders[shape]
-
-
-class _Decoder:
-    """Decodes seven tokens after a scored prefix, over static keys and values. The real action's are overwritten."""
-
-    def __init__(self, network: Network, loras: Loras, speech: Speech, batch: int, length: int) -> None:
-        self.network, self.loras, self.speech = network, loras, speech
-        device = network.device
-        layers, *shape = network.cache_shape(batch, length)
-        self.keys, self.values = (  # a tensor for each layer: compiled code that writes to one wants no aliases
-            [torch.zeros(shape, dtype=network.dtype, device=device) for _ in range(layers)] for _ in range(2)
-        )
-        self.logits = torch.zeros(batch, network.vocabulary, dtype=network.dtype, device=device)
-        self.first = torch.full((batch,), NUM_PATCHES, device=device)
-        self.uniforms = torch.zeros(batch, ACTION_DIM, device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.out: tuple[Tensor, Tensor] | None = None
-
-    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        self.keys[layer].copy_(keys)
-        self.values[layer].copy_(values)
-
-    def decode(self, logits: Tensor, first: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, V) logits of the first token, its predictor's row (B,) -> ids (B, A), log-probs (B, A)."""
-        self.logits.copy_(logits)
-        self.first.copy_(first)
-        self.uniforms.copy_(uniforms)
-        if self.network.device.type != "cuda":
-            return self._loop()
-        if self.graph is None:
-            self._capture()
-        self.graph.replay()
-        return self.out[0].clone(), self.out[1].clone()
-
-    def _capture(self) -> None:
-        """Records the loop. A first run, aside as torch asks, compiles it; the replay writes the caches again."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._loop()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.out = self._loop()
-
-    def _loop(self) -> tuple[Tensor, Tensor]:
-        logits, ids, logps = self.logits, [], []
+    def _answer(self, inputs: Inputs, uniforms: Tensor) -> Reply:
+        """Scores the real action, then decodes over the keys and values of its prompt, overwriting the action's."""
+        cache: Cache = []
+        scored = score_real(self.network, inputs, self.loras, cache=cache)[:, :ACTION_DIM]
+        logits, ids, logps = scored[:, 0], [], []
         for step in range(ACTION_DIM):
-            ids.append(self.speech.choose(logits, self.uniforms[:, step]))
+            ids.append(self.speech.choose(logits, uniforms[:, step]))
             logps.append(self.speech.logps(logits, ids[-1]))
             if step < FED:
-                logits = self._next(ids[-1], self.first + 1 + step)
-        return torch.stack(ids, 1), torch.stack(logps, 1)
+                logits = self._next(ids[-1], inputs.first + 1 + step, cache)
+        return Reply(
+            generated=torch.stack(ids, 1),
+            real_logps=self.speech.logps(scored, inputs.real),
+            generated_logps=torch.stack(logps, 1),
+        )
 
-    def _next(self, ids: Tensor, at: Tensor) -> Tensor:
+    def _next(self, ids: Tensor, at: Tensor, cache: Cache) -> Tensor:
         """Feeds one token each at row `at` (B,): (B,) ids -> (B, V) logits."""
         cos, sin = self.network.rotary(at[:, None])
         rows = Rows(cos=cos, sin=sin, mask=None, extra=0)
-        x = self.network.embed(ids[:, None])
-        hidden = self.network.decode_hidden(x, rows, self.loras, keys=self.keys, values=self.values, at=at)
+        hidden = self.network.decode_hidden(self.network.embed(ids[:, None]), rows, self.loras, cache=cache, at=at)
         return self.network.logits(hidden[:, 0], self.loras)
+
+
+class _Recorded:
+    """An opponent's answer as a CUDA graph. No step of the training then waits for the host to launch its kernels."""
+
+    def __init__(self, answer: Callable[[Inputs, Tensor], Reply], inputs: Inputs, uniforms: Tensor) -> None:
+        self.inputs, self.uniforms = copied(inputs), uniforms.clone()
+        self.graph, self.out = record(lambda: answer(self.inputs, self.uniforms))
+
+    def __call__(self, inputs: Inputs, uniforms: Tensor) -> Reply:
+        for field in fields(Inputs):
+            getattr(self.inputs, field.name).copy_(getattr(inputs, field.name))
+        self.uniforms.copy_(uniforms)
+        self.graph.replay()
+        return copied(self.out)
+
+
+Tensors = TypeVar("Tensors", Inputs, Reply)
+
+
+def copied(x: Tensors) -> Tensors:
+    return type(x)(**{field.name: getattr(x, field.name).clone() for field in fields(x)})
 
 
 def draw_uniforms(seed: int, visit: int, samples: np.ndarray) -> np.ndarray:
