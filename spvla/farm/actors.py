@@ -178,6 +178,7 @@ class EnvWorker:
         self.name, self.settings = name, settings
         self.log = log_to(settings.log_folder, name)
         spread_rendering(name)
+        draw_on_one_core()
         self.assets = assets.resolve(settings.assets)
         self.task: tuple[str, int] | None = None
         self.env: Env | None = None
@@ -272,6 +273,11 @@ def spread_rendering(name: str) -> None:
     number = name.rpartition("-")[2]
     if gpus > 1 and number.isdigit() and not os.environ.get("CUDA_VISIBLE_DEVICES"):
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(int(number) % gpus))
+
+
+def draw_on_one_core() -> None:
+    """Mesa's software renderer would start a thread for each core, all of which other environments use already."""
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # the same picture to the bit, for a tenth less work
 
 
 def resident_bytes() -> int:
