@@ -127,7 +127,7 @@ def timed(
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else float("nan")
+    memory = torch.cuda.max_memory_reserved() / 2**30 if args.device == "cuda" else float("nan")
     shown = {k: statistics.median(p[k] for p in parts) for k in parts[0]}
     return {
         "samples_per_s": batch / median,

@@ -15,8 +15,6 @@ from spvla.policy.images import to_pixel_values
 from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.prompt import build_tiny_tokenizer, prompt_ids
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 @pytest.fixture(scope="module")
 def model() -> OpenVLA:
@@ -211,16 +209,3 @@ def test_an_unknown_unnorm_key_lists_the_known_ones(model: OpenVLA) -> None:
         policy.act(images, instructions, unnorm_key="libero_spatial")
     actions = policy.act(images, instructions, unnorm_key="libero_goal")
     assert actions.shape == (1, 7) and actions.dtype == np.float64
-
-
-@gpu
-@pytest.mark.gpu
-def test_one_graph_decodes_as_the_plain_code_does_on_a_gpu() -> None:
-    model = reference_model().requires_grad_(False).cuda()
-    images, instructions = requests(8)
-    tokenizer = build_tiny_tokenizer()
-    plain = OpenVLAPolicy(model=model, tokenizer=tokenizer, norm_stats={}, name="plain")
-    graph = OpenVLAPolicy(model=model, tokenizer=tokenizer, norm_stats={}, name="graph", decode_batch_size=8)
-    wanted = plain.decode(images, instructions)
-    assert np.array_equal(graph.decode(images, instructions), wanted)
-    assert np.array_equal(graph.decode(images[3:5], instructions[3:5]), wanted[3:5])

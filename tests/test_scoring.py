@@ -15,8 +15,9 @@ from spvla.policy.vision import NUM_PATCHES
 from spvla.selfplay.adapters import Adapter
 from spvla.selfplay.network import Network, bare
 from spvla.selfplay.objective import token_logps
+from spvla.selfplay.opponent import Opponent
 from spvla.selfplay.replies import ReplyStore
-from spvla.selfplay.scoring import Opponent, Reply, Speech, draw_uniforms, score_pair, score_real, to_inputs
+from spvla.selfplay.scoring import Reply, Speech, draw_uniforms, score_pair, score_real, to_inputs
 from spvla.types import ACTION_DIM, Batch
 
 GREEDY = Speech()

@@ -1,7 +1,7 @@
 """attend.py's kernel for a GPU, in Triton: one program for each row and head reads its keys and values once.
 
 The softmax is taken on the way (arxiv.org/abs/1805.02867). On an H200, 64 rows of 32 heads and 293 slots of 128 take
-89 us, 83% of what a plain copy of the same bytes would.
+79 us; reading that much at the rate of a plain copy would take 74.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 64, 2  # slots at a time; the quickest of those tried on an H200
+BLOCK, WARPS = 32, 1  # slots at a time; the quickest of those tried on an H200, or near it, for 16 to 64 rows
 
 
 @triton.jit

@@ -1,25 +1,19 @@
-"""The opponent's reply, and both actions scored in one pass.
+"""Both actions scored in one pass, and the forms of what goes in and comes out.
 
 One pass lays out, for each sample,
     BOS | 256 patches | prompt, real action, end, padding | first six generated tokens
 Real and generated follow the same prefix without seeing each other (network.py), so the prefix is computed once. The
 generated tokens' positions restart where the real action begins. The seventh is predicted and never fed.
 
-The opponent needs one such pass too: it scores the real action, and the keys and values left behind serve to decode its
-own reply, whose log-probs fall out of the decoding.
-
 Legend: B batch, T text tokens, L rows before the generated ones (256 + T), A action dims (7), V vocabulary.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TypeVar
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spvla.policy.graphs import record
 from spvla.policy.images import to_pixel_values
 from spvla.policy.vision import NUM_PATCHES
 from spvla.selfplay.blocks import Rows
@@ -145,80 +139,6 @@ class Speech:
         heights = cap_logits(logits.float(), self.logit_softcap).div(self.temperature).softmax(-1).cumsum(-1)
         ids = torch.searchsorted(heights, (uniform * heights[:, -1])[:, None], right=True)[:, 0]
         return ids.clamp(max=logits.shape[-1] - 1)
-
-
-class Opponent:
-    """Scores the real action and plays its own. On a GPU the whole of it is one CUDA graph for each shape."""
-
-    def __init__(self, network: Network, loras: Loras, speech: Speech) -> None:
-        self.network, self.loras, self.speech = network, loras, speech
-        self._recorded: dict[torch.Size, _Recorded] = {}
-
-    @torch.no_grad()
-    def reply(self, inputs: Inputs, uniforms: Tensor) -> Reply:
-        """`uniforms` (B, A) in [0, 1) decide what is sampled; greedy decoding ignores them."""
-        if self.network.device.type != "cuda":
-            return self._answer(inputs, uniforms)
-        shape = inputs.text.shape
-        if shape not in self._recorded:
-            self._recorded.clear()  # keys and values are large: one shape at a time
-            self._recorded[shape] = _Recorded(self._answer, inputs, uniforms)
-        return self._recorded[shape](inputs, uniforms)
-
-    @torch.no_grad()
-    def own_greedy(self, inputs: Inputs) -> Reply:
-        """The fork's form: the most likely token at each position, given the real ones before it."""
-        logits = score_real(self.network, inputs, self.loras)[:, :ACTION_DIM]
-        return Reply(
-            generated=logits.argmax(-1),
-            real_logps=self.speech.logps(logits, inputs.real),
-            generated_logps=self.speech.greedy(logits),
-        )
-
-    def _answer(self, inputs: Inputs, uniforms: Tensor) -> Reply:
-        """Scores the real action, then decodes over the keys and values of its prompt, overwriting the action's."""
-        cache: Cache = []
-        scored = score_real(self.network, inputs, self.loras, cache=cache)[:, :ACTION_DIM]
-        logits, ids, logps = scored[:, 0], [], []
-        for step in range(ACTION_DIM):
-            ids.append(self.speech.choose(logits, uniforms[:, step]))
-            logps.append(self.speech.logps(logits, ids[-1]))
-            if step < FED:
-                logits = self._next(ids[-1], inputs.first + 1 + step, cache)
-        return Reply(
-            generated=torch.stack(ids, 1),
-            real_logps=self.speech.logps(scored, inputs.real),
-            generated_logps=torch.stack(logps, 1),
-        )
-
-    def _next(self, ids: Tensor, at: Tensor, cache: Cache) -> Tensor:
-        """Feeds one token each at row `at` (B,): (B,) ids -> (B, V) logits."""
-        cos, sin = self.network.rotary(at[:, None])
-        rows = Rows(cos=cos, sin=sin, mask=None, extra=0)
-        hidden = self.network.decode_hidden(self.network.embed(ids[:, None]), rows, self.loras, cache=cache, at=at)
-        return self.network.logits(hidden[:, 0], self.loras)
-
-
-class _Recorded:
-    """An opponent's answer as a CUDA graph. No step of the training then waits for the host to launch its kernels."""
-
-    def __init__(self, answer: Callable[[Inputs, Tensor], Reply], inputs: Inputs, uniforms: Tensor) -> None:
-        self.inputs, self.uniforms = copied(inputs), uniforms.clone()
-        self.graph, self.out = record(lambda: answer(self.inputs, self.uniforms))
-
-    def __call__(self, inputs: Inputs, uniforms: Tensor) -> Reply:
-        for field in fields(Inputs):
-            getattr(self.inputs, field.name).copy_(getattr(inputs, field.name))
-        self.uniforms.copy_(uniforms)
-        self.graph.replay()
-        return copied(self.out)
-
-
-Tensors = TypeVar("Tensors", Inputs, Reply)
-
-
-def copied(x: Tensors) -> Tensors:
-    return type(x)(**{field.name: getattr(x, field.name).clone() for field in fields(x)})
 
 
 def draw_uniforms(seed: int, visit: int, samples: np.ndarray) -> np.ndarray:

@@ -25,8 +25,9 @@ from spvla.selfplay.adapters import Adapter, Flat, has_adapter
 from spvla.selfplay.clock import Clock, memory_gib
 from spvla.selfplay.measures import Margin, collided, extremes, imitation, selfplay
 from spvla.selfplay.network import Loras, Network, bare
+from spvla.selfplay.opponent import Opponent
 from spvla.selfplay.replies import ReplyStore
-from spvla.selfplay.scoring import Inputs, Opponent, Reply, Speech, draw_uniforms, score_pair, score_real, to_inputs
+from spvla.selfplay.scoring import Inputs, Reply, Speech, draw_uniforms, score_pair, score_real, to_inputs
 from spvla.selfplay.settings import OPPONENT, POLICY, StepConfig, learning_rate
 from spvla.types import ACTION_DIM, Batch
 

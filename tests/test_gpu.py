@@ -1,0 +1,83 @@
+"""What only a GPU runs: kernels and graphs of our own give what the plain code gives."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from policy_parts import reference_model, requests
+from selfplay_parts import ragged_batch, tiny_model
+from torch import nn
+
+from spvla.policy.attend import attend_new
+from spvla.policy.policy import OpenVLAPolicy
+from spvla.policy.prompt import build_tiny_tokenizer
+from spvla.selfplay.adapters import Adapter
+from spvla.selfplay.network import Network
+from spvla.selfplay.opponent import Opponent
+from spvla.selfplay.scoring import Inputs, Speech, to_inputs
+from spvla.types import ACTION_DIM
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def full_precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_new_token_attends_as_with_torchs_attention(dtype: torch.dtype, close: float) -> None:
+    rows, heads, slots, width = 5, 4, 150, 128
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(rows, 1, heads, width, generator=generator).transpose(1, 2) for _ in range(3))
+    keys, values = (torch.randn(rows, heads, slots, width, generator=generator) for _ in range(2))
+    at = torch.tensor([0, 1, 63, 64, 149])
+    ours = [t.to(dtype).cuda() for t in (q, k, v, keys, values)]
+    out = attend_new(*ours, at.cuda())
+    wanted = attend_new(q, k, v, keys, values, at)
+    assert torch.allclose(out.float().cpu(), wanted, atol=close)
+    assert torch.equal(ours[3].cpu(), keys.to(dtype)) and torch.equal(ours[4].cpu(), values.to(dtype))
+
+
+def test_a_row_attends_alike_wherever_in_the_batch_it_stands() -> None:
+    rows, heads, slots, width = 16, 8, 300, 128
+    tensors = [torch.randn(rows, heads, n, width).bfloat16().cuda() for n in (1, 1, 1, slots, slots)]
+    at = torch.randint(0, slots, (rows,)).cuda()
+    order = torch.randperm(rows).cuda()
+    moved = attend_new(*(t[order].clone() for t in tensors), at[order])
+    assert torch.equal(moved, attend_new(*tensors, at)[order])
+
+
+def test_one_graph_decodes_as_the_plain_code_does() -> None:
+    model = reference_model().requires_grad_(False).cuda()
+    images, instructions = requests(8)
+    tokenizer = build_tiny_tokenizer()
+    plain = OpenVLAPolicy(model=model, tokenizer=tokenizer, norm_stats={}, name="plain")
+    graph = OpenVLAPolicy(model=model, tokenizer=tokenizer, norm_stats={}, name="graph", decode_batch_size=8)
+    wanted = plain.decode(images, instructions)
+    assert np.array_equal(graph.decode(images, instructions), wanted)
+    assert np.array_equal(graph.decode(images[3:5], instructions[3:5]), wanted[3:5])
+
+
+def test_a_recorded_opponent_answers_as_the_plain_code_does() -> None:
+    model = tiny_model("opponent")
+    inputs = [to_inputs(ragged_batch(3, seed=seed, even=True), "cpu") for seed in range(2)]
+    uniforms = torch.rand(3, ACTION_DIM)
+    plain, recorded = (opponent(m) for m in (model, deepcopy(model).cuda()))
+    for x in inputs:  # the second replays what the first recorded
+        wanted = plain.reply(x, uniforms)
+        reply = recorded.reply(Inputs(**{name: t.cuda() for name, t in vars(x).items()}), uniforms.cuda())
+        assert torch.equal(reply.generated.cpu(), wanted.generated)
+        assert torch.allclose(reply.real_logps.cpu(), wanted.real_logps, atol=1e-3)
+        assert torch.allclose(reply.generated_logps.cpu(), wanted.generated_logps, atol=1e-3)
+
+
+def opponent(model: nn.Module) -> Opponent:
+    network = Network(model)
+    adapter = Adapter("opponent", network.parts, dtype=torch.float32, trainable=False)
+    return Opponent(network, adapter.lora, Speech(temperature=1.0))
