@@ -33,6 +33,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "demo": (config.DemoConfig, "spvla.demo:demo"),
     "clean": (config.CleanConfig, "spvla.doctor:clean"),
 }
+# Ray would print each dead worker into stdout's table; the farm says who fell in its own words, and why.
+RAY_KEEPS_QUIET = ("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed")
 POSITIONAL = {"report": "run", "status": "run"}
 
 
@@ -51,6 +53,7 @@ def run(args: list[str]) -> int:
         name, parsed = parse(args)
         if not verbose:
             warnings.simplefilter("ignore")  # deprecations inside libraries are no news to who runs a command
+            os.environ.setdefault(*RAY_KEEPS_QUIET)  # Ray reads it when it is imported
         entry_point(name)(parsed)
     except UserError as e:
         print(f"spvla: {e}", file=sys.stderr)

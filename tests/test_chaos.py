@@ -153,4 +153,6 @@ def test_whatever_is_killed_the_table_is_that_of_an_undisturbed_run(tmp_path: Pa
 
     assert len(table(calm)) == 6 and all(row[4] for row in table(calm))
     assert table(wild) == table(calm)
+    said = (tmp_path / "wild.out").read_text()
+    assert "environment died" in said and "(raylet" not in said
     print(f"{before} of 6 outcomes were there before the driver was killed")

@@ -16,7 +16,7 @@ from spvla.config import EvaluateConfig
 from spvla.errors import UserError
 from spvla.farm.batcher import BatchStats
 from spvla.farm.console import Console, Tally, View, rich_table
-from spvla.farm.exports import export, log_to_wandb
+from spvla.farm.exports import Wandb, export
 from spvla.farm.ledger import Ledger
 from spvla.farm.logfile import log_name, log_text
 from spvla.farm.settle import Pairs, pairs_of
@@ -89,7 +89,9 @@ def test_exports_hold_every_trial_result_and_error(ledger: Ledger) -> None:
 
 def test_wandb_gets_a_table_without_a_network(ledger: Ledger, tmp_path: Path) -> None:
     config = EvaluateConfig(pretrained_checkpoint="x", use_wandb=True, wandb_mode="offline")
-    log_to_wandb(config, summarise(ledger.trials()), folder=tmp_path, run_name="EVAL")
+    opened = Wandb(config, folder=tmp_path, name="EVAL")
+    opened.write(summarise(ledger.trials()))
+    opened.close()
     (found,) = tmp_path.glob("wandb/offline-run-*/files/media/table/results_*.json")
     content = json.loads(found.read_text())
     assert content["columns"][:3] == ["policy", "suite", "task"]

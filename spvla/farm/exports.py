@@ -1,17 +1,20 @@
-"""results.json and trials.csv beside the ledger, and a Weights & Biases table for those who keep one."""
+"""results.json and trials.csv beside the ledger, and a Weights & Biases run for those who keep one."""
 
 import csv
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from spvla.config import EvaluateConfig
+from spvla.errors import UserError
 from spvla.farm.ledger import Ledger, TrialRow
 from spvla.farm.summary import Summary, summarise
 from spvla.files import write_json, write_text
 
 RESULTS, TRIALS = "results.json", "trials.csv"
+STEP = "checkpoint_step"
 
 
 def export(ledger: Ledger) -> list[Path]:
@@ -42,27 +45,47 @@ def as_csv(rows: Sequence[TrialRow]) -> str:
     return out.getvalue()
 
 
-def log_to_wandb(config: EvaluateConfig, summaries: Sequence[Summary], *, folder: Path, run_name: str) -> None:
-    """One table of all tasks, and one number for each task and suite, under the original's names."""
-    import wandb
+class Wandb:
+    """One Weights & Biases run for all that a session evaluates, under the original's names."""
 
-    run = wandb.init(
-        project=config.wandb_project,
-        entity=config.wandb_entity,
-        mode=config.wandb_mode,
-        name=run_name,
-        dir=str(folder),
-        settings=wandb.Settings(silent=True),
-    )
-    columns = ["policy", "suite", "task", "instruction", "successes", "trials", "rate", "low", "high", "errors"]
-    rows = [
-        [s.policy_name, s.suite, -1 if s.task is None else s.task, s.instruction, s.successes, s.done, s.rate]
-        + [*s.interval, s.errors]
-        for s in summaries
-    ]
-    run.log({"results": wandb.Table(columns=columns, data=rows)})
-    for s in summaries:
-        where = "total" if s.task is None else s.instruction
-        prefix = f"{s.policy_name}/{s.suite}/" if len({(x.policy, x.suite) for x in summaries}) > 1 else ""
-        run.log({f"{prefix}success_rate/{where}": s.rate, f"{prefix}num_episodes/{where}": s.done})
-    run.finish()
+    def __init__(self, config: EvaluateConfig, *, folder: Path, name: str) -> None:
+        """Raises UserError, before any trial is played, where W&B cannot start."""
+        import wandb
+
+        try:
+            self.run = wandb.init(
+                project=config.wandb_project,
+                entity=config.wandb_entity,
+                mode=None if config.wandb_mode == "online" else config.wandb_mode,  # None: WANDB_MODE decides
+                name=name,
+                dir=str(folder),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.errors.Error as e:
+            raise UserError(
+                f"--use_wandb True, but W&B cannot start ({str(e).splitlines()[0]})",
+                expected="a login on this machine",
+                remedy="Run `wandb login`, or give --wandb_mode offline.",
+            ) from e
+        self.run.define_metric("*", step_metric=STEP)  # checkpoints of a run may be evaluated newest first
+
+    def write(self, summaries: Sequence[Summary], *, step: int | None = None) -> None:
+        """One table of all tasks, and one number for each task and suite; `step` of training places it on a curve."""
+        import wandb
+
+        columns = ["policy", "suite", "task", "instruction", "successes", "trials", "rate", "low", "high", "errors"]
+        rows = [
+            [s.policy_name, s.suite, -1 if s.task is None else s.task, s.instruction, s.successes, s.done, s.rate]
+            + [*s.interval, s.errors]
+            for s in summaries
+        ]
+        values: dict[str, Any] = {"results": wandb.Table(columns=columns, data=rows)}
+        several = len({(s.policy, s.suite) for s in summaries}) > 1
+        for s in summaries:
+            where = "total" if s.task is None else s.instruction
+            prefix = f"{s.policy_name}/{s.suite}/" if several else ""
+            values |= {f"{prefix}success_rate/{where}": s.rate, f"{prefix}num_episodes/{where}": s.done}
+        self.run.log(values if step is None else values | {STEP: step})
+
+    def close(self) -> None:
+        self.run.finish()

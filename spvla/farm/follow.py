@@ -29,7 +29,7 @@ def follow(config: EvaluateConfig) -> None:
     with session(config) as opened:
         for step, checkpoint in checkpoints_to_come(run, opened.folder / PINNED / run.resolve().name, last_step):
             opened.console.say(f"follow  step {step}: {checkpoint}")
-            for s in opened.run([checkpoint]):
+            for s in opened.run([checkpoint], step=step):
                 if s.task is None:
                     opened.console.say(f"follow  step {step}: {s.suite} {s.successes}/{s.done} = {s.rate:.1%}")
         print(table([s for s in summarise(opened.ledger.trials()) if s.task is None]))

@@ -17,7 +17,7 @@ from spvla.cluster import connection
 from spvla.config import EvaluateConfig
 from spvla.farm.actors import load_checkpoint, open_libero
 from spvla.farm.console import Console, Tally, View
-from spvla.farm.exports import export, log_to_wandb
+from spvla.farm.exports import Wandb, export
 from spvla.farm.farm import Farm, cluster_sizes
 from spvla.farm.ledger import Ledger, TrialRow
 from spvla.farm.logfile import log_name, write_log
@@ -52,6 +52,7 @@ class Session:
     def __init__(self, config: EvaluateConfig, ledger: Ledger, console: Console, stack: ExitStack) -> None:
         self.config, self.ledger, self.console, self.stack = config, ledger, console, stack
         self.farm: Farm | None = None
+        self.wandb: Wandb | None = None
         self.asset_set = assets.resolve(config.libero_assets)
         self.began = datetime.now()
 
@@ -59,8 +60,11 @@ class Session:
     def folder(self) -> Path:
         return self.ledger.path.parent
 
-    def run(self, checkpoints: Sequence[str | Path]) -> list[Summary]:
-        """Plays every trial of these checkpoints that has no outcome yet; returns their summaries."""
+    def run(self, checkpoints: Sequence[str | Path], *, step: int | None = None) -> list[Summary]:
+        """Plays every trial of these checkpoints that has no outcome yet; returns their summaries.
+
+        step: of the training run that a checkpoint is from.
+        """
         plan = make_plan(self.config, checkpoints)
         self._require_known_protocol()
         done = {row.trial for row in self.ledger.outcomes()}
@@ -68,10 +72,12 @@ class Session:
         if not missing:
             self.console.say(f"evaluate  nothing is missing: {len(plan.trials)} trials are in {self.ledger.path}")
             return summarise(self._rows(plan))
+        if self.config.use_wandb and self.wandb is None:
+            self.wandb = self._open_wandb()
         try:
             self._play(plan, missing)
         finally:
-            self._write(plan)
+            self._write(plan, step)
         return summarise(self._rows(plan))
 
     def _require_known_protocol(self) -> None:
@@ -180,21 +186,27 @@ class Session:
         trials = set(plan.trials)
         return [row for row in self.ledger.trials() if row.trial in trials]
 
-    def _write(self, plan: Plan) -> None:
+    def _open_wandb(self) -> Wandb:
+        suites = self.config.task_suite_name.replace(",", "+")
+        name = f"EVAL-{suites}-openvla-{self.began:%Y_%m_%d-%H_%M_%S}"
+        opened = Wandb(self.config, folder=self.folder, name=name)
+        self.stack.callback(opened.close)
+        return opened
+
+    def _write(self, plan: Plan, step: int | None) -> None:
         """OpenVLA's log for each policy and suite, the exports, and W&B's table: of what is done, finished or not."""
         rows = [row for row in self._rows(plan) if row.status is not None]
         if not rows:
             return
         for (_, _, name), of_one in groupby(rows, key=lambda r: (r.policy, r.suite, r.policy_name)):
             note = [self.config.run_id_note] if self.config.run_id_note else []
-            note += [name.replace("/", "-")] if len(plan.versions) > 1 else []
+            note += [name.replace("/", "-")] if len(plan.versions) > 1 or step is not None else []
             path = write_log(self.folder, list(of_one), at=self.began, note="--".join(note) or None)
             self.console.say(f"evaluate  log: {path}")
         for path in export(self.ledger):
             self.console.say(f"evaluate  export: {path}")
-        if self.config.use_wandb:
-            name = f"EVAL-{self.config.task_suite_name.replace(',', '+')}-openvla-{self.began:%Y_%m_%d-%H_%M_%S}"
-            log_to_wandb(self.config, summarise(self._rows(plan)), folder=self.folder, run_name=name)
+        if self.wandb is not None:
+            self.wandb.write(summarise(self._rows(plan)), step=step)
 
 
 class Watcher:
