@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 DECODER_CPUS = 0.01  # a policy actor on the CPU: next to nothing booked, so that it fits beside the environments
 ENV_CPUS = 0.99
+ENVS_PER_DECODER = 32  # asked for where machines come on demand: what one H200 decodes for (docs/operations.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,17 +16,24 @@ class Sizes:
     device: str  # "cpu" or "cuda", for the policy actors
 
 
-def sizes(*, cpus: float, gpus: float, num_envs: int, num_decoders: int) -> Sizes:
+def sizes(*, cpus: float, gpus: float, num_envs: int, num_decoders: int, on_demand: bool = False) -> Sizes:
     """`num_envs` and `num_decoders` as the flags give them, 0 for by default.
 
     By default each GPU gets a policy actor and each CPU that those leave an environment; on a CPU-only cluster one
     policy actor shares the CPUs with the environments, of which there are then two at least, because a lone one
     leaves a core idle whenever it waits. More environments than CPUs share them.
+
+    `on_demand`: machines are started for who asks, `cpus` and `gpus` in all at most. Then the default is one policy
+    actor and the environments that keep it busy, rather than every machine that there could be.
     """
     device = "cuda" if gpus >= 1 else "cpu"
-    decoders = num_decoders or (int(gpus) if device == "cuda" else 1)
-    envs = num_envs or max(2, int(cpus) - decoders)
-    share = (cpus - decoders * DECODER_CPUS) / envs if cpus > 0 else ENV_CPUS
+    if on_demand:
+        decoders = num_decoders or 1
+        envs = num_envs or max(2, int(min(cpus, ENVS_PER_DECODER * decoders)))
+    else:
+        decoders = num_decoders or (int(gpus) if device == "cuda" else 1)
+        envs = num_envs or max(2, int(cpus) - decoders)
+    share = (cpus - decoders * DECODER_CPUS) / envs if 0 < cpus < math.inf else ENV_CPUS
     return Sizes(
         envs=envs,
         decoders=decoders,

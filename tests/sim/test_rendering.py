@@ -1,11 +1,13 @@
 """Which device draws."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from spvla.sim.rendering import choose_device, renderer_name
+from spvla.errors import InfrastructureError
+from spvla.sim.rendering import choose_device, render_on_cpu, renderer_name
 
 pytest.importorskip("mujoco.egl")
 
@@ -18,8 +20,6 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, visible: str | None, devices: int) -> str | None:
-    import os
-
     from mujoco.egl import egl_ext
 
     monkeypatch.setattr(egl_ext, "eglQueryDevicesEXT", lambda: [object()] * devices)
@@ -45,6 +45,27 @@ def test_without_a_usable_number_the_driver_chooses(monkeypatch: pytest.MonkeyPa
 def test_a_device_named_by_hand_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "1")
     assert chosen(monkeypatch, "0", devices=2) == "1"
+
+
+def test_software_can_draw_beside_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    extensions = {0: b"EGL_NV_device_cuda", 1: None, 2: b"EGL_MESA_device_software EGL_EXT_device_drm"}
+    with_devices(monkeypatch, extensions)
+    render_on_cpu()
+    assert os.environ["MUJOCO_EGL_DEVICE_ID"] == "2"
+
+
+def test_software_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_devices(monkeypatch, {0: b"EGL_NV_device_cuda"})
+    with pytest.raises(InfrastructureError, match="libegl-mesa0"):
+        render_on_cpu()
+
+
+def with_devices(monkeypatch: pytest.MonkeyPatch, extensions: dict[int, bytes | None]) -> None:
+    from mujoco.egl import egl_ext
+    from OpenGL.EGL.EXT import device_query
+
+    monkeypatch.setattr(egl_ext, "eglQueryDevicesEXT", lambda: list(extensions))
+    monkeypatch.setattr(device_query, "eglQueryDeviceStringEXT", lambda device, name: extensions[device])
 
 
 def test_the_renderer_has_a_name() -> None:
