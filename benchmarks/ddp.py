@@ -25,7 +25,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from train_step import BETA, LEARNING_RATE, random_batch, random_model
 
-from spvla.cluster import connection, require_resources
+from spvla.cluster import connection
+from spvla.machines import require_resources
 from spvla.selfplay.step import Learner, StepConfig
 
 WARM_UP = 3  # steps

@@ -7,9 +7,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from spvla.errors import ClusterError
+from spvla.machines import grows
 
 # Health checks at 0.2 s: at Ray's default of 2 s every third report blocks for 1.9 s.
 _GROWING = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900"}  # a machine that must boot first
@@ -103,23 +103,3 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def grows() -> bool:
-    """Whether machines may join later: on the head of a cluster made by `ray up`, or under KubeRay."""
-    return (Path.home() / "ray_bootstrap_config.yaml").exists() or "KUBERAY_GEN_RAY_START_CMD" in os.environ
-
-
-def require_resources(what: str, **needed: float) -> None:
-    """Raises ClusterError where the cluster lacks what `what` needs and cannot grow: Ray would wait for ever."""
-    import ray
-
-    held = ray.cluster_resources()
-    short = [f"{held.get(name, 0):g} {name}" for name, count in needed.items() if held.get(name, 0) < count]
-    if short and not grows():
-        wanted = " and ".join(f"{count:g} {name}" for name, count in needed.items())
-        raise ClusterError(
-            f"a cluster with {' and '.join(short)} in all",
-            expected=f"at least {wanted} for {what}",
-            remedy="Ask for less, or add machines to the cluster.",
-        )

@@ -17,12 +17,13 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from spvla.cluster import connection, require_resources
+from spvla.cluster import connection
 from spvla.config import CollectConfig, RegenerateConfig
 from spvla.data.demos import count_demos, demo_files
 from spvla.data.spool import Spool
 from spvla.errors import DatasetError, InfrastructureError, UserError
 from spvla.files import require_writable, write_json
+from spvla.machines import cpus_to_use, request_for, require_resources
 from spvla.progress import Progress
 from spvla.sim.assets import AssetSet, resolve
 from spvla.sim.libero import tasks
@@ -161,7 +162,7 @@ def gather(tally: Tally, spool: Spool, make: Callable[[], Recorder], num_workers
     """Runs takes on actors until none is due. Raises what a recorder raised, or InfrastructureError after crashes."""
     require_resources("recording", CPU=1)
     total = sum(tally.wanted.values())
-    count = num_workers or int(ray.cluster_resources()["CPU"])
+    count = num_workers or cpus_to_use()
     with closing(Workers(make, count)) as workers, Progress("record", total=total, unit="episodes") as progress:
         show(progress, tally)
         while workers.start(tally):
@@ -200,7 +201,8 @@ class Workers:
         return bool(self.busy)
 
     def _new(self) -> ray.actor.ActorHandle:
-        return ray.remote(num_cpus=1, max_restarts=0)(_Actor).remote(self.make)
+        place = request_for("spvla_env")
+        return ray.remote(num_cpus=1, resources=place, max_restarts=0)(_Actor).remote(self.make)
 
     def _run(self, actor: ray.actor.ActorHandle, take: tuple[int, int]) -> None:
         self.busy[actor.record.remote(*take)] = actor, take
@@ -219,7 +221,7 @@ class Workers:
                     raise InfrastructureError(
                         f"task {take[0]}, take {take[1]}: its process died {CRASHES} times"
                     ) from e
-                fresh = ray.remote(max_restarts=0)(_Actor).remote(self.make)
+                fresh = self._new()
                 self.busy[fresh.record.remote(*take)] = fresh, take
                 continue
             self.idle.append((actor, take[0]))

@@ -17,7 +17,8 @@ FLOORS = {
     "spvla.config": 1,
     "spvla.files": 1,
     "spvla.progress": 1,
-    "spvla.cluster": 2,
+    "spvla.machines": 2,
+    "spvla.cluster": 3,
     "spvla.runs": 2,
     # image + instruction -> action
     "spvla.policy.pixels": 0,
@@ -128,10 +129,10 @@ ROOMS = {
     "sqlite3": ("spvla.farm.ledger",),
     "peft": ("spvla.policy",),
     "ray": (
+        "spvla.machines",
         "spvla.cluster",
         "spvla.collect",
         "spvla.data.index",
-        "spvla.selfplay.prepare",
         "spvla.selfplay.worker",
         "spvla.selfplay.train",
         "spvla.selfplay.iterate",

@@ -31,6 +31,7 @@ from spvla.data.store import (
 )
 from spvla.errors import DatasetError, SpvlaError
 from spvla.files import write_json
+from spvla.machines import cpus_to_use
 from spvla.progress import Progress
 
 FOLDER = "index"
@@ -118,7 +119,7 @@ def read_entry(folder: Path, shard: Shard) -> dict[str, Any] | None:
 def index_shards(shards: list[Shard], folder: Path, source: Layout, skip_corrupt: bool, num_workers: int) -> None:
     """Runs the tasks, `num_workers` at a time, and shows how far they are. The first error cancels the rest."""
     task = ray.remote(num_cpus=1, max_retries=2, max_calls=1)(index_shard)  # no process with TensorFlow is used again
-    limit = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    limit = num_workers or cpus_to_use()
     waiting, running = list(reversed(shards)), []
     finished = len(source.shards) - len(shards)
     with Progress(f"index {source.name}", total=len(source.shards), unit="shards") as progress:

@@ -3,6 +3,8 @@
 Start it once, then play as many jobs on it as you like (spvla.farm.run).
 """
 
+import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +18,13 @@ from spvla.farm.actors import RemoteEnvWorker, RemotePolicyServer
 from spvla.farm.messages import ServerFacts, ServerSettings, Version, WorkerFacts, WorkerSettings
 from spvla.farm.pool import Crew, Slot
 from spvla.farm.sizing import DECODER_CPUS, Sizes, sizes
+from spvla.machines import cpus_for, grows, request_for, total, unbounded
 
 RESIZE_EVERY_S = 5.0
 SERVER_START_S = 900.0  # 15 GB from a slow disk
 WORKER_START_S = 300.0
+MACHINE_WAIT_S = 900.0  # a machine that must boot and set itself up first
+TELL_AFTER_S = 20.0
 
 
 class Farm:
@@ -31,8 +36,10 @@ class Farm:
         self.config, self.working, self.serving, self.say = config, working, serving, say
         self.versions: list[Version] = []
         self.adapters: dict[str, list[ray.ObjectRef]] = {}
-        self.workers: Crew[WorkerFacts] = Crew("env", self._launch_worker, WORKER_START_S)
-        self.servers: Crew[ServerFacts] = Crew("policy", self._launch_server, SERVER_START_S)
+        self.workers: Crew[WorkerFacts] = Crew("env", self._ask_for_worker, self._start_worker, WORKER_START_S)
+        self.servers: Crew[ServerFacts] = Crew("policy", self._ask_for_server, self._start_server, SERVER_START_S)
+        self.trials_left = sys.maxsize  # no more actors are asked for than trials can be played at once
+        self.told_waiting: dict[str, int] = {}  # crew -> how many wait for a machine
         self.expected: tuple[WorkerFacts, ServerFacts] | None = None
         self.logs: dict[str, Path] = {}
         self.sizes = cluster_sizes(config, serving.device)
@@ -60,10 +67,10 @@ class Farm:
         """The policies that every server holds from now on. Adapters are moved as their few files only."""
         gone = [v.digest for v in self.versions if v not in versions]
         self.versions = list(versions)
-        if sum(node["Alive"] for node in ray.nodes()) > 1:
+        if grows() or sum(node["Alive"] for node in ray.nodes()) > 1:
             self.adapters = {v.digest: [ray.put(files_of(Path(v.path)))] for v in versions if v.is_adapter}
-        for slot in self.servers.ready():
-            slot.facts, slot.starting = None, slot.actor.prepare.remote(self.versions, self.adapters)
+        for slot in [s for s in self.servers.slots if s.ready or s.starting is not None]:
+            slot.facts, slot.starting = None, self._start_server(slot.actor)
             slot.since_s = time.monotonic()
             for digest in gone:  # after the new ones are in: a base that both need stays
                 slot.actor.remove.remote(digest)
@@ -75,8 +82,9 @@ class Farm:
             self.resized_at_s, self.sizes = now, cluster_sizes(self.config, self.serving.device)
             self.workers.grow_to(self.sizes.envs)
             self.servers.grow_to(self.sizes.decoders)
-        for crew in (self.servers, self.workers):
-            crew.fill()
+            self._tell_who_waits()
+        for crew, size in ((self.servers, self.sizes.decoders), (self.workers, self.sizes.envs)):
+            crew.fill(min(size, self.trials_left))
             for slot, why in crew.started():
                 if why:
                     self.say(f"{slot.name} fell while starting: {why}")
@@ -86,6 +94,17 @@ class Farm:
                 raise InfrastructureError(
                     f"no {crew.kind} actor is left ({crew.last_fall}); logs: {self.working.log_folder}"
                 )
+            if crew.stranded(MACHINE_WAIT_S):
+                raise InfrastructureError(
+                    f"no machine took in any {crew.kind} actor within {MACHINE_WAIT_S:.0f} s; `ray status` shows who"
+                    " holds what, and which machines could not be started"
+                )
+
+    def _tell_who_waits(self) -> None:
+        waiting = {crew.kind: len(crew.waiting(TELL_AFTER_S)) for crew in (self.workers, self.servers)}
+        if any(waiting.values()) and waiting != self.told_waiting:
+            self.say(f"waiting for machines: {waiting['env']} environments, {waiting['policy']} policy actors")
+        self.told_waiting = waiting
 
     def _welcome(self, crew: Crew, slot: Slot) -> None:
         """Only who would give the same results may join."""
@@ -99,40 +118,31 @@ class Farm:
             self.say(f"{why}: left out")
             crew.dismiss(slot, why)
 
-    def _launch_worker(self, name: str) -> tuple[Any, ray.ObjectRef]:
-        actor = RemoteEnvWorker.options(
-            num_cpus=self.sizes.env_cpus, num_gpus=0, resources=placed_by("spvla_env")
-        ).remote(name, self.working)
-        return actor, actor.facts.remote()
+    def _ask_for_worker(self, name: str) -> Any:
+        options = {"num_cpus": self.sizes.env_cpus, "num_gpus": 0, "resources": request_for("spvla_env")}
+        return RemoteEnvWorker.options(**options).remote(name, self.working)
 
-    def _launch_server(self, name: str) -> tuple[Any, ray.ObjectRef]:
+    def _start_worker(self, actor: Any) -> ray.ObjectRef:
+        return actor.facts.remote()
+
+    def _ask_for_server(self, name: str) -> Any:
         num_gpus = 1 if self.serving.device == "cuda" else 0
-        actor = RemotePolicyServer.options(
-            num_cpus=DECODER_CPUS, num_gpus=num_gpus, resources=placed_by("spvla_policy")
-        ).remote(name, self.serving)
-        return actor, actor.prepare.remote(self.versions, self.adapters)
+        options = {"num_cpus": DECODER_CPUS, "num_gpus": num_gpus, "resources": request_for("spvla_policy")}
+        return RemotePolicyServer.options(**options).remote(name, self.serving)
+
+    def _start_server(self, actor: Any) -> ray.ObjectRef:
+        return actor.prepare.remote(self.versions, self.adapters)
 
 
 def cluster_sizes(config: FarmConfig, device: str | None = None) -> Sizes:
     """What the connected cluster should carry now; `device` is kept once it is chosen."""
-    resources = ray.cluster_resources()
     return sizes(
-        cpus=cpus_for("spvla_env"),
-        gpus=0 if device == "cpu" else resources.get("GPU", 0),
+        cpus=math.inf if unbounded() else cpus_for("spvla_env"),
+        gpus=0 if device == "cpu" else total("GPU"),
         num_envs=config.num_envs,
         num_decoders=config.num_decoders,
+        on_demand=grows(),
     )
-
-
-def placed_by(resource: str) -> dict[str, float]:
-    """A request that only machines with this custom resource can meet, on a cluster that has any (cluster.yaml)."""
-    return {resource: 0.01} if resource in ray.cluster_resources() else {}
-
-
-def cpus_for(resource: str) -> float:
-    """CPUs of the machines with this custom resource; of all machines where none has it."""
-    held = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(r.get("CPU", 0) for r in [r for r in held if resource in r] or held)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

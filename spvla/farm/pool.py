@@ -1,5 +1,7 @@
 """Crews of Ray actors that are kept alive: started a few at a time, replaced when they die, given up at last.
 
+An actor that has no place on any machine waits for one, which is what an autoscaler starts machines for.
+
 The driver's side of fault tolerance. Ray itself restarts nothing (max_restarts=0): a death is then seen in hundredths
 of a second, and what was running is put back by whoever keeps the books.
 """
@@ -26,9 +28,10 @@ class Slot(Generic[Facts]):
 
     name: str
     actor: Any = None
+    placing: ray.ObjectRef | None = None  # resolves when a machine has taken the actor in
     starting: ray.ObjectRef | None = None  # resolves to the actor's facts
     facts: Facts | None = None  # known: the actor is ready
-    since_s: float = 0.0  # when the actor was started
+    since_s: float = 0.0  # when the actor was asked for; once it has a place, when it was started
     deaths: int = 0  # in a row
     wait_until_s: float = 0.0
     given_up: str = ""  # why
@@ -40,14 +43,16 @@ class Slot(Generic[Facts]):
 
 @dataclass
 class Crew(Generic[Facts]):
-    """`launch(name)` starts an actor and returns its handle and a reference that resolves when it can work."""
+    """`launch(name)` asks for an actor; `start(actor)` returns a reference that resolves when it can work."""
 
     kind: str
-    launch: Callable[[str], tuple[Any, ray.ObjectRef]]
+    launch: Callable[[str], Any]
+    start: Callable[[Any], ray.ObjectRef]
     start_timeout_s: float
     slots: list[Slot[Facts]] = field(default_factory=list)
     proven: bool = False  # somebody has been ready: falls are bad luck, not a fault of every machine
     last_fall: str = ""
+    housed_at_s: float = field(default_factory=time.monotonic)  # when last somebody had a place, or nobody asked
 
     def grow_to(self, size: int) -> None:
         while len(self.slots) < size:
@@ -62,20 +67,34 @@ class Crew(Generic[Facts]):
             return False
         return any(not s.given_up for s in self.slots)
 
-    def fill(self) -> None:
-        """Starts actors in empty slots, a few at a time: many at once starve each other of disk and memory."""
+    def waiting(self, seconds: float = 0) -> list[Slot[Facts]]:
+        """Those that no machine has taken in for so long."""
+        asked = time.monotonic() - seconds
+        return [s for s in self.slots if s.placing is not None and s.since_s <= asked]
+
+    def stranded(self, seconds: float) -> bool:
+        """For so long now nobody has had a place, and somebody waits for one."""
         now = time.monotonic()
-        room = STARTS_AT_ONCE - sum(1 for s in self.slots if s.starting is not None)
+        if not self.waiting() or any(s.actor is not None and s.placing is None for s in self.slots):
+            self.housed_at_s = now
+        return now - self.housed_at_s > seconds
+
+    def fill(self, wanted: int) -> None:
+        """Asks for actors in empty slots, up to `wanted` in all; who still waits for a place beyond that is let go."""
+        now = time.monotonic()
+        surplus = sum(s.actor is not None for s in self.slots) - wanted
+        for slot in self.waiting()[::-1][: max(0, surplus)]:
+            self.retire(slot)
         empty = [s for s in self.slots if s.actor is None and not s.given_up and s.wait_until_s <= now]
-        for slot in empty[: max(0, room)]:
-            slot.actor, slot.starting = self.launch(slot.name)
-            slot.since_s = now
+        for slot in empty[: max(0, -surplus)]:
+            slot.actor = self.launch(slot.name)
+            slot.placing, slot.since_s = slot.actor.__ray_ready__.remote(), now
 
     def started(self) -> Iterator[tuple[Slot[Facts], str]]:
-        """Looks after starting actors; yields (slot, "") for each that became ready, (slot, why) for each that fell."""
-        for slot in self.slots:
-            if slot.starting is None:
-                continue
+        """Starts actors that have a place and looks after them; yields (slot, "") for each that became ready,
+        (slot, why) for each that fell."""
+        yield from self._start_placed()
+        for slot in [s for s in self.slots if s.starting is not None]:
             if ray.wait([slot.starting], timeout=0)[0]:
                 reference, slot.starting = slot.starting, None
                 try:
@@ -86,6 +105,18 @@ class Crew(Generic[Facts]):
                     yield slot, self.lost(slot, last_line(str(e)))
             elif time.monotonic() - slot.since_s > self.start_timeout_s:
                 yield slot, self.lost(slot, f"not ready within {self.start_timeout_s:.0f} s")
+
+    def _start_placed(self) -> Iterator[tuple[Slot[Facts], str]]:
+        """A few at a time: many at once starve each other of disk and memory."""
+        room = STARTS_AT_ONCE - sum(s.starting is not None for s in self.slots)
+        placed = [s for s in self.waiting() if ray.wait([s.placing], timeout=0)[0]]
+        for slot in placed[: max(0, room)]:
+            try:
+                ray.get(slot.placing)
+                slot.placing, slot.starting = None, self.start(slot.actor)
+                slot.since_s = time.monotonic()
+            except ray.exceptions.RayError as e:
+                yield slot, self.lost(slot, last_line(str(e)))
 
     def lost(self, slot: Slot[Facts], why: str) -> str:
         """The actor is dead or must go: empties its slot, and counts it. Returns `why`."""
@@ -101,7 +132,7 @@ class Crew(Generic[Facts]):
         """Ends the actor, if it lives, without blame."""
         if slot.actor is not None:
             ray.kill(slot.actor)
-        slot.actor = slot.starting = slot.facts = None
+        slot.actor = slot.placing = slot.starting = slot.facts = None
 
     def dismiss(self, slot: Slot[Facts], why: str) -> None:
         """Ends the actor for good."""

@@ -79,6 +79,7 @@ class Run:
         """
         try:
             while not self.scheduler.finished or self.elsewhere:
+                self.farm.trials_left = self.scheduler.unfinished + len(self.elsewhere)
                 self.farm.tend()
                 self._dispatch()
                 self._collect()

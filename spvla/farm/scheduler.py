@@ -36,8 +36,12 @@ class Scheduler:
         return sum(map(len, self.pending.values()))
 
     @property
+    def unfinished(self) -> int:
+        return len(self.running) + self.num_pending
+
+    @property
     def finished(self) -> bool:
-        return not self.running and self.num_pending == 0
+        return self.unfinished == 0
 
     def next(self, worker: str, workers: Collection[str]) -> Trial | None:
         """A trial for `worker`, which is one of the living `workers`; None if it can do nothing now."""

@@ -115,6 +115,7 @@ class Session:
         """Brings the farm up, settles what the protocol is, and plays."""
         if self.farm is None:
             self.farm = self._open_farm()
+        self.farm.trials_left = len(missing)
         protocol = self._protocol(*self.farm.start(plan.versions))
         self._register(plan, protocol)
         job = Job(

@@ -9,15 +9,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import ray
-
 from spvla import runs
-from spvla.cluster import grows, require_resources
 from spvla.config import TrainConfig
 from spvla.data import layout
 from spvla.data.index import ensure_index
 from spvla.errors import UserError
 from spvla.files import safe_name, write_json
+from spvla.machines import require_resources, total, unbounded
 from spvla.policy.adapters import read_adapter
 from spvla.policy.checkpoint import base_of, policy_digest
 from spvla.policy.presets import create_tiny
@@ -171,9 +169,8 @@ def require_same_run(config: TrainConfig, run: Path, start: str) -> None:
 
 def prepare(config: TrainConfig, run: Path, start: str) -> Job:
     """Everything the workers need, checked; indexes are built where they are missing. Needs Ray."""
-    gpus = ray.cluster_resources().get("GPU", 0)
-    enough = 1 if grows() else config.num_workers
-    use_gpu = gpus >= enough if config.use_gpu is None else config.use_gpu
+    enough = 1 if unbounded() else config.num_workers
+    use_gpu = total("GPU") >= enough if config.use_gpu is None else config.use_gpu
     require_resources(f"{config.num_workers} workers", CPU=config.num_workers, GPU=config.num_workers * use_gpu)
     root = config.data_root_dir.expanduser().resolve()
     stores = [

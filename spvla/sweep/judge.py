@@ -6,17 +6,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import ray
-
 from spvla import runs
-from spvla.cluster import grows, require_resources
 from spvla.config import EvaluateConfig, SweepConfig
 from spvla.data.index import ensure_index
 from spvla.data.loader import require_frames
 from spvla.data.store import FrameStore
-from spvla.farm.farm import cpus_for
 from spvla.farm.plan import readable_name
 from spvla.farm.session import session
+from spvla.machines import cpus_for, grows, require_resources, total, unbounded
 from spvla.selfplay.prepare import datasets_of
 from spvla.sweep.folder import JUDGED, TRIALS, judged, trial_folders
 
@@ -40,20 +37,19 @@ def judging(config: SweepConfig, folder: Path) -> Iterator[Judge]:
 
 def max_concurrent(config: SweepConfig) -> int:
     """Trials at once: what fits beside the farm, which keeps a GPU, or half of the CPUs, where there is one."""
-    held, workers = ray.cluster_resources(), config.train.num_workers
-    farm = config.metric == "success_rate"
+    workers, farm = config.train.num_workers, config.metric == "success_rate"
     if uses_gpus(config):
-        fits = int(held["GPU"] - farm) // workers
+        fits = int(total("GPU") - farm) // workers
     else:
-        cpus = held.get("CPU", 0)
+        cpus = total("CPU")
         fits = int(cpus - (config.num_envs or cpus / 2) * farm) // workers
-    if grows():
+    if unbounded():
         return config.max_concurrent or max(1, fits)
     return max(1, min(config.max_concurrent or fits, fits))
 
 
 def uses_gpus(config: SweepConfig) -> bool:
-    return ray.cluster_resources().get("GPU", 0) >= 1 and config.train.use_gpu is not False
+    return total("GPU") >= 1 and config.train.use_gpu is not False
 
 
 def require_room(config: SweepConfig) -> None:
@@ -87,8 +83,6 @@ def index_data(config: SweepConfig) -> None:
 
 def evaluation(config: SweepConfig, folder: Path) -> EvaluateConfig:
     """The farm's flags; its ledger is the sweep's. Training keeps the CPUs that it needs."""
-    training = max_concurrent(config) * config.train.num_workers
-    left = int(ray.cluster_resources().get("CPU", 0)) - training
     return EvaluateConfig(
         pretrained_checkpoint=TRIALS,  # `farm.run` names them
         task_suite_name=config.task_suite_name,
@@ -98,11 +92,19 @@ def evaluation(config: SweepConfig, folder: Path) -> EvaluateConfig:
         libero_assets=config.libero_assets,
         max_steps=config.max_trial_steps,
         local_log_dir=folder,
-        num_envs=config.num_envs or max(1, min(left, int(cpus_for("spvla_env")))),
+        num_envs=config.num_envs or spare_envs(config),
         num_decoders=1,
         num_videos=0,
         max_failure_videos=0,
     )
+
+
+def spare_envs(config: SweepConfig) -> int:
+    """Environments on the CPUs that training leaves; 0, the farm's own default, where machines come on demand."""
+    if grows():
+        return 0
+    left = int(total("CPU")) - max_concurrent(config) * config.train.num_workers
+    return max(1, min(left, int(cpus_for("spvla_env"))))
 
 
 def validation_accuracy(checkpoints: Sequence[Path]) -> dict[Path, float]:
