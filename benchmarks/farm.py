@@ -81,8 +81,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
-    if args.trials < 3:
-        parser.error(f"--trials {args.trials}; expected 3 or more: measuring begins after two for each environment")
+    if args.trials < 4:
+        parser.error(
+            f"--trials {args.trials}; expected 4 or more: measuring begins after two for each environment, and ends "
+            "when none is left to start"
+        )
     return args
 
 
