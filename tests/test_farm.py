@@ -1,17 +1,21 @@
 """The farm on real Ray, its worlds being fakes: exactly once whatever dies, and the same whatever the load."""
 
+import asyncio
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from fakes import FakeEnv, FakePolicy
 from farm_parts import PROTOCOL, adapter_of, fake_farm, job, open_ledger, tiny_with_statistics, trials
 
 from spvla.config import FarmConfig
 from spvla.errors import InfrastructureError
-from spvla.farm.actors import load_checkpoint
+from spvla.farm.actors import PolicyServer, load_checkpoint
+from spvla.farm.messages import ServerSettings
 from spvla.farm.plan import describe
 from spvla.farm.run import Run
 from spvla.types import Outcome, Status
@@ -177,6 +181,30 @@ def test_trials_of_another_driver_are_left_to_it(tmp_path: Path) -> None:
         rows = ledger.trials()
     assert [r.status for r in rows] == ["failure", "success", "success", "success"]
     assert rows[0].state_digest == "theirs"
+
+
+def test_a_new_version_moves_its_adapter_and_leaves_the_base_where_it_is(tmp_path: Path) -> None:
+    base = tiny_with_statistics(tmp_path / "tiny")
+    first, second = (describe(str(adapter_of(base, tmp_path / f"step{seed}", seed=seed))) for seed in (1, 2))
+    loaded: list[str] = []
+
+    def load(path: str, settings: ServerSettings) -> object:
+        loaded.append(path)
+        return load_checkpoint(path, settings)
+
+    async def follow(server: PolicyServer) -> None:
+        await server.prepare([first], {})
+        files = {path.name: path.read_bytes() for path in Path(second.path).iterdir()}
+        shutil.rmtree(second.path)  # as if on another machine
+        await server.prepare([second], {second.digest: [ray.put(files)]})
+        await server.remove(first.digest)
+
+    options = {"device": "cpu", "dtype": "float32", "load_in_8bit": False, "load_in_4bit": False, "wait_ms": None}
+    server = PolicyServer(
+        "policy-0", ServerSettings(**options, decode_batch_size=1, max_batch=1, log_folder=None, load=load)
+    )
+    asyncio.run(follow(server))
+    assert loaded == [str(base)] and server.policies[str(base)].adapters == [second.digest]
 
 
 @pytest.mark.slow

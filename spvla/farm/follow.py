@@ -6,8 +6,10 @@ policy actor that dies needs it again. Newest first, so that the curve's end is 
 
 import os
 import shutil
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from spvla import runs
@@ -18,7 +20,7 @@ from spvla.farm.summary import summarise, table
 from spvla.files import new_folder
 
 PINNED = "followed"
-POLL_S = 2.0
+POLL_S = 0.5
 
 
 def follow(config: EvaluateConfig) -> None:
@@ -51,16 +53,40 @@ def steps_of(run: Path) -> int:
 def checkpoints_to_come(run: Path, pins: Path, last_step: int) -> Iterator[tuple[int, Path]]:
     """(step, pinned folder) of each checkpoint, the newest one first whenever there are several."""
     seen: set[int] = set()
-    while True:
-        pin_new(run, pins)
-        waiting = [(step, path) for step, path in runs.checkpoints(pins) if step not in seen]
-        if waiting:
-            seen.add(waiting[-1][0])
-            yield waiting[-1]
-        elif any(step >= last_step for step in seen):
-            return
-        else:
-            time.sleep(POLL_S)
+    with pinning(run, pins) as pin_now:
+        while True:
+            pin_now()
+            waiting = [(step, path) for step, path in runs.checkpoints(pins) if step not in seen]
+            if waiting:
+                seen.add(waiting[-1][0])
+                yield waiting[-1]
+            elif any(step >= last_step for step in seen):
+                return
+            else:
+                time.sleep(POLL_S)
+
+
+@contextmanager
+def pinning(run: Path, pins: Path) -> Iterator[Callable[[], None]]:
+    """Pins what comes while one is busy evaluating an older one; yields what pins at once, and raises what is wrong."""
+    one_at_a_time, over = threading.Lock(), threading.Event()
+
+    def pin_now() -> None:
+        with one_at_a_time:
+            pin_new(run, pins)
+
+    def pin_on() -> None:
+        while not over.wait(POLL_S):
+            with suppress(OSError):
+                pin_now()
+
+    thread = threading.Thread(target=pin_on, name="pinning", daemon=True)
+    thread.start()
+    try:
+        yield pin_now
+    finally:
+        over.set()
+        thread.join()
 
 
 def pin_new(run: Path, pins: Path) -> None:

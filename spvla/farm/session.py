@@ -72,6 +72,9 @@ class Session:
         if not missing:
             self.console.say(f"evaluate  nothing is missing: {len(plan.trials)} trials are in {self.ledger.path}")
             return summarise(self._rows(plan))
+        if self.config.stop_when_settled and (words := settled(plan, self._rows(plan))):
+            self.console.say(f"evaluate  {words}; {len(missing)} trials stay left out")
+            return summarise(self._rows(plan))
         if self.config.use_wandb and self.wandb is None:
             self.wandb = self._open_wandb()
         try:
@@ -235,15 +238,19 @@ class Watcher:
             self._settle(rows, run)
 
     def _settle(self, rows: Sequence[TrialRow], run: Run) -> None:
-        first, second = (v.digest for v in self.plan.versions)
-        found, pairs = pairs_of(rows, first, second), len(self.plan.trials) // 2
-        if words := verdict(found.only_a, found.only_b, pairs_left=pairs - found.both):
+        if words := settled(self.plan, rows):
             self.settled = True
             dropped = run.drop(self.plan.trials)
-            names = " and ".join(v.name for v in self.plan.versions)
-            self.session.console.say(
-                f"evaluate  {names}: settled after {found.both} of {pairs} pairs: {words}; {dropped} trials left out"
-            )
+            self.session.console.say(f"evaluate  {words}; {dropped} trials left out")
+
+
+def settled(plan: Plan, rows: Sequence[TrialRow]) -> str:
+    """Why the comparison of a plan's two versions needs no more trials, or nothing."""
+    first, second = (v.digest for v in plan.versions)
+    found, pairs = pairs_of(rows, first, second), len(plan.trials) // 2
+    words = verdict(found.only_a, found.only_b, pairs_left=pairs - found.both)
+    names = " and ".join(v.name for v in plan.versions)
+    return f"{names}: settled after {found.both} of {pairs} pairs: {words}" if words else ""
 
 
 def tallies(rows: Sequence[TrialRow]) -> dict[tuple[str, int], Tally]:
