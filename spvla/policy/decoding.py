@@ -71,6 +71,8 @@ def generate(model: OpenVLA, inputs: Inputs, kv: Cache, kernels: Kernels = EAGER
 def choose(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
     """Logits (B, V) float32 -> ids (B,): the greedy one at temperature 0, else drawn by inverting the distribution."""
     greedy = logits.argmax(-1)
+    if temperatures.device.type == "cpu" and not temperatures.any():
+        return greedy  # a CUDA graph cannot choose: there both ways run
     warm = torch.where(temperatures > 0, temperatures, torch.ones_like(temperatures))
     cumulative = (logits / warm[:, None]).softmax(-1).double().cumsum(-1)
     drawn = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
