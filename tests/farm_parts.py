@@ -54,6 +54,7 @@ def fake_farm(
     load: object = fake_policy,
     versions: Sequence[Version] = (VERSION,),
     steps: int = 280,
+    start: bool = True,
 ) -> Iterator:
     """A farm, and what it said."""
     said: list[str] = []
@@ -81,7 +82,8 @@ def fake_farm(
         if not function.__module__.startswith("spvla"):
             cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
     with Farm(config, working=working, serving=serving, say=said.append) as farm:
-        farm.start(versions)
+        if start:
+            farm.start(versions)
         yield farm, said
 
 
