@@ -57,7 +57,7 @@ def main() -> None:
         bench = Bench(args)
         rounds = []
         for n in range(args.rounds):
-            rounds.append(bench.supply() | bench.demand() | bench.farm())
+            rounds.append({k: v for part in args.measure for k, v in getattr(bench, part)().items()})
             say(f"round {n}: " + "  ".join(f"{k} {v:.2f}" for k, v in rounds[-1].items()))
     results = summary(args, bench, rounds)
     print(json.dumps(results, indent=2))
@@ -78,9 +78,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max_steps", type=int, default=60, help="steps a trial, so that every round sees resets")
     parser.add_argument("--trials", type=int, default=4, help="trials for each environment and round")
     parser.add_argument("--seconds", type=float, default=15.0, help="length of each measurement of supply and demand")
+    parser.add_argument("--measure", default="supply,demand,farm", help="farm alone, to compare rates of farms")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
+    args.measure = args.measure.split(",")
     if args.trials < 4:
         parser.error(
             f"--trials {args.trials}; expected 4 or more: measuring begins after two for each environment, and ends "
@@ -341,8 +343,13 @@ def cpu_seconds(crew: Crew) -> float:
 
 def summary(args: argparse.Namespace, bench: Bench, rounds: list[dict[str, float]]) -> dict[str, Any]:
     middle = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-    supply, demand, farm = middle["supply"], middle["demand"], middle["farm"]
+    supply, demand, farm = middle.get("supply"), middle.get("demand"), middle["farm"]
     longest = 500 * MAX_STEPS["libero_spatial"]
+    shares: dict[str, float] = {}
+    if supply and demand:
+        shares["share_of_smaller"] = farm / min(supply, demand)
+        if bench.sizes.device == "cpu":
+            shares["share_of_sharing_cores"] = farm / (1 / (1 / supply + 1 / demand))
     return {
         "device": bench.device,
         "renderer": bench.renderer,
@@ -351,8 +358,7 @@ def summary(args: argparse.Namespace, bench: Bench, rounds: list[dict[str, float
         "batch_size": bench.serving.max_batch,
         "rounds": rounds,
         "median": middle,
-        "share_of_smaller": farm / min(supply, demand),
-        "share_of_sharing_cores": farm / (1 / (1 / supply + 1 / demand)) if bench.sizes.device == "cpu" else None,
+        **shares,
         "minutes_of_500_libero_spatial_trials_at_full_length": longest / farm / 60,
     }
 

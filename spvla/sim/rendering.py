@@ -67,6 +67,7 @@ def render_on_cpu() -> None:
     for number, device in enumerate(egl_ext.eglQueryDevicesEXT()):
         if b"EGL_MESA_device_software" in (eglQueryDeviceStringEXT(device, EGL.EGL_EXTENSIONS) or b""):
             os.environ["MUJOCO_EGL_DEVICE_ID"] = str(number)
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # robosuite wants the device among these, if there are any
             return
     raise InfrastructureError(
         "no EGL device draws in software; expected Mesa's for --render_on cpu. Install libegl-mesa0 and "

@@ -50,8 +50,9 @@ def test_a_device_named_by_hand_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_software_can_draw_beside_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     extensions = {0: b"EGL_NV_device_cuda", 1: None, 2: b"EGL_MESA_device_software EGL_EXT_device_drm"}
     with_devices(monkeypatch, extensions)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     render_on_cpu()
-    assert os.environ["MUJOCO_EGL_DEVICE_ID"] == "2"
+    assert os.environ["MUJOCO_EGL_DEVICE_ID"] == "2" and not os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 def test_software_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
