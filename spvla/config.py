@@ -204,9 +204,10 @@ class FarmConfig:
     libero_assets: Path | None = None
     """folder of LIBERO's assets; default LIBERO_ASSETS, then LIBERO's own if on disk, else the embedded primitives"""
     num_envs: int = 0
-    """environment actors; 0: one for each CPU of the cluster that the policy actors leave"""
+    """environment actors; 0: one for each CPU of the cluster that the policy actors leave, or 32 for each policy actor
+    where machines come on demand"""
     num_decoders: int = 0
-    """policy actors; 0: one for each GPU, or one on CPU"""
+    """policy actors; 0: one for each GPU, or one on CPU or where machines come on demand"""
     decode_batch_size: int = 0
     """fixed size of every decoded batch, so that a result does not depend on who shares it; 0: chosen from num_envs"""
     repeatable: bool = True
