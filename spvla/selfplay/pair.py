@@ -25,6 +25,8 @@ class PairPass:
         self.network, self.loras, self.trained = network, loras, tuple(trained)
         self.recorded, self.pool = recorded, pool
         self._passes: dict[torch.Size, Callable] = {}
+        if recorded:  # made on this stream, so that gradients are added on it and not on the one that records
+            self._accumulators = [t.view_as(t).grad_fn.next_functions[0][0] for t in self.trained]
 
     def __call__(self, inputs: Inputs, generated: Tensor) -> PairLogits:
         """Recorded logits hold until the next call."""
