@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr), 130 interrupted.
 """
 
-import argparse
 import difflib
 import importlib
 import os
@@ -127,21 +126,25 @@ def parse_flags(cls: type, args: Sequence[str]) -> Any:
         raise UserError(detail, expected="a value of the flag's type", remedy="Run with --help for types.") from e
 
 
-def quiet(parser: argparse.ArgumentParser) -> None:
-    """Argparse prints its usage and exits; here it raises."""
+def quiet(parser: Any) -> None:
+    """Argparse prints its usage and exits; here it raises. And a percent sign in a flag's text is one."""
 
     def error(message: str) -> None:
         raise UserError(message, expected="flags as --name value", remedy="Run the command with --help.")
 
-    parser.error = error  # type: ignore[method-assign,assignment]
-    inner = getattr(parser, "parser", None)
-    if inner is not None:
-        inner.error = error
+    parser.parser.error = error
+    for action in parser.parser._actions:
+        action.help = re.sub(r"%(?!\()", "%%", action.help or "")
 
 
 def parse_sweep(args: Sequence[str]) -> config.SweepConfig:
     """A training flag with a list or range joins the space; with one value, the sweep's TrainConfig."""
-    own = [f.name for f in fields(config.SweepConfig) if f.name not in ("space", "train")]
+    own = flags_of(config.SweepFlags)
+    if {"-h", "--help"} & set(args):
+        print(
+            "Any training flag (spvla train --help) takes a list, uniform(a,b) or loguniform(a,b). A sweep's own flags:"
+        )
+        parse_flags(config.SweepFlags, ["--help"])
     sweep_args: list[str] = []
     train_args: list[str] = []
     space: dict[str, str] = {}
@@ -154,17 +157,8 @@ def parse_sweep(args: Sequence[str]) -> config.SweepConfig:
             space[name] = value
         else:
             train_args += [flag, value]
-    import dataclasses
-
     train = parse_flags(config.TrainConfig, train_args)
-    rest = dataclasses.make_dataclass(
-        "SweepFlags",
-        [(f.name, f.type, f.default) for f in fields(config.SweepConfig) if f.name in own],
-        frozen=True,
-        kw_only=True,
-    )
-    parsed = parse_flags(rest, sweep_args)
-    return config.SweepConfig(space=space, train=train, **{name: getattr(parsed, name) for name in own})
+    return config.SweepConfig(space=space, train=train, **vars(parse_flags(config.SweepFlags, sweep_args)))
 
 
 def flags_of(cls: type) -> list[str]:

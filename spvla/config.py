@@ -318,13 +318,9 @@ class SelfplayConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """Ray Tune over any training flags. `spvla sweep --beta 0.3,0.7 --learning_rate 'loguniform(1e-5,5e-4)' ...`"""
+class SweepFlags:
+    """A sweep's own flags."""
 
-    space: dict[str, str]
-    """training flag -> a comma list, uniform(a,b) or loguniform(a,b); made from the command line"""
-    train: TrainConfig
-    """every other training flag"""
     num_samples: int = 1
     """draws of each range; lists are a grid"""
     metric: Literal["success_rate", "val_action_accuracy"] = "success_rate"
@@ -337,6 +333,16 @@ class SweepConfig:
     num_envs: int = 0
     max_trial_steps: int | None = None
     """cut every trial short, for trying things out"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(SweepFlags):
+    """Ray Tune over any training flags. `spvla sweep --beta 0.3,0.7 --learning_rate 'loguniform(1e-5,5e-4)' ...`"""
+
+    space: dict[str, str]
+    """training flag -> a comma list, uniform(a,b) or loguniform(a,b); made from the command line"""
+    train: TrainConfig
+    """every other training flag"""
 
     def check(self) -> None:
         self.train.check()

@@ -17,6 +17,16 @@ def test_help_answers_in_under_a_second() -> None:
     assert all(command in done.stdout for command in cli.COMMANDS)
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_each_command_lists_its_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.run([command, "--help"])
+    assert ended.value.code == 0
+    own = config.SweepFlags if command == "sweep" else cli.COMMANDS[command][0]
+    printed = capsys.readouterr().out
+    assert [f for f in cli.flags_of(own) if f"--{f} " not in printed] == []
+
+
 def test_the_original_users_flags_parse() -> None:
     line = (
         "train --vla_path p --data_root_dir d --dataset_name libero_goal_no_noops --run_root_dir r --adapter_tmp_dir a "
