@@ -12,6 +12,7 @@ from spvla.config import EvaluateConfig, ReportConfig, StatusConfig
 from spvla.errors import UserError
 from spvla.farm.ledger import Ledger
 from spvla.farm.protocol import Protocol
+from spvla.report import plots
 from spvla.report.html import report
 from spvla.report.story import tell
 from spvla.status import describe
@@ -92,6 +93,33 @@ def test_what_a_run_contains_is_escaped(run: Path) -> None:
     page = report(ReportConfig(run=run)).read_text()
     assert "<script" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_a_sweep_is_drawn_as_a_heat_map_and_parallel_coordinates_over_words_too(run: Path) -> None:
+    def trial(loss_type: str, beta: float, objective: float | None) -> dict:
+        parameters = {"loss_type": loss_type, "beta": beta, "image_aug": True, "learning_rate": 1e-4}
+        return {"name": "t", "step": 4, "objective": objective, "status": "done", "parameters": parameters}
+
+    trials = [trial("hinge", 0.3, 0.25), trial("sigmoid", 0.7, 0.75), trial("<script>", 0.5, None)]
+    (run / "trials.json").write_text(json.dumps({"metric": "success_rate", "trials": trials}))
+    section = tell(run).sweep
+    assert section is not None
+    assert [row[:5] for row in section.rows] == [
+        ["sigmoid", "0.7", "True", "0.0001", "0.7500"],
+        ["hinge", "0.3", "True", "0.0001", "0.2500"],
+        ["<script>", "0.5", "True", "0.0001", "-"],
+    ]
+    heat_map, parallel = section.plots
+    assert all(word in heat_map for word in (">beta<", ">learning_rate<", ">0.25<", ">0.75<"))
+    assert "hinge" not in heat_map and "hinge" in parallel and "sigmoid" in parallel
+    assert "<script" not in report(ReportConfig(run=run)).read_text()
+
+
+def test_words_stand_side_by_side_on_an_axis() -> None:
+    words = plots.Scale.of("loss_type", ["sigmoid", "hinge", "sigmoid"])
+    assert (words.numbers, words.words, words.ends) == ([1, 0, 1], ["hinge", "sigmoid"], (0, 1))
+    drawn = plots.heat_map("rate", words, plots.Scale.of("beta", [0.1, 0.2, 0.3]), [0.1, 0.2, 0.3])
+    assert ">hinge<" in drawn and ">sigmoid<" in drawn
 
 
 def test_the_page_needs_no_network(run: Path) -> None:

@@ -2,6 +2,8 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 
@@ -61,41 +63,66 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float]]) -> st
         return _svg(figure)
 
 
-def heat_map(
-    title: str, xs: Sequence[float], ys: Sequence[float], values: Sequence[float], names: tuple[str, str]
-) -> str:
-    """Scattered points coloured by value; both axes logarithmic where their range spans more than a decade."""
+@dataclass(frozen=True)
+class Scale:
+    """One parameter of every trial as numbers; words stand at 0, 1, 2, ... in `words`' order."""
+
+    name: str
+    numbers: list[float]
+    words: list[str]
+
+    @classmethod
+    def of(cls, name: str, values: Sequence[Any]) -> "Scale":
+        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            return cls(name, list(values), [])
+        words = sorted({str(v) for v in values})
+        return cls(name, [words.index(str(v)) for v in values], words)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return min(self.numbers), max(self.numbers)
+
+    def says(self, number: float) -> str:
+        return self.words[int(number)] if self.words else f"{number:.3g}"
+
+
+def heat_map(title: str, x: Scale, y: Scale, values: Sequence[float]) -> str:
+    """Scattered points coloured by value; an axis is logarithmic where its range spans more than a decade."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(title, width=4.6, height=3.2)
-        drawn = axes.scatter(xs, ys, c=values, s=420, cmap="viridis", marker="s", edgecolors="white")
-        for x, y, v in zip(xs, ys, values, strict=True):
-            axes.annotate(f"{v:.2f}", (x, y), ha="center", va="center", fontsize=7, color="white")
-        for axis, numbers in (("x", xs), ("y", ys)):
-            if min(numbers) > 0 and max(numbers) / min(numbers) > 10:
+        drawn = axes.scatter(x.numbers, y.numbers, c=values, s=420, cmap="viridis", marker="s", edgecolors="white")
+        for left, up, v in zip(x.numbers, y.numbers, values, strict=True):
+            axes.annotate(f"{v:.2f}", (left, up), ha="center", va="center", fontsize=7, color="white")
+        for axis, scale in (("x", x), ("y", y)):
+            low, high = scale.ends
+            if scale.words:
+                axes.set(**{f"{axis}ticks": range(len(scale.words)), f"{axis}ticklabels": scale.words})
+            elif low > 0 and high / low > 10:
                 axes.set(**{f"{axis}scale": "log"})
         axes.margins(0.25)
-        axes.set_xlabel(names[0])
-        axes.set_ylabel(names[1])
+        axes.set_xlabel(x.name)
+        axes.set_ylabel(y.name)
         figure.colorbar(drawn, ax=axes, shrink=0.85)
         return _svg(figure)
 
 
-def parallel_coordinates(title: str, names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
+def parallel_coordinates(title: str, scales: Sequence[Scale]) -> str:
     """One line a trial through all axes; the last axis is the objective and gives the colour."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(title, width=4.8, height=3.2)
         axes.grid(False, axis="y")
-        lows = [min(column) for column in zip(*rows, strict=True)]
-        spans = [max(column) - low or 1.0 for column, low in zip(zip(*rows, strict=True), lows, strict=True)]
+        spans = [(low, high - low or 1.0) for low, high in (scale.ends for scale in scales)]
         colours = matplotlib.colormaps["viridis"]
-        for row in rows:
-            scaled = [(v - low) / span for v, low, span in zip(row, lows, spans, strict=True)]
-            axes.plot(range(len(names)), scaled, color=colours(scaled[-1]), linewidth=1.6, alpha=0.85)
-        axes.set_xticks(range(len(names)), names)
+        for row in zip(*(scale.numbers for scale in scales), strict=True):
+            heights = [(v - low) / span for v, (low, span) in zip(row, spans, strict=True)]
+            axes.plot(range(len(scales)), heights, color=colours(heights[-1]), linewidth=1.6, alpha=0.85)
+        axes.set_xticks(range(len(scales)), [scale.name for scale in scales])
         axes.set_yticks([])
-        for i, (low, span) in enumerate(zip(lows, spans, strict=True)):
-            axes.annotate(f"{low:.3g}", (i, -0.04), ha="center", va="top", fontsize=7)
-            axes.annotate(f"{low + span:.3g}", (i, 1.04), ha="center", fontsize=7)
+        for i, scale in enumerate(scales):
+            low, high = scale.ends
+            axes.annotate(scale.says(low), (i, -0.04), ha="center", va="top", fontsize=7)
+            if high > low:
+                axes.annotate(scale.says(high), (i, 1.04), ha="center", fontsize=7)
         axes.set_ylim(-0.12, 1.12)
         return _svg(figure)
 

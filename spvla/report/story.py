@@ -17,6 +17,8 @@ from spvla.types import Status
 MAX_VIDEOS = 24
 MAX_VIDEO_BYTES = 24 * 2**20  # of all films together: the page must open quickly and pass by mail
 
+HEAT_MAP = ("beta", "learning_rate")  # its axes where a sweep varies them; its first two parameters otherwise
+
 # chart -> metrics drawn in it, where a run logged them
 CHARTS: dict[str, tuple[str, ...]] = {
     "Loss": ("total_loss", "selfplay_loss", "train_loss", "smoothed_loss"),
@@ -302,6 +304,10 @@ def history(run: Path) -> list[IterationRow]:
     ]
 
 
+def shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def sweep_section(run: Path) -> SweepSection | None:
     """From RUN/trials.json: {"metric": name, "trials": [{"parameters": {...}, "objective": x, "status": ...}]}."""
     path = run / "trials.json"
@@ -311,21 +317,20 @@ def sweep_section(run: Path) -> SweepSection | None:
     trials = sorted(sweep["trials"], key=lambda t: -(t["objective"] if t["objective"] is not None else -1))
     names = list(trials[0]["parameters"]) if trials else []
     rows = [
-        [*(f"{t['parameters'][n]:.4g}" for n in names), "-" if t["objective"] is None else f"{t['objective']:.4f}"]
+        [*(shown(t["parameters"][n]) for n in names), "-" if t["objective"] is None else f"{t['objective']:.4f}"]
         + [t["status"], t.get("checkpoint") or ""]
         for t in trials
     ]
     done = [t for t in trials if t["objective"] is not None]
-    columns = [[t["parameters"][n] for t in done] for n in names]
+    scales = {n: plots.Scale.of(n, [t["parameters"][n] for t in done]) for n in names}
     objective = [t["objective"] for t in done]
+    first = sorted(names, key=lambda n: n not in HEAT_MAP)
     drawn = []
     if len(names) >= 2 and done:
-        drawn.append(plots.heat_map(sweep["metric"], columns[0], columns[1], objective, (names[0], names[1])))
+        drawn.append(plots.heat_map(sweep["metric"], *(scales[n] for n in first[:2]), objective))
     if names and done:
         drawn.append(
-            plots.parallel_coordinates(
-                "Every trial", [*names, sweep["metric"]], list(zip(*columns, objective, strict=True))
-            )
+            plots.parallel_coordinates("Every trial", [*scales.values(), plots.Scale.of(sweep["metric"], objective)])
         )
     return SweepSection([*names, sweep["metric"], "status", "checkpoint"], rows, drawn)
 
