@@ -83,8 +83,8 @@ def test_every_spatial_task_is_solved(assets: AssetSet, task: int) -> None:
     assert np.mean(solved) >= 0.75
 
 
-@pytest.mark.parametrize("task", [0, 7], ids=["drawer", "knob"])
-def test_furniture_is_worked(assets: AssetSet, task: int) -> None:
+@pytest.mark.parametrize("task", [0, 5, 7], ids=["drawer", "plate", "knob"])
+def test_what_is_not_picked_up_is_worked(assets: AssetSet, task: int) -> None:
     with LiberoEnv("libero_goal", task, assets) as env:
         solve(env, 0)
 

@@ -9,6 +9,7 @@ from spvla.sim.expert.motion import CLOSED, DOWN, Motion, Pose, yawed
 from spvla.sim.expert.skills import CannotDo, Expert
 
 TILT = np.radians(20)  # of the hand below the horizontal while it pulls: its elbow would not reach lower
+LEAN = np.radians(45)  # of the hand below the horizontal while it pushes a drawer in
 BEFORE = 0.09  # m in front of a handle, where the hand stops and turns
 TURN = 0.95  # rad a knob is turned: LIBERO's stoves burn from 0.5 on
 
@@ -36,17 +37,19 @@ def pull_open(expert: Expert, part: Part, *, length: float | None = None) -> Mot
 
 
 def push_shut(expert: Expert, part: Part) -> Motion:
-    """Pushes a drawer in by its handle, with the fingers closed."""
+    """Pushes a drawer in by its handle, with the fingers closed and ahead of the hand, which fits under no handle."""
     arm = expert.arm
     handle = part.handle()
     center = (handle.min(0) + handle.max(0)) / 2
     start = Pose(position=center + 0.06 * part.outward - [0, 0, 0.005], rotation=across(part.outward))
     arm.gripper = CLOSED
     yield from expert.travel(start, obstacles=expert.scene.obstacles())
-    yield from arm.go(start, near=0.01, pace=0.8, straight=True)
+    ready = Pose(position=start.position, rotation=leaning(-part.outward, LEAN))
+    yield from arm.go(ready.moved(0, 0, 0.03), near=0.02, pace=0.8)
+    yield from arm.go(ready, near=0.01, pace=0.8)
     inside = start.position - (0.06 + abs(part.value) + 0.02) * part.outward
-    yield from arm.go(Pose(position=inside, rotation=start.rotation), near=0.004, pace=0.7, straight=True)
-    yield from arm.go(start, near=0.03)
+    yield from arm.go(Pose(position=inside, rotation=ready.rotation), near=0.004, pace=0.7, straight=True)
+    yield from arm.go(ready, near=0.03)
     yield from arm.go(arm.pose.moved(0, 0, 0.08), near=0.03)
 
 
@@ -88,3 +91,9 @@ def across(direction: np.ndarray) -> Rotation:
     """Fingers down, closing across a horizontal direction; the yaw nearest to rest."""
     yaw = np.arctan2(direction[1], direction[0])  # at rest the fingers close along y, across x
     return yawed(float((yaw + np.pi / 2) % np.pi - np.pi / 2))
+
+
+def leaning(direction: np.ndarray, angle: float) -> Rotation:
+    """As `across`, the fingers then swung forward until they point `angle` rad below that direction."""
+    forward = np.cross([0, 0, -1], direction)
+    return Rotation.from_rotvec((np.pi / 2 - angle) * forward) * across(direction)

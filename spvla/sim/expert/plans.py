@@ -1,9 +1,13 @@
 """From a task's goal, as LIBERO's BDDL files state it, to skills: one rule for each kind of goal."""
 
+import numpy as np
+
 from spvla.sim.expert.furniture import pull_open, push_shut, turn_knob
 from spvla.sim.expert.joints import Part
 from spvla.sim.expert.motion import Motion
-from spvla.sim.expert.skills import CannotDo, Expert
+from spvla.sim.expert.pushing import slide
+from spvla.sim.expert.scene import Scene
+from spvla.sim.expert.skills import CannotDo, Expert, NoGrasp
 
 ENOUGH = 0.125  # m a drawer is drawn out to take a bowl in; further out it stands in the hand's way
 ORDER = {"open": 0, "turnon": 1, "in": 2, "on": 2, "close": 3}
@@ -49,5 +53,25 @@ def bring(expert: Expert, name: str, target: str) -> Motion:
         part = Part.of(expert.scene, target)
         if part.slides and abs(part.value) < 0.8 * ENOUGH:
             yield from pull_open(expert, part, length=ENOUGH)
-    yield from expert.pick(name, expert.scene.where(target))
-    yield from expert.place(name, expert.scene.where(target))
+    try:
+        yield from expert.pick(name, *spots(expert.scene, target))
+    except NoGrasp:
+        yield from slide(expert, name, target)
+    else:
+        yield from expert.place(name, *spots(expert.scene, target))
+
+
+def spots(scene: Scene, target: str) -> list[np.ndarray]:
+    """(3,) places on a target that will do: its middle; in a drawer also nearer its front, where there is more room
+    above; beside the middle where several things are to stand."""
+    middle = scene.where(target)
+    region = scene.problem.object_sites_dict.get(target)
+    if region is None:
+        return [middle]
+    if region.joints:
+        return [middle + forward * Part.of(scene, target).outward for forward in (0, 0.01, 0.02)]
+    goals = [goal for goal in scene.problem.parsed_problem["goal_state"] if goal[0] == "on" and goal[-1] == target]
+    if len(goals) > 1:
+        half = 0.6 * np.array([*region.size[:2], 0])
+        return [middle + half * side for side in ([1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0])]
+    return [middle]

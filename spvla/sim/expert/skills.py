@@ -1,22 +1,28 @@
 """What an expert can do: each skill a generator of actions that looks at the scene before every step."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from spvla.sim.expert.clearance import lowest, lowest_along
-from spvla.sim.expert.grasps import OPENING, Grasp, grasps
+from spvla.sim.expert.grasps import OPENING, Grasp, grasps, thinned
 from spvla.sim.expert.motion import DOWN, Arm, Motion, Pose
 from spvla.sim.expert.scene import Scene
 
 NOTHING = np.zeros((0, 3))
 LIFT = 0.02  # m kept above whatever lies on the way
 COMFORTABLE = 0.60  # m from shoulder to wrist
+CONSIDERED = 8  # grasps that are tried in thought
 
 
 class CannotDo(Exception):
     """The skill found no way: no grasp fits, or the object slipped too often."""
+
+
+class NoGrasp(CannotDo):
+    """The thing as it stands fits between no fingers that come from above."""
 
 
 @dataclass
@@ -31,10 +37,10 @@ class Expert:
 
     # --- pick and place
 
-    def pick(self, name: str, target: np.ndarray) -> Motion:
+    def pick(self, name: str, *spots: np.ndarray) -> Motion:
         """Grasps a thing from above, in a way that also suits where it goes, and lifts it clear of the table."""
         for attempt in range(3 if self.persists else 1):
-            grasp = self.choose_grasp(name, target, skip=attempt)
+            grasp = self.choose_grasp(name, spots, skip=attempt)
             yield from self.arm.open(0 if self.scene.opening > OPENING - 0.01 else 8)
             yield from self.travel(grasp.pose, obstacles=self.scene.obstacles())
             yield from self.arm.go(grasp.pose, near=0.003, pace=0.7, straight=True)
@@ -46,13 +52,20 @@ class Expert:
                 return
         raise CannotDo(f"grasp {name}")
 
-    def choose_grasp(self, name: str, target: np.ndarray, *, skip: int = 0) -> Grasp:
+    def choose_grasp(self, name: str, spots: tuple[np.ndarray, ...], *, skip: int = 0) -> Grasp:
+        """Where room is so scarce that there are several `spots`, each grasp is tried at each of them in thought."""
         obstacles = self.scene.obstacles(name)
         found = grasps(self.scene.cloud(name), obstacles, ground=self.scene.ground)
-        carried = target - self.scene.where(name)
+        if not found:
+            raise NoGrasp(f"find a grasp of {name}")
+        carried = spots[0] - self.scene.where(name)
         found.sort(key=lambda g: g.cost + self._strain(g.pose.position) + self._strain(g.pose.position + carried))
+        if len(spots) > 1:
+            low, near = partial(self.release_pose, name, turn=True), thinned(obstacles)
+            found = distinct(found, CONSIDERED)
+            found.sort(key=lambda g: min(low(spot, near, hand=g.pose).position[2] for spot in spots))
         if len(found) <= skip:
-            raise CannotDo(f"find a grasp of {name}")
+            raise NoGrasp(f"find another grasp of {name}")
         if skip:
             return found[min(len(found) - 1, 5 * skip)]
         if self.rehearsal:
@@ -74,20 +87,26 @@ class Expert:
         ways = [rise] if height > here.position[2] + 0.01 else []
         yield from self.arm.through(*ways, to.above(height))
 
-    def place(self, name: str, target: np.ndarray, *, sinks: float = 0.0, turn: bool = True) -> Motion:
-        """Brings a held thing's origin over `target` (x, y), lowers it until it stands, and lets go."""
+    def place(self, name: str, *spots: np.ndarray) -> Motion:
+        """Brings a held thing's origin over the spot (x, y) where it comes lowest, lowers it there, and lets go."""
         obstacles = self.scene.obstacles(name)
-        pose = self.release_pose(name, target, obstacles, turn=turn)
+        ways = [(spot, self.release_pose(name, spot, obstacles, turn=True)) for spot in spots]
+        spot, pose = min(ways, key=lambda way: way[1].position[2])
         yield from self.travel(pose, obstacles=obstacles, held=self.held(name))
         if not self.scene.holds(name):
             raise CannotDo(f"keep hold of {name}")
-        pose = self.release_pose(name, target, obstacles, turn=False)
-        yield from self.arm.go(pose.moved(0, 0, -sinks), near=0.006, pace=0.6, straight=True)
+        pose = self.release_pose(name, spot, obstacles, turn=False)
+        yield from self.arm.go(pose, near=0.006, pace=0.6, straight=True)
         yield from self.release()
 
-    def release_pose(self, name: str, target: np.ndarray, obstacles: np.ndarray, *, turn: bool) -> Pose:
-        """The lowest of the hand's poses that put the held thing over `target`; turning costs height."""
-        here, held = self.arm.pose, self.held(name)
+    def release_pose(
+        self, name: str, target: np.ndarray, obstacles: np.ndarray, *, turn: bool, hand: Pose | None = None
+    ) -> Pose:
+        """The lowest of the hand's poses that put the held thing over `target`; turning costs height.
+
+        `hand`: where the thing is or will be grasped, if not where the hand now is.
+        """
+        here, held = hand or self.arm.pose, self.held(name, hand)
         offset = here.rotation.inv().apply(self.scene.where(name) - here.position)
         options: list[tuple[float, Pose]] = []
         for angle in np.radians([0, -30, 30, -60, 60, -90, 90] if turn else [0]):
@@ -100,16 +119,16 @@ class Expert:
                 rotation,
                 obstacles=obstacles,
                 held=held,
-                opening=self.scene.opening + 0.02,
+                opening=(self.scene.opening if hand is None else 0.0) + 0.02,
                 ground=self.scene.ground,
             )
             pose = Pose(position=np.array([*at, height]), rotation=rotation)
             options.append((height + 0.02 * abs(angle), pose))
         return min(options, key=lambda option: option[0])[1]
 
-    def held(self, name: str) -> np.ndarray:
+    def held(self, name: str, hand: Pose | None = None) -> np.ndarray:
         """(N, 3) points of a held thing in the hand's frame."""
-        here = self.arm.pose
+        here = hand or self.arm.pose
         return here.rotation.inv().apply(self.scene.cloud(name) - here.position)
 
     def release(self, rise: float = 0.06) -> Motion:
