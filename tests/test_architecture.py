@@ -73,7 +73,6 @@ FLOORS = {
     "spvla.selfplay.network": 4,
     "spvla.selfplay.scoring": 5,
     "spvla.selfplay.opponent": 6,
-    "spvla.selfplay.pair": 6,
     "spvla.selfplay.measures": 8,
     "spvla.selfplay.replies": 8,
     "spvla.selfplay.step": 9,

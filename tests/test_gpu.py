@@ -16,7 +16,6 @@ from spvla.policy.prompt import build_tiny_tokenizer
 from spvla.selfplay.adapters import Adapter
 from spvla.selfplay.network import Network
 from spvla.selfplay.opponent import Opponent
-from spvla.selfplay.pair import PairPass
 from spvla.selfplay.scoring import Inputs, Speech, to_inputs
 from spvla.types import ACTION_DIM
 
@@ -72,7 +71,7 @@ def test_a_recorded_opponent_answers_as_the_plain_code_does() -> None:
     plain, recorded = (opponent(m) for m in (model, deepcopy(model).cuda()))
     for x in inputs:  # the second replays what the first recorded
         wanted = plain.reply(x, uniforms)
-        reply = recorded.reply(on_gpu(x), uniforms.cuda())
+        reply = recorded.reply(Inputs(**{name: t.cuda() for name, t in vars(x).items()}), uniforms.cuda())
         assert torch.equal(reply.generated.cpu(), wanted.generated)
         assert torch.allclose(reply.real_logps.cpu(), wanted.real_logps, atol=1e-3)
         assert torch.allclose(reply.generated_logps.cpu(), wanted.generated_logps, atol=1e-3)
@@ -82,25 +81,3 @@ def opponent(model: nn.Module) -> Opponent:
     network = Network(model)
     adapter = Adapter("opponent", network.parts, dtype=torch.float32, trainable=False)
     return Opponent(network, adapter.lora, Speech(temperature=1.0))
-
-
-def test_recorded_scores_and_gradients_are_the_plain_codes() -> None:
-    """Another shape is recorded anew; and a replay is that of its own inputs."""
-    model = tiny_model("policy").cuda()
-    network = Network(model)
-    policy = Adapter("policy", network.parts, dtype=torch.float32, trainable=True)
-    passes = [PairPass(network, policy.lora, policy.trained, recorded=recorded) for recorded in (False, True)]
-    for seed, size in enumerate((2, 2, 3)):
-        inputs = on_gpu(to_inputs(ragged_batch(size, seed=seed, even=True), "cpu"))
-        found = []
-        for score in passes:
-            pair = score(inputs, inputs.real.flip(0))
-            (pair.real.sum() - pair.generated.square().mean()).backward()
-            found.append((pair.real.detach().clone(), pair.generated.detach().clone(), policy.grad.clone()))
-            policy.grad.zero_()
-        for plain, recorded in zip(*found, strict=True):
-            assert torch.allclose(plain, recorded, atol=1e-3)
-
-
-def on_gpu(inputs: Inputs) -> Inputs:
-    return Inputs(**{name: tensor.cuda() for name, tensor in vars(inputs).items()})

@@ -8,13 +8,12 @@ import torch
 WARM_UPS = 2  # passes before the recorded one: the first compiles
 
 Out = TypeVar("Out")
-Pool = tuple[int, int]  # torch.cuda.graph_pool_handle(): memory for graphs that never run side by side
 
 
-def record(run: Callable[[], Out], *, pool: Pool | None = None) -> tuple[torch.cuda.CUDAGraph, Out]:
+def record(run: Callable[[], Out]) -> tuple[torch.cuda.CUDAGraph, Out]:
     """Records `run`, which reads and writes the same tensors each time. Its result is filled by every replay.
 
-    On a stream of its own: graphs of different pools may then run side by side.
+    On a stream of its own: graphs may then run side by side, sharing no work space.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -23,6 +22,6 @@ def record(run: Callable[[], Out], *, pool: Pool | None = None) -> tuple[torch.c
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, pool=pool):
+    with torch.cuda.graph(graph, stream=stream):
         out = run()
     return graph, out

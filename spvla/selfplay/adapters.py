@@ -88,7 +88,6 @@ class Flat:
         self.master = torch.cat([t.detach().float().flatten() for t in tensors])
         self.compute = self.master if dtype == torch.float32 else self.master.to(dtype)
         self.grad = torch.zeros_like(self.compute) if trainable else None
-        self.trained: list[Tensor] = []  # the leaves that have a gradient
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -115,7 +114,6 @@ class Flat:
             for leaf, part in zip(leaves, self.grad.split(sizes), strict=True):
                 leaf.requires_grad_()
                 leaf.grad = part.view(leaf.shape)
-            self.trained = leaves
         return leaves
 
 

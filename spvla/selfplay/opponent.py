@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from spvla.policy.graphs import Pool, record
+from spvla.policy.graphs import record
 from spvla.selfplay.blocks import Rows
 from spvla.selfplay.network import Cache, Loras, Network
 from spvla.selfplay.scoring import FED, Inputs, Reply, Speech, score_real
@@ -21,8 +21,8 @@ from spvla.types import ACTION_DIM
 class Opponent:
     """`reply` is SPIN's, drawn token after token; `own_greedy` the fork's."""
 
-    def __init__(self, network: Network, loras: Loras, speech: Speech, *, pool: Pool | None = None) -> None:
-        self.network, self.loras, self.speech, self.pool = network, loras, speech, pool
+    def __init__(self, network: Network, loras: Loras, speech: Speech) -> None:
+        self.network, self.loras, self.speech = network, loras, speech
         self._recorded: dict[torch.Size, _Recorded] = {}
 
     @torch.no_grad()
@@ -33,7 +33,7 @@ class Opponent:
         shape = inputs.text.shape
         if shape not in self._recorded:
             self._recorded.clear()  # keys and values are large: one shape at a time
-            self._recorded[shape] = _Recorded(self._answer, inputs, uniforms, self.pool)
+            self._recorded[shape] = _Recorded(self._answer, inputs, uniforms)
         return self._recorded[shape](inputs, uniforms)
 
     @torch.no_grad()
@@ -73,11 +73,9 @@ class Opponent:
 class _Recorded:
     """An answer as a CUDA graph over inputs of one shape."""
 
-    def __init__(
-        self, answer: Callable[[Inputs, Tensor], Reply], inputs: Inputs, uniforms: Tensor, pool: Pool | None
-    ) -> None:
+    def __init__(self, answer: Callable[[Inputs, Tensor], Reply], inputs: Inputs, uniforms: Tensor) -> None:
         self.inputs, self.uniforms = copied(inputs), uniforms.clone()
-        self.graph, self.out = record(lambda: answer(self.inputs, self.uniforms), pool=pool)
+        self.graph, self.out = record(lambda: answer(self.inputs, self.uniforms))
 
     def __call__(self, inputs: Inputs, uniforms: Tensor) -> Reply:
         for field in fields(Inputs):

@@ -26,9 +26,8 @@ from spvla.selfplay.clock import Clock, memory_gib
 from spvla.selfplay.measures import Margin, collided, extremes, imitation, selfplay
 from spvla.selfplay.network import Loras, Network, bare
 from spvla.selfplay.opponent import Opponent
-from spvla.selfplay.pair import PairPass
 from spvla.selfplay.replies import ReplyStore
-from spvla.selfplay.scoring import Inputs, Reply, Speech, draw_uniforms, score_real, to_inputs
+from spvla.selfplay.scoring import Inputs, Reply, Speech, draw_uniforms, score_pair, score_real, to_inputs
 from spvla.selfplay.settings import OPPONENT, POLICY, StepConfig, learning_rate
 from spvla.types import ACTION_DIM, Batch
 
@@ -71,7 +70,7 @@ class Learner:
         self.margin = Margin(
             beta=config.beta, eta=config.eta, loss_type=config.loss_type, reduction=config.logp_reduction
         )
-        self._passes(opponent_loras)
+        self.opponent = Opponent(self.network, opponent_loras, self.speech)
         self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._share_start()
         self.total = torch.zeros_like(self.policy.master)  # the gradient of a whole step
@@ -165,15 +164,6 @@ class Learner:
         opponent = Adapter(name, self.network.parts, dtype=self.network.dtype, trainable=False, bind=named)
         return (opponent if ema else None), opponent.lora
 
-    def _passes(self, opponent_loras: Loras) -> None:
-        """Recorded on a GPU, but with dropout, which draws anew each time, and where all weights are trained."""
-        on_gpu, dropout = self.device.type == "cuda", self.config.lora_dropout
-        recorded = on_gpu and self.config.use_lora and not dropout
-        pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        self.dropping = partial(self.loras, dropout=dropout) if dropout else self.loras
-        self.opponent = Opponent(self.network, opponent_loras, self.speech, pool=pool)
-        self.pair = PairPass(self.network, self.dropping, self.policy.trained, recorded=recorded, pool=pool)
-
     def _share_start(self) -> None:
         """All workers start from rank 0's weights."""
         if self.world > 1:
@@ -237,10 +227,11 @@ class Learner:
 
     def _score(self, inputs: Inputs, reply: Reply | None) -> tuple[Tensor, Tensor | None]:
         """The policy's logits (B, A + 1, V), and its log-probs of the generated action (B, A)."""
+        loras = partial(self.loras, dropout=self.config.lora_dropout) if self.config.lora_dropout else self.loras
         if self.config.objective == "spin":
-            pair = self.pair(inputs, reply.generated)
+            pair = score_pair(self.network, inputs, reply.generated, loras)
             return pair.real, self.speech.logps(pair.generated, reply.generated)
-        logits = score_real(self.network, inputs, self.dropping)
+        logits = score_real(self.network, inputs, loras)
         return logits, None if reply is None else self.speech.greedy(logits[:, :ACTION_DIM])
 
     def _gather(self, measured: Sequence[Measured]) -> dict[str, float]:
