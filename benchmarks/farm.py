@@ -72,7 +72,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num_envs", type=int, default=0)
     parser.add_argument("--decoders", type=int, default=0, help="policy actors; 0: one for each GPU, or one")
     parser.add_argument("--decode_batch_size", type=int, default=0)
-    parser.add_argument("--render_on", choices=("gpu", "cpu"), default="gpu", help="cpu: Mesa's software EGL")
     parser.add_argument("--wait_ms", type=float, default=None)
     parser.add_argument("--num_cpus", type=int, default=0, help="logical CPUs of the local cluster; 0: all")
     parser.add_argument("--max_steps", type=int, default=60, help="steps a trial, so that every round sees resets")
@@ -175,7 +174,6 @@ class Bench:
             call_timeout_s=300,
             log_folder=tempfile.mkdtemp(prefix="spvla-bench-"),
             open_env=open_libero,
-            render_on=args.render_on,
         )
         self.serving = ServerSettings(
             device=self.sizes.device,

@@ -212,8 +212,6 @@ class FarmConfig:
     """fixed size of every decoded batch, so that a result does not depend on who shares it; 0: chosen from num_envs"""
     repeatable: bool = True
     """False decodes batches at their own size: faster when they are small, and dependent on the load on a GPU"""
-    render_on: Literal["gpu", "cpu"] = "gpu"
-    """cpu: environments draw in software (Mesa; a core draws some 20 pictures a second) and leave GPUs to the policy"""
     wait_ms: float | None = None
     """longest wait for a fuller batch; by default tuned from measured rates"""
     max_retries: int = 3

@@ -177,7 +177,7 @@ class EnvWorker:
     def __init__(self, name: str, settings: WorkerSettings) -> None:
         self.name, self.settings = name, settings
         self.log = log_to(settings.log_folder, name)
-        choose_renderer(name, settings.render_on)
+        spread_rendering(name)
         draw_on_one_core()
         self.assets = assets.resolve(settings.assets)
         self.task: tuple[str, int] | None = None
@@ -267,12 +267,8 @@ def fault_of(e: Exception, kind: str, *, policy_at_fault: bool) -> Fault:
     )
 
 
-def choose_renderer(name: str, render_on: str) -> None:
+def spread_rendering(name: str) -> None:
     """Worker env-5 of a machine with two GPUs renders on the second, unless the environment says otherwise."""
-    if render_on == "cpu":
-        from spvla.sim.rendering import render_on_cpu
-
-        return render_on_cpu()
     gpus = sum(1 for device in Path("/dev").glob("nvidia*") if device.name.removeprefix("nvidia").isdigit())
     number = name.rpartition("-")[2]
     if gpus > 1 and number.isdigit() and not os.environ.get("CUDA_VISIBLE_DEVICES"):

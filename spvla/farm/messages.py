@@ -72,7 +72,6 @@ class WorkerSettings:
     call_timeout_s: float
     log_folder: str | None
     open_env: Callable[[str, int, AssetSet], Env]
-    render_on: str = "gpu"  # or "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,7 +149,6 @@ class Session:
             call_timeout_s=c.call_timeout_s,
             log_folder=logs,
             open_env=open_libero,
-            render_on=c.render_on,
         )
         serving = ServerSettings(
             device=sizes.device,

@@ -56,25 +56,6 @@ def choose_device() -> None:
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", first)
 
 
-def render_on_cpu() -> None:
-    """This process then draws in software, whatever GPUs there are. Raises InfrastructureError without Mesa's EGL."""
-    if os.environ.setdefault("MUJOCO_GL", "egl") == "osmesa":
-        return
-    from mujoco.egl import egl_ext
-    from OpenGL import EGL
-    from OpenGL.EGL.EXT.device_query import eglQueryDeviceStringEXT
-
-    for number, device in enumerate(egl_ext.eglQueryDevicesEXT()):
-        if b"EGL_MESA_device_software" in (eglQueryDeviceStringEXT(device, EGL.EGL_EXTENSIONS) or b""):
-            os.environ["MUJOCO_EGL_DEVICE_ID"] = str(number)
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # robosuite wants the device among these, if there are any
-            return
-    raise InfrastructureError(
-        "no EGL device draws in software; expected Mesa's for --render_on cpu. Install libegl-mesa0 and "
-        "libgl1-mesa-dri, or render on the GPU."
-    )
-
-
 @cache
 def renderer_name() -> str:
     """OpenGL's own words, such as "Mesa llvmpipe (LLVM 15.0.6, 256 bits)". Pixels differ between renderers."""

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from spvla.errors import InfrastructureError
-from spvla.sim.rendering import choose_device, render_on_cpu, renderer_name
+from spvla.sim.rendering import choose_device, renderer_name
 
 pytest.importorskip("mujoco.egl")
 
@@ -47,28 +46,6 @@ def test_a_device_named_by_hand_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(monkeypatch, "0", devices=2) == "1"
 
 
-def test_software_can_draw_beside_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    extensions = {0: b"EGL_NV_device_cuda", 1: None, 2: b"EGL_MESA_device_software EGL_EXT_device_drm"}
-    with_devices(monkeypatch, extensions)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    render_on_cpu()
-    assert os.environ["MUJOCO_EGL_DEVICE_ID"] == "2" and not os.environ["CUDA_VISIBLE_DEVICES"]
-
-
-def test_software_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_devices(monkeypatch, {0: b"EGL_NV_device_cuda"})
-    with pytest.raises(InfrastructureError, match="libegl-mesa0"):
-        render_on_cpu()
-
-
-def with_devices(monkeypatch: pytest.MonkeyPatch, extensions: dict[int, bytes | None]) -> None:
-    from mujoco.egl import egl_ext
-    from OpenGL.EGL.EXT import device_query
-
-    monkeypatch.setattr(egl_ext, "eglQueryDevicesEXT", lambda: list(extensions))
-    monkeypatch.setattr(device_query, "eglQueryDeviceStringEXT", lambda device, name: extensions[device])
-
-
 def test_the_renderer_has_a_name() -> None:
     assert len(renderer_name().split()) >= 2
 
@@ -76,7 +53,6 @@ def test_the_renderer_has_a_name() -> None:
 def test_a_machine_that_cannot_draw_is_no_failure_of_the_policy() -> None:
     script = """
 import os; os.environ["MUJOCO_GL"] = "egl"; os.environ["MUJOCO_EGL_DEVICE_ID"] = "99"
-from spvla.errors import InfrastructureError
 from spvla.sim.rendering import open_context
 try:
     open_context()
