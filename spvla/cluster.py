@@ -49,7 +49,10 @@ def connection(*, num_cpus: int | None = None) -> Iterator[None]:
 
 
 def _set_environment() -> None:
+    from ray._private import auto_init_hook
     from ray._raylet import Config
+
+    auto_init_hook.enable_auto_connect = False  # or a thread that outlives its connection starts a cluster of its own
 
     for name, value in (_ENVIRONMENT | (_GROWING if grows() else {})).items():
         os.environ.setdefault(name, value)
