@@ -1,6 +1,6 @@
 """Does the farm keep the machine busy? Environments alone, policy alone, and the farm, alternating in one run.
 
-    python benchmarks/farm.py --preset tiny --num_envs 2                    # two CPU cores, about 4 minutes
+    OMP_NUM_THREADS=1 taskset -c 0,1 python benchmarks/farm.py --preset tiny --num_envs 2 --num_cpus 2   # 4 minutes
     LIBERO_ASSETS=... python benchmarks/farm.py --preset 7b --num_envs 32   # one H200: OpenVLA's size, random weights
 
 supply  policy steps a second of the environment workers, each answering itself at once
@@ -10,8 +10,8 @@ farm    actions a second of both together, once every worker has ended a trial a
 CPU milliseconds of one action are given beside each: on a machine with other work they say what rates cannot.
 
 The farm cannot exceed the smaller of supply and demand; its share of that is the figure of merit. On a CPU-only
-machine, where environments and policy share the cores, it cannot exceed 1 / (1 / supply + 1 / demand) either (each
-action costs both), which is given beside it as "sharing cores". Prints a table and writes JSON.
+machine, where environments and policy share the cores, each action costs CPU time of both, and so it cannot exceed
+cores / (supply_cpu_ms + demand_cpu_ms) either, which is given as "sharing_cores". Prints a table and writes JSON.
 
 Beyond the project's own requirements nothing is needed; TensorFlow, h5py, pyarrow and W&B are not.
 """
@@ -347,7 +347,9 @@ def summary(args: argparse.Namespace, bench: Bench, rounds: list[dict[str, float
     if supply and demand:
         shares["share_of_smaller"] = farm / min(supply, demand)
         if bench.sizes.device == "cpu":
-            shares["share_of_sharing_cores"] = farm / (1 / (1 / supply + 1 / demand))
+            cores = len(os.sched_getaffinity(0))
+            shares["sharing_cores"] = 1000 * cores / (middle["supply_cpu_ms"] + middle["demand_cpu_ms"])
+            shares["share_of_sharing_cores"] = farm / shares["sharing_cores"]
     return {
         "device": bench.device,
         "renderer": bench.renderer,
