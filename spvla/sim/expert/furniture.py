@@ -9,6 +9,11 @@ from spvla.sim.expert.motion import CLOSED, DOWN, Motion, Pose, yawed
 from spvla.sim.expert.skills import CannotDo, Expert
 
 TILT = np.radians(20)  # of the hand below the horizontal while it pulls: its elbow would not reach lower
+OVERLAP = 0.015  # m from the top of a door down to the grip site of the hand that pushes it
+FINGERS = 0.016  # m from the middle of the closed fingers to what they push
+BEYOND = 0.2  # rad past shut that a door is pushed, since the hand follows late
+STRIDE = 0.006  # m a step along a door's arc
+PRESSING = 14  # steps at its end
 LEAN = np.radians(45)  # of the hand below the horizontal while it pushes a drawer in
 BEFORE = 0.09  # m in front of a handle, where the hand stops and turns
 TURN = 0.95  # rad a knob is turned: LIBERO's stoves burn from 0.5 on
@@ -50,6 +55,29 @@ def push_shut(expert: Expert, part: Part) -> Motion:
     inside = start.position - (0.06 + abs(part.value) + 0.02) * part.outward
     yield from arm.go(Pose(position=inside, rotation=ready.rotation), near=0.004, pace=0.7, straight=True)
     yield from arm.go(ready, near=0.03)
+    yield from arm.go(arm.pose.moved(0, 0, 0.08), near=0.03)
+
+
+def swing_shut(expert: Expert, part: Part) -> Motion:
+    """Pushes a door to from outside: closed fingers, their hand above the door, follow its arc and press at the end."""
+    arm = expert.arm
+    cloud = part.cloud()
+    angle = min(part.limits, key=abs) - part.value
+    reach = np.linalg.norm((cloud - part.anchor)[:, :2], axis=1)
+    at = cloud[abs(reach - 0.75 * reach.max()) < 0.01]
+    forward = np.sign(angle) * np.cross(part.axis, at.mean(0) - part.anchor)
+    forward /= np.linalg.norm(forward)
+    behind = at[(at @ forward).argmin()]
+    point = np.array([*behind[:2], at[:, 2].max() - OVERLAP]) - FINGERS * forward
+    arm.gripper = CLOSED
+    start = Pose(position=point - 0.04 * forward, rotation=yawed(0))
+    yield from expert.travel(start, obstacles=expert.scene.obstacles())
+    yield from arm.go(start, near=0.01, pace=0.8)
+    count = int(abs(angle) * np.linalg.norm((point - part.anchor)[:2]) / STRIDE)
+    beyond = angle + np.sign(angle) * BEYOND
+    for turned in [*np.linspace(0, beyond, count), *[beyond] * PRESSING]:
+        yield arm.toward(Pose(position=part.swung(point, turned), rotation=start.rotation))
+    yield from arm.go(arm.pose.moved(*(-0.05 * Rotation.from_rotvec(angle * part.axis).apply(forward))), near=0.02)
     yield from arm.go(arm.pose.moved(0, 0, 0.08), near=0.03)
 
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from spvla.sim.expert.furniture import pull_open, push_shut, turn_knob
+from spvla.sim.expert.furniture import pull_open, push_shut, swing_shut, turn_knob
+from spvla.sim.expert.inserting import insert, roofed
 from spvla.sim.expert.joints import Part
 from spvla.sim.expert.motion import Motion
 from spvla.sim.expert.pushing import slide
@@ -39,9 +40,7 @@ def achieve(expert: Expert, goal: list[str]) -> Motion:
         yield from turn_knob(expert, Part.of(scene, name))
     elif kind == "close":
         part = Part.of(scene, name)
-        if not part.slides:
-            raise CannotDo(f"shut the door of {name}")
-        yield from push_shut(expert, part)
+        yield from (push_shut if part.slides else swing_shut)(expert, part)
     else:
         yield from bring(expert, name, rest[0])
 
@@ -53,9 +52,14 @@ def bring(expert: Expert, name: str, target: str) -> Motion:
         part = Part.of(expert.scene, target)
         if part.slides and abs(part.value) < 0.8 * ENOUGH:
             yield from pull_open(expert, part, length=ENOUGH)
+    if roofed(expert, target):
+        yield from insert(expert, name, target)
+        return
     try:
         yield from expert.pick(name, *spots(expert.scene, target))
     except NoGrasp:
+        if region is None or region.parent_name is not None:  # no region of the table
+            raise
         yield from slide(expert, name, target)
     else:
         yield from expert.place(name, *spots(expert.scene, target))

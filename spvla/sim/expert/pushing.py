@@ -1,6 +1,6 @@
 """Pushing what no grasp fits: the closed fingers stand on it and draw it over the table."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 
@@ -75,7 +75,7 @@ def choose_way(expert: Expert, name: str, region: str) -> list[np.ndarray]:
 def between(*corners: np.ndarray) -> list[np.ndarray]:
     """Points STRIDE apart along the corners, the first left out."""
     points = []
-    for one, other in zip(corners, corners[1:], strict=False):
+    for one, other in pairwise(corners):
         count = int(np.linalg.norm(other - one) / STRIDE) + 2
         points += list(np.linspace(one, other, count)[1:])
     return points
