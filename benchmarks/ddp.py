@@ -26,8 +26,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from train_step import BETA, LEARNING_RATE, random_batch, random_model
 
 from spvla.cluster import connection
+from spvla.config import StepConfig
 from spvla.machines import require_resources
-from spvla.selfplay.step import Learner, StepConfig
+from spvla.selfplay.step import Learner
 
 WARM_UP = 3  # steps
 Row = dict[str, float]

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spvla.config import StepConfig
 from spvla.policy.adapters import add_lora, use_adapter
 from spvla.policy.openvla import OpenVLA
 from spvla.policy.presets import preset
@@ -38,7 +39,7 @@ from spvla.selfplay.network import Network, bare
 from spvla.selfplay.objective import greedy_logps, spin_loss, token_logps
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import FED, REAL_ROWS, score_pair, to_inputs
-from spvla.selfplay.settings import POLICY, StepConfig
+from spvla.selfplay.settings import POLICY
 from spvla.selfplay.step import Learner
 from spvla.types import ACTION_DIM, Batch
 

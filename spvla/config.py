@@ -87,23 +87,8 @@ class IndexConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Fine-tune a policy by self-play (or plain behaviour cloning), as a Ray Train run."""
-
-    vla_path: str = "openvla/openvla-7b"
-    """start policy: a checkpoint or adapter folder, a Hugging Face name in the local cache, or the preset 'tiny'"""
-    data_root_dir: Path = Path("datasets")
-    """folder of TFDS data sets; an index is built beside each when it is missing"""
-    dataset_name: str = "libero_spatial_no_noops"
-    """one data set, or several with weights: 'libero_spatial_no_noops:1,libero_goal_no_noops:2'"""
-    run_root_dir: Path = Path("runs")
-    """folder that gets the run's folder"""
-    adapter_tmp_dir: Path = Path("adapter-tmp")
-    """where adapters wait while they are being merged"""
-    run_id: str | None = None
-    """name of the run's folder; by default made from the flags, so that the same command goes on where it stopped"""
-    run_id_note: str | None = None
-    """added to that name"""
+class StepConfig:
+    """The training flags that one optimiser step depends on."""
 
     objective: Literal["spin", "spvla", "sft"] = "spin"
     """spin: SPIN (arXiv 2401.01335); spvla: the original self-play fork's form; sft: behaviour cloning"""
@@ -129,14 +114,9 @@ class TrainConfig:
     """cap logits smoothly: cap * tanh(logits / cap)"""
     drop_collisions: bool = False
     """leave pairs whose generated action equals the real one out of the mean"""
-
     use_lora: bool = True
     """False trains every weight (sft only)"""
-    lora_rank: int = 32
     lora_dropout: float = 0.0
-    batch_size: int = 16
-    """samples a worker and a pass; the effective batch is this x num_workers x grad_accumulation_steps"""
-    grad_accumulation_steps: int = 1
     learning_rate: float = 5e-4
     weight_decay: float = 0.01
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -144,6 +124,36 @@ class TrainConfig:
     max_grad_norm: float | None = None
     max_steps: int = 200_000
     """optimiser steps"""
+    seed: int = 7
+    max_nonfinite_steps: int = 10
+    """stop after so many non-finite steps in a row"""
+    compile: bool = False
+    """torch.compile the forward passes (GPU)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(StepConfig):
+    """Fine-tune a policy by self-play (or plain behaviour cloning), as a Ray Train run."""
+
+    vla_path: str = "openvla/openvla-7b"
+    """start policy: a checkpoint or adapter folder, a Hugging Face name in the local cache, or the preset 'tiny'"""
+    data_root_dir: Path = Path("datasets")
+    """folder of TFDS data sets; an index is built beside each when it is missing"""
+    dataset_name: str = "libero_spatial_no_noops"
+    """one data set, or several with weights: 'libero_spatial_no_noops:1,libero_goal_no_noops:2'"""
+    run_root_dir: Path = Path("runs")
+    """folder that gets the run's folder"""
+    adapter_tmp_dir: Path = Path("adapter-tmp")
+    """where adapters wait while they are being merged"""
+    run_id: str | None = None
+    """name of the run's folder; by default made from the flags, so that the same command goes on where it stopped"""
+    run_id_note: str | None = None
+    """added to that name"""
+
+    lora_rank: int = 32
+    batch_size: int = 16
+    """samples a worker and a pass; the effective batch is this x num_workers x grad_accumulation_steps"""
+    grad_accumulation_steps: int = 1
     save_steps: int = 5000
     """optimiser steps between checkpoints"""
     save_latest_checkpoint_only: bool = True
@@ -156,13 +166,8 @@ class TrainConfig:
     """hold out the last 5% of episodes when the data set has no validation split, as the original does"""
     val_steps: int = 0
     """optimiser steps between passes over the validation split; 0: never"""
-    seed: int = 7
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU"""
-    compile: bool = False
-    """torch.compile the forward passes (GPU)"""
-    max_nonfinite_steps: int = 10
-    """stop after so many non-finite steps in a row"""
 
     num_workers: int = 1
     """Ray Train workers (data-parallel ranks); a run may go on with another number, from the very next sample, and with

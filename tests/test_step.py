@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from selfplay_parts import golden_core, golden_inputs, join, ragged_batch, take, tiny_core, tiny_model
 from torch import nn
 
-from spvla.config import TrainConfig
+from spvla.config import StepConfig
 from spvla.errors import CheckpointError, TrainingError, UserError
 from spvla.policy.adapters import add_lora
 from spvla.selfplay import step as step_module
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import Reply, score_real
-from spvla.selfplay.settings import StepConfig, learning_rate
+from spvla.selfplay.settings import learning_rate
 from spvla.selfplay.step import Learner
 from spvla.types import ACTION_DIM, Batch
 
@@ -375,11 +375,6 @@ def test_evaluation_changes_nothing_and_equals_the_steps_own_numbers() -> None:
     assert torch.equal(learner.policy.master, before) and learner.steps == 0
     metrics = learner.step([batch])
     assert {n: pytest.approx(metrics[n], abs=1e-5) for n in seen} == seen
-
-
-def test_every_flag_of_the_step_is_a_training_flag() -> None:
-    config = TrainConfig(beta=0.3, lora_dropout=0.1, objective="spvla")
-    assert (StepConfig.of(config).beta, StepConfig.of(config).objective) == (0.3, "spvla")
 
 
 # --- several workers

@@ -27,7 +27,7 @@ from spvla.selfplay.metrics import Row, Smoothed
 from spvla.selfplay.prepare import Job
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.resume import load_state, save_state
-from spvla.selfplay.step import OPPONENT, POLICY, Learner, StepConfig
+from spvla.selfplay.step import OPPONENT, POLICY, Learner
 
 CPU = torch.device("cpu")
 VALIDATION_SAMPLES = 1024  # at most, over all workers
@@ -74,7 +74,7 @@ class Session:
         self.base, self.adapter = base_of(job.start)
         self.tokenizer = load_tokenizer(self.base)
         self.model = open_model(self.config, self.base, self.adapter, place.device)
-        self.learner = Learner(self.model, StepConfig.of(self.config), replies=self._replies())
+        self.learner = Learner(self.model, self.config, replies=self._replies())
         self.smoothed = Smoothed()
         self.samples = 0  # taken so far, over all workers
         self._feed()

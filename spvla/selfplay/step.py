@@ -1,7 +1,7 @@
 """One update in plain torch: replies of the opponent, losses, gradient, clip, AdamW. No Ray, no files.
 
-    learner = Learner(model, StepConfig.of(train_config))      # the model carries adapter "policy", perhaps "opponent"
-    metrics = learner.step(batches)                            # one optimiser step over len(batches) micro-batches
+    learner = Learner(model, config)    # the model carries adapter "policy", perhaps "opponent"
+    metrics = learner.step(batches)     # one optimiser step over len(batches) micro-batches
 
 First the opponent answers every micro-batch, then the policy learns from each. So the number of pairs that count is
 known before the first backward pass, and the gradient is that of one mean over all micro-batches and workers.
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spvla.config import StepConfig
 from spvla.errors import CheckpointError, TrainingError, UserError
 from spvla.policy import actions
 from spvla.selfplay.adapters import Adapter, Flat, has_adapter
@@ -28,7 +29,7 @@ from spvla.selfplay.network import Loras, Network, bare
 from spvla.selfplay.opponent import Opponent
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import Inputs, Reply, Speech, draw_uniforms, score_pair, score_real, to_inputs
-from spvla.selfplay.settings import OPPONENT, POLICY, StepConfig, learning_rate
+from spvla.selfplay.settings import OPPONENT, POLICY, learning_rate
 from spvla.types import ACTION_DIM, Batch
 
 
