@@ -84,6 +84,19 @@ def require_writable(folder: Path, *, flag: str) -> Path:
     return folder
 
 
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """What the disk refuses becomes one line."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"{folder} takes no more ({e.strerror})",
+            expected="a disk with room, still mounted for writing",
+            remedy="Free the disk and run the same command again; what was recorded is safe.",
+        ) from e
+
+
 def cache_dir() -> Path:
     """Where downloaded or generated things live between runs: SPVLA_CACHE, or the user's cache folder."""
     root = os.environ.get("SPVLA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spvla"

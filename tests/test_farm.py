@@ -162,6 +162,16 @@ def test_a_worker_that_grows_too_large_is_replaced_between_trials(tmp_path: Path
     assert sum("replaced" in line for line in said) == 3
 
 
+def test_a_disk_that_takes_no_video_costs_no_outcome(tmp_path: Path) -> None:
+    (tmp_path / "videos").write_text("in the folder's place")
+    wanted = trials(tasks=1, init_states=3)
+    with open_ledger(tmp_path, wanted) as ledger, fake_farm(tmp_path, quiet(num_videos=1)) as (farm, said):
+        Run(farm, job(wanted), ledger).play()
+        rows = ledger.trials()
+    assert [(r.status, r.video) for r in rows] == [("success", "")] * 3
+    assert any(line.startswith("no video of libero_object task 0") for line in said)
+
+
 def test_trials_of_another_driver_are_left_to_it(tmp_path: Path) -> None:
     wanted = trials(tasks=1, init_states=4)
     theirs = Outcome(status=Status.FAILURE, steps=1, seconds=0.1, state_digest="theirs")

@@ -17,7 +17,7 @@ from spvla.config import EvaluateConfig
 from spvla.errors import UserError
 from spvla.farm.session import session
 from spvla.farm.summary import summarise, table
-from spvla.files import new_folder
+from spvla.files import new_folder, writing_to
 
 PINNED = "followed"
 POLL_S = 0.5
@@ -72,12 +72,12 @@ def pinning(run: Path, pins: Path) -> Iterator[Callable[[], None]]:
     one_at_a_time, over = threading.Lock(), threading.Event()
 
     def pin_now() -> None:
-        with one_at_a_time:
+        with one_at_a_time, writing_to(pins):
             pin_new(run, pins)
 
     def pin_on() -> None:
         while not over.wait(POLL_S):
-            with suppress(OSError):
+            with suppress(UserError):  # the next look of who reads the pins will tell
                 pin_now()
 
     thread = threading.Thread(target=pin_on, name="pinning", daemon=True)

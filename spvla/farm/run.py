@@ -6,6 +6,7 @@ ledger.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -206,13 +207,19 @@ class Run:
             self.elsewhere = []
 
     def _keep_video(self, trial: Trial, status: Status, video: bytes) -> str:
-        """Writes a video beside the ledger; returns its path from there."""
+        """Writes a video beside the ledger; returns its path from there, or "" where the disk takes no more."""
         instruction = self.job.instructions[trial.suite, trial.task]
         name = video_name(episode=trial.init_state + 1, success=status == Status.SUCCESS, instruction=instruction)
         path = Path(VIDEOS) / safe_name(trial.policy[:12], what="policy") / trial.suite / name
         whole = self.ledger.path.parent / path
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_bytes(video)
+        try:
+            whole.parent.mkdir(parents=True, exist_ok=True)
+            whole.write_bytes(video)
+        except OSError as e:
+            self.farm.say(f"no video of {trial.suite} task {trial.task}, init state {trial.init_state}: {e}")
+            with suppress(OSError):
+                whole.unlink()
+            return ""
         return str(path)
 
     def _watch(self) -> None:

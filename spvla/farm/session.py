@@ -28,7 +28,7 @@ from spvla.farm.run import Job, Run
 from spvla.farm.settle import pairs_of, verdict
 from spvla.farm.sizing import decode_batch_size
 from spvla.farm.summary import Summary, summarise
-from spvla.files import require_writable
+from spvla.files import require_writable, writing_to
 from spvla.runs import LEDGER
 from spvla.sim import assets
 from spvla.types import MAX_STEPS, Trial
@@ -80,7 +80,8 @@ class Session:
         try:
             self._play(plan, missing)
         finally:
-            self._write(plan, step)
+            with writing_to(self.folder):
+                self._write(plan, step)
         return summarise(self._rows(plan))
 
     def _require_known_protocol(self) -> None:
