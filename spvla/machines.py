@@ -5,6 +5,7 @@ and which ends with the driver that made it. So commands ask for what they want,
 """
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,4 +86,10 @@ def _bootstrap() -> dict[str, Any]:
     """The cluster.yaml that `ray up` made this cluster of; empty on a cluster made otherwise."""
     path = Path.home() / BOOTSTRAP
     joined = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ  # rather than started by this command
-    return yaml.safe_load(path.read_text()) if joined and path.exists() else {}
+    return _read(path, path.stat().st_mtime_ns) if joined and path.exists() else {}
+
+
+@cache
+def _read(path: Path, mtime_ns: int) -> dict[str, Any]:
+    """Once for each version of the file: a farm looks every few seconds."""
+    return yaml.safe_load(path.read_text())

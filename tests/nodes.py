@@ -45,7 +45,7 @@ def homes(kind: str) -> list[str]:
 
 class Slow(FakeEnv):
     def step(self, action: object) -> bool:
-        time.sleep(0.02)
+        time.sleep(0.1)
         return super().step(action)
 
 
@@ -58,22 +58,23 @@ def farm(folder: Path) -> None:
     with cluster() as made:
         policy = made.add_node(num_cpus=1, resources=POLICY)
         first = made.add_node(num_cpus=2, resources=ENV)
-        wanted, seen = trials(tasks=2, init_states=8), set()
+        wanted, seen = trials(tasks=2, init_states=50), set()
         joined: list = []
 
         def look(run: Run) -> None:
             if not joined:
                 joined.append(made.add_node(num_cpus=2, resources=ENV))
             seen.update(homes("EnvWorker"))
+            if len(seen) == 2:
+                run.drop(wanted)  # enough is seen
 
         config = FarmConfig(num_videos=0, max_failure_videos=0)
         with open_ledger(folder, wanted) as ledger, fake_farm(folder, config, open_env=env) as (running, _):
             Run(running, job(wanted), ledger).play(look)
-            when(lambda: running.tend() or seen.update(homes("EnvWorker")) or len(seen) == 2, timeout_s=60)
             assert set(homes("PolicyServer")) == {policy.node_id}
-            assert [r.status for r in ledger.trials()] == ["success"] * 16
+            assert {row.status for row in ledger.outcomes()} == {"success"} and ledger.errors() == []
         assert seen == {first.node_id, joined[0].node_id}
-    print("farm: 16 of 16 trials; environments on both env machines, policy on the policy machine")
+    print("farm: environments on both env machines, policy on the policy machine")
 
 
 def training(folder: Path) -> None:

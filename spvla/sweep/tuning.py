@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray._private.auto_init_hook as ray_hook
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
@@ -67,7 +66,6 @@ class Tuning:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is ours
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer output prints boxes whatever `verbose` says
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are told in the table
-        ray_hook.enable_auto_connect = False  # nor may a loop that outlives the connection start a cluster of its own
         self.folder = folder
         for mark in (LEAVE, END):
             (folder / mark).unlink(missing_ok=True)
