@@ -7,9 +7,13 @@ import pickle
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from training_parts import flags_of, quick_flags, write_toy_dataset
@@ -17,6 +21,7 @@ from training_parts import flags_of, quick_flags, write_toy_dataset
 from spvla import cli
 from spvla.config import SweepConfig
 from spvla.data import layout
+from spvla.data.index import ensure_index
 from spvla.errors import UserError
 from spvla.farm.logfile import log_name
 from spvla.policy.checkpoint import load_policy
@@ -164,22 +169,47 @@ def test_a_cluster_of_ours_asks_for_a_token_that_only_its_user_reads(tmp_path: P
 KEY = "0123456789abcdef" * 2 + "deadbeef"
 
 
+def command_lines(process: psutil.Process) -> Iterator[str]:
+    """Of a process and all that it has started."""
+    for each in (process, *process.children(recursive=True)):
+        with suppress(psutil.Error):
+            yield " ".join(each.cmdline())
+
+
 @pytest.mark.slow
-def test_a_wandb_key_reaches_nothing_that_a_run_writes(tmp_path: Path) -> None:
-    write_toy_dataset(tmp_path / "data")
-    config = quick_flags(tmp_path / "data", tmp_path / "runs", use_wandb=True, wandb_mode="offline", run_id="a")
-    ran = subprocess.run(
-        [sys.executable, "-m", "spvla.cli", "train", *flags_of(config)],
-        env=os.environ | {"WANDB_API_KEY": KEY, "AWS_SECRET_ACCESS_KEY": KEY, "WANDB_MODE": "offline"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert KEY not in ran.stdout + ran.stderr
-    written = [p for p in (tmp_path / "runs").rglob("*") if p.is_file()]
-    assert any(p.suffix == ".wandb" for p in written)
+def test_keys_reach_no_file_no_output_and_no_command_line_and_a_run_stays_in_its_folder(tmp_path: Path) -> None:
+    write_toy_dataset(tmp_path / "data", name="libero_object_no_noops")
+    ensure_index(tmp_path / "data", "libero_object_no_noops")
+    (tmp_path / "here").mkdir()
+    names = {"data": tmp_path / "data", "runs_dir": tmp_path / "runs", "dataset_name": "libero_object_no_noops"}
+    flags = flags_of(quick_flags(**names, use_wandb=True, wandb_mode="offline", run_id="a"))
+    policy = str(tmp_path / "runs/a/checkpoints/step_000004")
+    suite = "--task_suite_name libero_object --tasks [0] --num_trials_per_task 1 --max_steps 5 --use_wandb True"
+    lines: set[str] = set()
+    for command in (
+        ["train", *flags],
+        ["evaluate", "--pretrained_checkpoint", policy, "--local_log_dir", str(tmp_path / "runs/e"), *suite.split()],
+        ["report", str(tmp_path / "runs/a")],
+    ):
+        running = subprocess.Popen(
+            [sys.executable, "-m", "spvla.cli", *command],
+            cwd=tmp_path / "here",
+            env=os.environ | {"WANDB_API_KEY": KEY, "AWS_SECRET_ACCESS_KEY": KEY, "WANDB_MODE": "offline"},
+            stdout=(tmp_path / f"{command[0]}.txt").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        while running.poll() is None:
+            lines.update(command_lines(psutil.Process(running.pid)))
+            time.sleep(0.2)
+        assert running.returncode == 0, (tmp_path / f"{command[0]}.txt").read_text()
+    assert any("raylet" in line for line in lines)
+    assert [line for line in lines if KEY in line] == []
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert {p.name for p in written} >= {"train.txt", "report.html", "ledger.sqlite"}
+    assert len([p for p in written if p.suffix == ".wandb"]) == 2
     assert [p for p in written if KEY.encode() in p.read_bytes()] == []
+    assert list((tmp_path / "here").iterdir()) == []
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"a", "e"}
 
 
 def test_no_command_takes_a_key_as_a_flag() -> None:
