@@ -48,3 +48,14 @@ def ray_cluster() -> Iterator[None]:
 
     with connection(num_cpus=4):
         yield
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A sum's order, and so its last bit, follows the number of threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

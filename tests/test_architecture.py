@@ -20,6 +20,7 @@ FLOORS = {
     "spvla.machines": 2,
     "spvla.cluster": 3,
     "spvla.runs": 2,
+    "spvla.tracking": 2,
     # image + instruction -> action
     "spvla.policy.pixels": 0,
     "spvla.policy.actions": 1,

@@ -6,12 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from farm_parts import PROTOCOL
 
 from spvla import runs
 from spvla.config import EvaluateConfig, ReportConfig, StatusConfig
 from spvla.errors import UserError
 from spvla.farm.ledger import Ledger
-from spvla.farm.protocol import Protocol
 from spvla.report import plots
 from spvla.report.html import report
 from spvla.report.story import tell
@@ -19,23 +19,6 @@ from spvla.status import describe
 from spvla.types import Outcome, Status, Trial
 
 HOSTILE = "pick up the <script>alert('x')</script> & place it"
-
-
-def protocol() -> Protocol:
-    return Protocol(
-        assets="primitives",
-        assets_digest="0",
-        renderer="llvmpipe",
-        mujoco="3.8.1",
-        robosuite="1.4.0",
-        libero="0.1.4",
-        num_steps_wait=10,
-        center_crop=True,
-        seed=7,
-        device="cpu",
-        dtype="float32",
-        decode_batch_size=4,
-    )
 
 
 def outcome(success: bool) -> Outcome:
@@ -49,17 +32,17 @@ def run(tmp_path: Path) -> Path:
     run = tmp_path / "run"
     runs.write_config(run, "evaluate", EvaluateConfig(pretrained_checkpoint="a", run_id_note="n"))
     with Ledger.create(run / runs.LEDGER) as ledger:
-        ledger.add_protocol(protocol())
+        ledger.add_protocol(PROTOCOL)
         ledger.add_tasks({("libero_object", 0): HOSTILE, ("libero_object", 1): "second task"})
         for name in ("policy-a", "policy-b"):
             ledger.add_policy(name, name=name, path=f"/{name}")
             trials = [
                 Trial(policy=name, suite="libero_object", task=t, init_state=i) for t in range(2) for i in range(4)
             ]
-            ledger.add_trials(protocol().digest, trials)
+            ledger.add_trials(PROTOCOL.digest, trials)
             for trial in trials:
-                assert ledger.claim(protocol().digest, trial)
-                ledger.record(protocol().digest, trial, outcome(name == "policy-a" or trial.init_state < 2))
+                assert ledger.claim(PROTOCOL.digest, trial)
+                ledger.record(PROTOCOL.digest, trial, outcome(name == "policy-a" or trial.init_state < 2))
     rows = [{"step": s, "total_loss": 1 / (s + 1), "grad_norm": 1.0, "action_accuracy": 0.5} for s in range(5)]
     (run / runs.METRICS).write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 5, "total_l')
     sweep = [

@@ -1,6 +1,5 @@
 """One pass over a shared prefix against two plain passes through the model, gradients included; and the opponent."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +19,9 @@ from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import Reply, Speech, draw_uniforms, score_pair, score_real, to_inputs
 from spvla.types import ACTION_DIM, Batch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GREEDY = Speech()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def plain_logps(model: nn.Module, batch: Batch, actions: Tensor) -> Tensor:

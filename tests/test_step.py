@@ -2,7 +2,6 @@
 
 import math
 import multiprocessing
-from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -24,16 +23,10 @@ from spvla.selfplay.settings import learning_rate
 from spvla.selfplay.step import Learner
 from spvla.types import ACTION_DIM, Batch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FORK = StepConfig(objective="spvla", beta=0.5, eta=0.01, sft_weight=1.0, logp_reduction="mean")
 SPIN = StepConfig(beta=0.5, learning_rate=1e-3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def trained(learner: Learner, steps: int, *, start: int = 0, size: int = 2) -> torch.Tensor:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from spvla.config import EvaluateConfig
-from spvla.errors import UserError
 from spvla.farm.ledger import Ledger, TrialRow
 from spvla.farm.summary import Summary, summarise
 from spvla.files import write_json, write_text
+from spvla.tracking import start_run
 
 RESULTS, TRIALS = "results.json", "trials.csv"
 STEP = "checkpoint_step"
@@ -50,23 +50,7 @@ class Wandb:
 
     def __init__(self, config: EvaluateConfig, *, folder: Path, name: str) -> None:
         """Raises UserError, before any trial is played, where W&B cannot start."""
-        import wandb
-
-        try:
-            self.run = wandb.init(
-                project=config.wandb_project,
-                entity=config.wandb_entity,
-                mode=None if config.wandb_mode == "online" else config.wandb_mode,  # None: WANDB_MODE decides
-                name=name,
-                dir=str(folder),
-                settings=wandb.Settings(console="off", silent=True),
-            )
-        except wandb.errors.Error as e:
-            raise UserError(
-                f"--use_wandb True, but W&B cannot start ({str(e).splitlines()[0]})",
-                expected="a login on this machine",
-                remedy="Run `wandb login`, or give --wandb_mode offline.",
-            ) from e
+        self.run = start_run(config, name=name, folder=folder)
         self.run.define_metric("*", step_metric=STEP)  # checkpoints of a run may be evaluated newest first
 
     def write(self, summaries: Sequence[Summary], *, step: int | None = None) -> None:

@@ -14,9 +14,9 @@ from typing import Protocol
 
 from spvla import runs
 from spvla.config import TrainConfig
-from spvla.errors import UserError
 from spvla.files import write_text
 from spvla.progress import Progress
+from spvla.tracking import start_run
 
 Row = dict[str, float]  # {"step": 10, "train_loss": 0.69, ...}
 
@@ -83,29 +83,9 @@ class Wandb:
     """Weights & Biases. The id is kept in the run's folder, so that a resumed run continues the same curves."""
 
     def __init__(self, run: Path, config: TrainConfig) -> None:
-        import wandb
-        from draccus import encode
-
         id_file = run / "wandb" / "id"
         known = id_file.read_text().strip() if id_file.exists() else None
-        try:
-            self.session = wandb.init(
-                project=config.wandb_project,
-                entity=config.wandb_entity,
-                mode=None if config.wandb_mode == "online" else config.wandb_mode,  # None: WANDB_MODE decides
-                name=run.name,
-                dir=run,
-                id=known,
-                resume="allow",
-                config=encode(config),
-                settings=wandb.Settings(console="off", silent=True),
-            )
-        except wandb.errors.Error as e:
-            raise UserError(
-                f"--use_wandb True, but W&B cannot start ({str(e).splitlines()[0]})",
-                expected="a login on this machine",
-                remedy="Run `wandb login`, or give --wandb_mode offline.",
-            ) from e
+        self.session = start_run(config, name=run.name, folder=run, id=known, resume="allow")
         if known is None:
             write_text(id_file, self.session.id)
 
