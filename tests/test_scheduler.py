@@ -111,6 +111,8 @@ def test_sizes_follow_the_cluster(cpus: int, gpus: int, envs: int, decoders: int
 def test_half_of_the_environments_make_a_batch() -> None:
     assert decode_batch_size(sizes(cpus=16, gpus=1, num_envs=32, num_decoders=0)) == 16
     assert decode_batch_size(sizes(cpus=2, gpus=0, num_envs=1, num_decoders=0)) == 1
+    assert decode_batch_size(sizes(cpus=4, gpus=0, num_envs=3, num_decoders=0)) == 1
+    assert decode_batch_size(sizes(cpus=4, gpus=1, num_envs=3, num_decoders=0)) == 2
 
 
 def test_the_evidence_worked_by_hand() -> None:
