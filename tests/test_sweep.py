@@ -174,6 +174,41 @@ def written_at(runs_ended: list[Path]) -> dict[Path, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_poor_trial_is_stopped_early_and_a_broken_one_told(tmp_path: Path, ray_cluster: None) -> None:
+    write_toy_dataset(tmp_path / "data", name=DATA, brightest=1)
+    space = {"learning_rate": "1e-2,1e-12,1e30"}
+    config = real_config(tmp_path / "data", tmp_path, space=space, max_concurrent=1)
+    longer = replace(config.train, objective="sft", max_steps=240, save_steps=60)  # ASHA looks at steps 60 and 240
+    good, poor, broken = sweep(replace(config, train=longer))
+    assert (good.parameters, good.status, good.step) == ({"learning_rate": 1e-2}, "done", 240)
+    assert (poor.parameters, poor.status) == ({"learning_rate": 1e-12}, "stopped")
+    assert good.objective == 1 > poor.objective and poor.step < 240
+    assert (broken.parameters, broken.status, broken.objective) == ({"learning_rate": 1e30}, "failed", None)
+    assert "not finite" in broken.error
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_trial_whose_process_dies_is_tried_again(data: Path, tmp_path: Path) -> None:
+    config = real_config(data, tmp_path)
+    config = replace(config, train=replace(config.train, max_steps=60, save_steps=20))
+    driver = subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    run = tmp_path / "s" / "trials" / "beta=0.3"
+    when(lambda: runs.checkpoints(run), timeout_s=240)
+    trials = [p for p in psutil.Process(driver.pid).children(recursive=True) if "ImplicitFunc" in " ".join(p.cmdline())]
+    assert trials
+    for process in trials:
+        process.kill()
+    said, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 0, said
+    rows = json.loads((tmp_path / "s" / "trials.json").read_text())["trials"]
+    assert {row["status"] for row in rows} <= {"done", "stopped"} and len(rows) == 2
+    steps = [row["step"] for row in runs.read_metrics(run)]
+    assert steps == list(range(1, len(steps) + 1))  # from its last checkpoint: no step twice, none missing
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_repeats_no_ended_trial(data: Path, tmp_path: Path) -> None:
     config = real_config(data, tmp_path, space={"beta": "0.3,0.7", "learning_rate": "2e-4,5e-4"})
     driver = subprocess.Popen(command(config), stderr=subprocess.DEVNULL, start_new_session=True)

@@ -21,13 +21,18 @@ from spvla.types import Episode
 DATASET = "toy_no_noops"
 
 
-def write_toy_dataset(root: Path, episodes: int = 22, steps: int = 6, name: str = DATASET) -> Path:
-    """Grey frames whose brightness tells the action: something to learn, in a second. 22 episodes: one is held out."""
+def write_toy_dataset(
+    root: Path, episodes: int = 22, steps: int = 6, name: str = DATASET, *, brightest: int = 255
+) -> Path:
+    """Grey frames whose brightness tells the action: something to learn, in a second. 22 episodes: one is held out.
+
+    `brightest` 1 makes all frames black: the one action is soon learned.
+    """
     from spvla.data.rlds import write_dataset
 
     def episode(i: int) -> Episode:
         rng = np.random.default_rng(i)
-        levels = rng.integers(0, 255, steps)
+        levels = rng.integers(0, brightest, steps)
         images = [encode_jpeg(np.full((256, 256, 3), level, np.uint8)) for level in levels]
         actions = np.tile(levels[:, None] / 127.5 - 1, (1, 7)).astype(np.float32)
         return Episode(
