@@ -116,7 +116,7 @@ def test_a_farm_that_gets_no_machine_says_so_at_last(
     with fake_farm(tmp_path, FarmConfig(num_envs=2), start=False) as (farm, said):
         with pytest.raises(InfrastructureError, match="no machine took in any policy actor within 6 s; `ray status`"):
             farm.start([VERSION])
-        assert said == ["waiting for machines: 2 environments, 1 policy actors"]
+        assert said == ["waiting for room on the cluster: 2 environments, 1 policy actors"]
 
 
 def test_a_farm_waits_for_cpus_that_others_hold(tmp_path: Path, ray_cluster: None) -> None:

@@ -103,7 +103,9 @@ class Farm:
     def _tell_who_waits(self) -> None:
         waiting = {crew.kind: len(crew.waiting(TELL_AFTER_S)) for crew in (self.workers, self.servers)}
         if any(waiting.values()) and waiting != self.told_waiting:
-            self.say(f"waiting for machines: {waiting['env']} environments, {waiting['policy']} policy actors")
+            self.say(
+                f"waiting for room on the cluster: {waiting['env']} environments, {waiting['policy']} policy actors"
+            )
         self.told_waiting = waiting
 
     def _welcome(self, crew: Crew, slot: Slot) -> None:

@@ -91,8 +91,7 @@ class Crew(Generic[Facts]):
             slot.placing, slot.since_s = slot.actor.__ray_ready__.remote(), now
 
     def started(self) -> Iterator[tuple[Slot[Facts], str]]:
-        """Starts actors that have a place and looks after them; yields (slot, "") for each that became ready,
-        (slot, why) for each that fell."""
+        """Starts who has a place; yields (slot, "") for each that became ready, (slot, why) for each that fell."""
         yield from self._start_placed()
         for slot in [s for s in self.slots if s.starting is not None]:
             if ray.wait([slot.starting], timeout=0)[0]:
