@@ -14,6 +14,7 @@ import mujoco
 import numpy as np
 
 from spvla.errors import InfrastructureError
+from spvla.sim.meshes import FineMeshes, View
 from spvla.sim.visibility import Visibility
 from spvla.types import CAMERA_SIZE
 
@@ -67,6 +68,13 @@ def renderer_name() -> str:
     return name
 
 
+def _draws_in_software() -> bool:
+    """Whether the current context does."""
+    from OpenGL import GL
+
+    return b"llvmpipe" in GL.glGetString(GL.GL_RENDERER)
+
+
 class Renderer:
     """An OpenGL context with one model's meshes and textures."""
 
@@ -87,6 +95,8 @@ class Renderer:
         self.perturbation = mujoco.MjvPerturb()
         self.viewport = mujoco.MjrRect(0, 0, CAMERA_SIZE, CAMERA_SIZE)
         self.visibility = Visibility(model)
+        alone = self.visibility.all_drawn or self.visibility.mirrors  # MuJoCo draws several times
+        self.fine = FineMeshes(model) if _draws_in_software() and not alone else None
         _close_at_exit()
         _OPEN.add(self)
 
@@ -99,7 +109,30 @@ class Renderer:
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self.model, data, self.options, self.perturbation, self.camera, everything, self.scene)
         self.visibility.show()
-        mujoco.mjr_render(self.viewport, self.scene, self.device)
+        if self.fine is None:
+            mujoco.mjr_render(self.viewport, self.scene, self.device)
+            return self._pixels()
+        with self.fine.left_out(self.scene, data, self._view(data)) as shapes:
+            mujoco.mjr_render(self.viewport, self.scene, self.device)
+        right = self.fine.draw(shapes, self.scene.nlight)
+        image = self._pixels()
+        if not right():
+            mujoco.mjr_render(self.viewport, self.scene, self.device)
+            image = self._pixels()
+        return image
+
+    def _view(self, data: mujoco.MjData) -> View:
+        camera, frustum = self.camera.fixedcamid, self.scene.camera[0]
+        return View(
+            eye=data.cam_xpos[camera],
+            axes=data.cam_xmat[camera].reshape(3, 3),
+            fovy_deg=self.model.cam_fovy[camera],
+            near_m=frustum.frustum_near,
+            far_m=frustum.frustum_far,
+            size=CAMERA_SIZE,
+        )
+
+    def _pixels(self) -> np.ndarray:
         image = np.empty((CAMERA_SIZE, CAMERA_SIZE, 3), np.uint8)
         mujoco.mjr_readPixels(image, None, self.viewport, self.device)
         return image

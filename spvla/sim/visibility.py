@@ -29,7 +29,6 @@ class Visibility:
         mirror_site = any(m >= 0 and model.mat_reflectance[m] > 0 for m in model.site_matid)
         self.all_drawn = casts_shadow or odd_camera or mirror_site
         self.site_groups = model.site_group.copy()
-        self.translucent = bool((_is_translucent(model.geom_rgba) | _is_translucent(_material_rgba(model))).any())
 
     def hide(self, data: mujoco.MjData, camera: int) -> None:
         """Moves what `camera` cannot see to the hidden group; `show` undoes it."""
@@ -37,9 +36,7 @@ class Visibility:
         if self.all_drawn:
             return
         model.geom_group[self.geoms] = np.where(self.seen(data, camera), self.groups, HIDDEN)
-        # An invisible site could still stand in the way of a translucent thing behind it.
-        if not self.translucent and not _is_translucent(model.site_rgba).any():
-            model.site_group[model.site_rgba[:, 3] <= 0] = HIDDEN
+        model.site_group[model.site_rgba[:, 3] <= 0] = HIDDEN  # MuJoCo would blend nothing, and keep the depth
 
     def show(self) -> None:
         self.model.geom_group[self.geoms] = self.groups
@@ -87,14 +84,3 @@ def _is_mirror(model: mujoco.MjModel, geom: int) -> bool:
 
 def _surface_height(model: mujoco.MjModel, geom: int) -> float:
     return model.geom_size[geom, 2] if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_BOX else 0.0
-
-
-def _is_translucent(rgba: np.ndarray) -> np.ndarray:
-    return (rgba[:, 3] > 0) & (rgba[:, 3] < 1)
-
-
-def _material_rgba(model: mujoco.MjModel) -> np.ndarray:
-    """(ngeom, 4): the material's colour of every geom, opaque where it has none."""
-    if model.nmat == 0:
-        return np.ones((model.ngeom, 4))
-    return np.where(model.geom_matid[:, None] >= 0, model.mat_rgba[model.geom_matid], 1.0)

@@ -1,0 +1,168 @@
+"""Drawing fewer triangles: which are left out, and that no pixel shows it."""
+
+from collections.abc import Iterator
+
+import mujoco
+import numpy as np
+import pytest
+
+from spvla.sim.assets import resolve
+from spvla.sim.libero import LiberoEnv
+from spvla.sim.meshes import read_mesh
+from spvla.sim.rendering import Renderer
+from spvla.sim.triangles import project, select
+
+SAMPLES = np.array([[0.375, 0.125], [0.875, 0.375], [0.125, 0.625], [0.625, 0.875]])
+
+# A cube as a mesh, seen from above at a slant, and room for a later shape.
+WORLD = """
+<mujoco>
+  <asset>
+    <mesh name="cube" vertex="-1 -1 -1  1 -1 -1  -1 1 -1  1 1 -1  -1 -1 1  1 -1 1  -1 1 1  1 1 1" scale=".3 .3 .3"/>
+  </asset>
+  <worldbody>
+    <light pos="0 0 5" castshadow="false"/>
+    <camera name="eye" pos="0 -3 2" xyaxes="1 0 0 0 .555 .832" fovy="40"/>
+    <geom name="floor" type="plane" size="3 3 .1" pos="0 0 -.5" group="1"/>
+    <geom name="cube" type="mesh" mesh="cube" group="1" rgba="1 0 0 1"/>
+    {later}
+  </worldbody>
+</mujoco>"""
+
+
+def kept(*triangles: list) -> list[int]:
+    """Which triangles, of three (x, y) in pixels each, may touch a sample."""
+    pixels = np.array(triangles, float).reshape(-1, 2)
+    faces = np.arange(len(pixels), dtype=np.uint32).reshape(-1, 3)
+    out = np.empty_like(faces)
+    return (out[: select(faces, pixels, SAMPLES, out), 0] // 3).tolist()
+
+
+def test_what_lies_between_samples_or_faces_away_is_left_out() -> None:
+    between = [(5.4, 5.4), (5.6, 5.4), (5.5, 5.6)]
+    around = [(5.3, 5.0), (5.5, 5.1), (5.3, 5.3)]
+    large = [(2, 2), (90, 3), (40, 60)]
+    assert kept(between, around, large, around[::-1], large[::-1]) == [1, 2]
+
+
+def test_what_the_driver_draws_is_never_left_out() -> None:
+    """By brute force: corners move to the nearest 1/256 of a pixel, and a sample on an edge may count."""
+    rng = np.random.default_rng(0)
+    sizes = rng.choice([0.02, 0.2, 0.8], (4000, 1, 1))
+    corners = rng.uniform(20, 24, (4000, 1, 2)) + rng.normal(0, sizes, (4000, 3, 2))
+    corners[:1000, 2] = corners[:1000, :2].mean(1) + rng.normal(0, 1e-3, (1000, 2))  # slivers
+    a, b, c = np.moveaxis(np.round(corners * 256) / 256, 1, 0)
+    places = (np.stack(np.meshgrid(np.arange(12, 33), np.arange(12, 33)), -1)[..., None, :] + SAMPLES).reshape(-1, 2)
+
+    def left_of(p: np.ndarray, q: np.ndarray) -> np.ndarray:  # (T, places)
+        edge, way = (q - p)[:, None], places - p[:, None]
+        return edge[..., 0] * way[..., 1] - edge[..., 1] * way[..., 0] >= 0
+
+    front = (b - a)[:, 0] * (c - a)[:, 1] - (b - a)[:, 1] * (c - a)[:, 0] > 0
+    drawn = front & (left_of(a, b) & left_of(b, c) & left_of(c, a)).any(1)
+    chosen = np.zeros(len(corners), bool)
+    chosen[kept(*corners)] = True
+    assert drawn.sum() > 400 and not (drawn & ~chosen).any()
+    assert chosen.sum() < 2 * drawn.sum()
+
+
+@pytest.mark.parametrize(
+    ("shift", "expected"),
+    [
+        ((0, 0, -2), True),
+        ((1.9, 0, -2), False),  # over the right edge
+        ((0, 0, -0.05), False),  # before the near plane
+        ((0, 0, 2), False),  # behind
+        ((0, 0, -60), False),  # beyond the far plane
+    ],
+)
+def test_a_mesh_that_is_not_wholly_in_the_picture_is_left_to_mujoco(shift: tuple, expected: bool) -> None:
+    points = np.array([[-0.2, -0.2, 0], [0.2, 0.2, 0]], np.float32)
+    pixels = np.empty((2, 2))
+    assert project(points, np.eye(3), np.array(shift, float), 128.0, 256, 0.1, 50.0, pixels) is expected
+    if expected:
+        assert np.allclose(pixels, [[115.2, 115.2], [140.8, 140.8]])
+
+
+def pictures(later: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """A world's picture by MuJoCo alone, that with its mesh drawn afterwards, and how often the latter was drawn."""
+    model = mujoco.MjModel.from_xml_string(WORLD.format(later=later))
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    renderer = Renderer(model)
+    if renderer.fine is None:
+        pytest.skip("a GPU draws here, and all triangles")
+    draws = []
+    ours, (fine, pixels) = renderer.render(data, "eye"), (renderer.fine, renderer._pixels)
+    renderer._pixels = lambda: draws.append(1) or pixels()
+    assert np.array_equal(renderer.render(data, "eye"), ours)
+    renderer.fine = None
+    alone = renderer.render(data, "eye")
+    renderer.close()
+    assert (alone[..., 0] > alone[..., 1]).sum() > 1000 and len(fine.numbers) == 1  # a red cube
+    return alone, ours, len(draws) - 1
+
+
+def test_a_mesh_drawn_afterwards_looks_the_same() -> None:
+    alone, ours, draws = pictures('<geom name="ball" size=".2" pos=".5 -.2 .1" group="1"/>')
+    assert np.array_equal(alone, ours) and draws == 1
+
+
+def test_where_a_later_shape_has_the_very_same_depth_mujoco_draws_all() -> None:
+    """The box's upper side lies in the cube's; MuJoCo shows the later of the two."""
+    alone, ours, draws = pictures('<geom name="lid" type="box" size=".1 .1 .1" pos="0 0 .2" group="1"/>')
+    assert np.array_equal(alone, ours) and draws == 2
+    assert not np.array_equal(alone, pictures("")[0])
+
+
+def test_what_shows_through_is_left_to_mujoco() -> None:
+    glass = '<geom name="glass" type="box" size=".2 .02 .3" pos="0 -.6 .2" rgba="0 1 0 .5" group="1"/>'
+    alone, ours, _ = pictures(glass)
+    assert np.array_equal(alone, ours) and not np.array_equal(alone, pictures("")[0])
+
+
+def test_a_site_without_colour_hides_nothing_behind_it() -> None:
+    """Not even something translucent: MuJoCo draws such things without touching the depth."""
+    glass = '<geom name="glass" type="box" size=".2 .02 .3" pos="0 -.6 .2" rgba="0 1 0 .5" group="1"/>'
+    site = '<site name="gone" size=".1" pos="0 -.9 .4" rgba="1 0 0 -.5" group="1"/>'
+    assert np.array_equal(pictures(glass + site)[1], pictures(glass)[0])
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[LiberoEnv]:
+    with LiberoEnv("libero_goal", 3, resolve()) as env:
+        yield env
+
+
+@pytest.mark.parametrize("camera", ["agentview", "robot0_eye_in_hand"])
+def test_leaving_triangles_out_changes_no_pixel(env: LiberoEnv, camera: str) -> None:
+    env.reset(0)
+    env.image()
+    renderer = env.renderer
+    if (fine := renderer.fine) is None:
+        pytest.skip("a GPU draws here, and all triangles")
+    for step in range(20):
+        env.step(np.array([0.8, -0.5 + 0.05 * step, -0.7, 0.2, 0.5, 0, -1]))
+        ours, renderer.fine = env.image(camera), None
+        assert np.array_equal(env.image(camera), ours), f"step {step}"
+        renderer.fine = fine
+
+
+def test_most_of_the_robots_triangles_are_left_out(env: LiberoEnv) -> None:
+    env.reset(0)
+    env.image()
+    if (fine := env.renderer.fine) is None:
+        pytest.skip("a GPU draws here, and all triangles")
+    with fine.left_out(env.renderer.scene, env.sample.data, env.renderer._view(env.sample.data)) as shapes:
+        left, all_of_them = sum(len(s.kept) for s in shapes), sum(len(s.mesh.faces) for s in shapes)
+    assert all_of_them > 50_000 and left < all_of_them / 3
+
+
+def test_a_mesh_is_read_corner_by_corner(env: LiberoEnv) -> None:
+    model = env.model
+    number = int(np.argmax(model.mesh_facenum))
+    mesh, first = read_mesh(model, number), model.mesh_faceadr[number]
+    corners = model.mesh_vertadr[number] + model.mesh_face[first : first + model.mesh_facenum[number]]
+    assert np.array_equal(mesh.points[mesh.faces], model.mesh_vert[corners])
+    chosen = model.mesh_normaladr[number] + model.mesh_facenormal[first : first + model.mesh_facenum[number]]
+    assert model.mesh_texcoordadr[number] < 0 or np.array_equal(mesh.normals[mesh.faces], model.mesh_normal[chosen])
