@@ -81,22 +81,22 @@ def evaluation(tmp_path: Path, *flags: str) -> list[str]:
 
 
 def test_an_evaluation_gets_its_machines_and_lets_them_go(server: JobServer, tmp_path: Path) -> None:
-    when(lambda: at_rest(server))
+    when(lambda: at_rest(server), timeout_s=300)
     with driver(server, *evaluation(tmp_path, "--num_envs", "2", "--num_trials_per_task", "4")) as running:
-        when(lambda: machines(server) == {"policy": 1, "env": 2} or running.poll() is not None)
+        when(lambda: machines(server) == {"policy": 1, "env": 2} or running.poll() is not None, timeout_s=300)
         said, _ = running.communicate(timeout=300)
     assert running.returncode == 0, said
     with Ledger.open(tmp_path / "logs" / runs.LEDGER) as ledger:
         assert {row.worker for row in ledger.trials()} == {"env-0", "env-1"}
         assert len(ledger.outcomes()) == 4 and ledger.errors() == []
-    when(lambda: at_rest(server))
+    when(lambda: at_rest(server), timeout_s=300)
 
 
 def test_a_killed_evaluation_asks_for_nothing_more(server: JobServer, tmp_path: Path) -> None:
     with driver(server, *evaluation(tmp_path, "--num_envs", "3", "--num_trials_per_task", "50")) as running:
-        when(lambda: any(machines(server).values()))
+        when(lambda: any(machines(server).values()), timeout_s=300)
         os.kill(running.pid, signal.SIGKILL)
-    when(lambda: at_rest(server))
+    when(lambda: at_rest(server), timeout_s=300)
 
 
 def test_training_gets_its_machines(server: JobServer, tmp_path: Path) -> None:
@@ -112,4 +112,4 @@ def test_a_sweeps_trials_get_their_machines(server: JobServer, tmp_path: Path) -
     swept = ("--beta", "0.1,0.5", "--metric", "val_action_accuracy")
     said = output(server, "sweep", *flags_of(config), *swept)
     assert said.count(" done") == 2, said
-    when(lambda: at_rest(server))
+    when(lambda: at_rest(server), timeout_s=300)
