@@ -53,6 +53,7 @@ def test_the_renderer_has_a_name() -> None:
 def test_a_machine_that_cannot_draw_is_no_failure_of_the_policy() -> None:
     script = """
 import os; os.environ["MUJOCO_GL"] = "egl"; os.environ["MUJOCO_EGL_DEVICE_ID"] = "99"
+from spvla.errors import InfrastructureError
 from spvla.sim.rendering import open_context
 try:
     open_context()
