@@ -9,6 +9,7 @@ samples, and where there are any, MuJoCo draws the whole picture itself.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import mujoco
 import numpy as np
@@ -50,7 +51,7 @@ class View:
     far_m: float
     size: int
 
-    @property
+    @cached_property
     def slope(self) -> float:
         """Pixels that are one metre wide at a distance of one metre."""
         return self.size / 2 / np.tan(np.radians(self.fovy_deg) / 2)
@@ -76,9 +77,12 @@ class FineMeshes:
             yield []
             return
         ids = np.array([geom.objid if geom.objtype == GEOM else -1 for geom in geoms])
-        fine = [i for i, g in enumerate(ids) if g in self.numbers]
-        kept = {i: faces for i in fine if (faces := self._kept(int(ids[i]), data, view)) is not None}
-        contested = _meets_later(list(kept), *self._bounds(geoms, ids))
+        fine = [i for i, g in enumerate(ids.tolist()) if g in self.numbers]
+        turns = view.axes.T @ data.geom_xmat[ids[fine]].reshape(-1, 3, 3)
+        shifts = (data.geom_xpos[ids[fine]] - view.eye) @ view.axes
+        found = [self._kept(*where, view) for where in zip(ids[fine].tolist(), turns, shifts, strict=True)]
+        kept = {i: faces for i, faces in zip(fine, found, strict=True) if faces is not None}
+        contested = _meets_later(list(kept), *self._bounds(geoms, ids, data))
         meshes = [self.meshes[self.numbers[int(ids[i])]] for i in kept]
         parts = zip(kept.items(), meshes, contested, strict=True)
         shapes = [Shape(geoms[i], mesh, faces, bool(meets)) for (i, faces), mesh, meets in parts]
@@ -106,22 +110,22 @@ class FineMeshes:
         gl.glDisableClientState(gl.VERTEX_ARRAY)
         return lambda: ties is None or gl.result(ties) == 0
 
-    def _bounds(self, geoms: list[mujoco.MjvGeom], ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _bounds(
+        self, geoms: list[mujoco.MjvGeom], ids: np.ndarray, data: mujoco.MjData
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Boxes along the world's axes around a scene's shapes: centres and half sizes (G, 3), metres."""
-        centres, turns = np.array([g.pos for g in geoms]), np.array([g.mat for g in geoms])
-        boxes = self.model.geom_aabb[ids]  # in the shapes' own frames
-        reach = np.array([g.size.sum() for g in geoms])[:, None] * np.ones(3)  # of a site
-        reach[[g.type == mujoco.mjtGeom.mjGEOM_PLANE for g in geoms]] = np.inf
-        known = (ids >= 0)[:, None] & np.isfinite(reach)
-        centres = np.where(known, centres + np.einsum("gij,gj->gi", turns, boxes[:, :3]), centres)
-        return centres, np.where(known, np.einsum("gij,gj->gi", np.abs(turns), boxes[:, 3:]), reach) + 1e-4
+        boxes, turns = self.model.geom_aabb[ids], data.geom_xmat[ids].reshape(-1, 3, 3)
+        centres = data.geom_xpos[ids] + np.einsum("gij,gj->gi", turns, boxes[:, :3])
+        halves = np.einsum("gij,gj->gi", np.abs(turns), boxes[:, 3:])
+        halves[self.model.geom_type[ids] == mujoco.mjtGeom.mjGEOM_PLANE] = np.inf
+        for i in np.flatnonzero(ids < 0):  # a site
+            centres[i], halves[i] = geoms[i].pos, geoms[i].size.sum()
+        return centres, halves + 1e-4
 
-    def _kept(self, geom: int, data: mujoco.MjData, view: View) -> np.ndarray | None:
+    def _kept(self, geom: int, turn: np.ndarray, shift: np.ndarray, view: View) -> np.ndarray | None:
         """(K, 3) the faces of a mesh that may touch a sample; None unless it lies wholly within the picture."""
         mesh, kept = self.meshes[self.numbers[geom]], self.kept[geom]
-        rotation = view.axes.T @ data.geom_xmat[geom].reshape(3, 3)
-        shift = view.axes.T @ (data.geom_xpos[geom] - view.eye)
-        if not project(mesh.points, rotation, shift, view.slope, view.size, view.near_m, view.far_m, self.pixels):
+        if not project(mesh.points, turn, shift, view.slope, view.size, view.near_m, view.far_m, self.pixels):
             return None
         return kept[: select(mesh.faces, self.pixels, self.samples, kept)]
 
