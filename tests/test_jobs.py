@@ -1,5 +1,6 @@
 """Every script in ray_jobs/ under `ray job submit`, on a cluster that this test starts and ends."""
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -84,3 +85,26 @@ def test_demonstrations_are_collected_and_a_policy_evaluated_as_jobs(server: Job
     assert server.wait("evaluate", timeout_s=600) == "SUCCEEDED", server.logs("evaluate")
     with Ledger.open(tmp_path / "logs" / runs.LEDGER) as ledger:
         assert len(ledger.outcomes()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_self_play_and_a_sweep_run_to_their_ends_as_jobs(server: JobServer, tmp_path: Path) -> None:
+    write_toy_dataset(tmp_path / "data")
+    quick = quick_flags(tmp_path / "data", tmp_path / "runs", run_id="run", max_steps=2)
+    judged = ("--task_suite_name", "libero_object", "--tasks", "[0]", "--num_trials_per_task", "1", "--num_envs", "2")
+    judged = (*judged, "--max_trial_steps", "4")
+
+    play = quick_flags(tmp_path / "data", tmp_path / "runs", run_id="play", max_steps=2)
+    server.submit("selfplay", "selfplay", *flags_of(play), *judged, "--iterations", "1")
+    assert server.wait("selfplay", timeout_s=400) == "SUCCEEDED", server.logs("selfplay")
+    history = [json.loads(line) for line in (tmp_path / "runs" / "play" / runs.HISTORY).read_text().splitlines()]
+    assert history[-1]["name"] == "it-0" and history[-1]["trials"] == 1
+
+    swept = ("--beta", "0.3,0.7", "--metric", "val_action_accuracy", "--max_concurrent", "1")
+    server.submit("sweep", "sweep", *flags_of(quick), *swept)
+    assert server.wait("sweep", timeout_s=400) == "SUCCEEDED", server.logs("sweep")
+    table = json.loads((tmp_path / "runs" / "run" / "trials.json").read_text())["trials"]
+    assert sorted(trial["parameters"]["beta"] for trial in table) == [0.3, 0.7]
+    assert {trial["status"] for trial in table} == {"done"}
+    assert f"best  {table[0]['checkpoint']}" in server.logs("sweep")
