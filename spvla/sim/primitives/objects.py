@@ -23,6 +23,11 @@ def decoration(part_pos: Vec, half: Vec, colour: Vec) -> Part:
     return box(part_pos, half, colour, solid=False)
 
 
+def unseen(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Only felt: some init states hold a bowl in a plate's rim, and walls as thin as those drawn would hook."""
+    return tuple(Part(**{**vars(part), "seen": False}) for part in parts)
+
+
 def can(paper: Vec, band: Vec) -> tuple[Part, ...]:
     lids = (cylinder((0, 0, z), 0.0325, 0.002, SILVER, solid=False) for z in (-0.0366, 0.0361))
     label = cylinder((0, 0, -0.008), 0.0323, 0.009, band, solid=False)
@@ -118,10 +123,12 @@ def dishes() -> tuple[Asset, ...]:
         *round_bar((0, 0, 0.0042), 0.027, 0.0026, dark),
         *ring((0.024, 0.0036), (0.042, 0.0155), 0.003, dark),
         *ring((0.042, 0.0155), (0.0535, 0.0521), 0.003, dark),
+        *unseen(ring((0.0405, 0.013), (0.047, 0.031), 0.012, dark)),
     )
     plate = (
         *round_bar((0, 0, 0.0031), 0.034, 0.0022, PORCELAIN),
         *ring((0.031, 0.003), (0.067, 0.0155), 0.004, PORCELAIN),
+        *unseen(ring((0.066, 0.001), (0.066, 0.0115), 0.008, PORCELAIN)),
         *(Part(**{**vars(p), "solid": False}) for p in ring((0.0665, 0.0150), (0.0685, 0.0166), 0.004, RED)),
     )
     glaze = (0.72, 0.74, 0.76)
