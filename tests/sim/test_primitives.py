@@ -66,7 +66,7 @@ def test_init_states_apply_and_objects_come_to_rest(suite: str, task: int, asset
 @pytest.mark.slow
 @pytest.mark.parametrize(("suite", "task"), ALL)
 def test_nearly_all_init_states_of_every_task_come_to_rest(suite: str, task: int, assets: AssetSet) -> None:
-    """The furniture's draws are no part of an init state, so some drop a bowl onto a plate's edge. That upsets 8 of the 50
-    of libero_spatial's first task, with LIBERO's own objects 7."""
+    """The furniture's draws are no part of an init state, so some drop a bowl onto a plate's edge. That upsets 8 of the
+    50 of libero_spatial's first task, with LIBERO's own objects 7."""
     with LiberoEnv(suite, task, assets) as env:
         assert sum(not comes_to_rest(env, init_state) for init_state in range(50)) <= 8
