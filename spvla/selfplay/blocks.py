@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spvla.selfplay import fused
 from spvla.selfplay.adapters import Lora, Site, adapted
+from spvla.selfplay.fused import turned
 
 
 class Norm(NamedTuple):
@@ -35,17 +37,13 @@ def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     return norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding in float32: (B, T, H, K) -> (B, H, T, K)."""
-    wide = x.float()
-    left, right = wide.chunk(2, -1)
-    return (wide * cos + torch.cat((-right, left), -1) * sin).to(x.dtype).transpose(1, 2).contiguous()
-
-
 def project_qkv(x: Tensor, norm: Norm, site: Site, lora: Lora | None, heads: int, rows: Rows) -> tuple[Tensor, ...]:
-    """(B, T, D) -> rotated q and k, and v, each (B, H, T, K)."""
-    q, k, v = (part.unflatten(-1, (heads, -1)) for part in adapted(rms_norm(x, norm), site, lora).split(site.outs, -1))
-    return rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin), v.transpose(1, 2).contiguous()
+    """(B, T, D) -> turned q and k, and v, each (B, H, T, K)."""
+    h = rms_norm(x, norm)
+    if fused.fits(h, lora, head=rows.cos.shape[-1]):
+        return fused.heads(h, site, lora, rows.cos, rows.sin)
+    q, k, v = (part.unflatten(-1, (heads, -1)) for part in adapted(h, site, lora).split(site.outs, -1))
+    return turned(q, rows.cos, rows.sin), turned(k, rows.cos, rows.sin), v.transpose(1, 2).contiguous()
 
 
 def llama_attention(
@@ -63,7 +61,10 @@ def llama_attention(
 def llama_rest(x: Tensor, attended: Tensor, norm: Norm, sites: Sequence[Site], loras: Sequence[Lora | None]) -> Tensor:
     """Output map, residual, gated MLP: (B, T, D) twice -> (B, T, D)."""
     x = x + adapted(attended, sites[0], loras[0])
-    gate, up = adapted(rms_norm(x, norm), sites[1], loras[1]).chunk(2, -1)
+    h = rms_norm(x, norm)
+    if fused.fits(h, *loras[1:]):
+        return x + fused.gated_mlp(h, sites[1], loras[1], sites[2], loras[2])
+    gate, up = adapted(h, sites[1], loras[1]).chunk(2, -1)
     return x + adapted(F.silu(gate) * up, sites[2], loras[2])
 
 

@@ -1,0 +1,84 @@
+"""The fused halves of a layer give what the plain code gives, gradients included."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spvla.selfplay import fused
+from spvla.selfplay.adapters import Lora, Site, adapted
+
+BATCH, TOKENS, HEADS, HEAD, HIDDEN, RANK = 3, 25, 2, 32, 160, 16
+WIDTH = HEADS * HEAD
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+PLACES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("own_positions", [False, True])
+def test_heads_are_adapted_and_turned_as_by_the_plain_code(place: str, own_positions: bool) -> None:
+    draw = drawing(place)
+    site, lora = adapted_maps(draw, WIDTH, [WIDTH] * 3)
+    angles = draw(BATCH if own_positions else 1, TOKENS, 1, HEAD // 2)
+    cos, sin = (torch.cat((t, t), -1) for t in (angles.cos(), angles.sin()))
+
+    def plain(h: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (part.unflatten(-1, (HEADS, -1)) for part in adapted(h, site, lora).split(site.outs, -1))
+        return fused.turned(q, cos, sin), fused.turned(k, cos, sin), v.transpose(1, 2)
+
+    assert_equal(draw, plain, lambda h: fused.heads(h, site, lora, cos, sin), [lora.a, lora.b])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_gated_mlp_is_that_of_the_plain_code(place: str) -> None:
+    draw = drawing(place)
+    site, lora = adapted_maps(draw, WIDTH, [HIDDEN] * 2)
+    down, lora_down = adapted_maps(draw, HIDDEN, [WIDTH])
+
+    def plain(h: Tensor) -> tuple[Tensor, ...]:
+        gate, up = adapted(h, site, lora).chunk(2, -1)
+        return (adapted(F.silu(gate) * up, down, lora_down),)
+
+    trained = [lora.a, lora.b, lora_down.a, lora_down.b]
+    assert_equal(draw, plain, lambda h: (fused.gated_mlp(h, site, lora, down, lora_down),), trained)
+
+
+def test_dropout_and_missing_adapters_are_left_to_the_plain_code() -> None:
+    draw = drawing("cpu")
+    _, lora = adapted_maps(draw, WIDTH, [WIDTH])
+    h = draw(2, 3, WIDTH)
+    assert fused.fits(h, lora, lora)
+    assert not fused.fits(h, lora, None)
+    assert not fused.fits(h, lora._replace(dropout=0.1))
+
+
+Draw = Callable[..., Tensor]
+
+
+def drawing(place: str) -> Draw:
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator).to(place)
+
+
+def adapted_maps(draw: Draw, inputs: int, outs: list[int]) -> tuple[Site, Lora]:
+    site = Site(draw(sum(outs), inputs) * inputs**-0.5, None, tuple(outs))
+    a, b = draw(len(outs) * RANK, inputs) * inputs**-0.5, draw(sum(outs), RANK) * RANK**-0.5
+    return site, Lora(a.requires_grad_(), b.requires_grad_(), 0.5, 0.0)
+
+
+Run = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def assert_equal(draw: Draw, plain: Run, ours: Run, trained: list[Tensor]) -> None:
+    """Results, and gradients of the rows and of everything trained."""
+    h = draw(BATCH, TOKENS, WIDTH).requires_grad_()
+    results = [plain(h), ours(h)]
+    weights = [draw(*y.shape) for y in results[0]]
+    wanted, got = (
+        [*run, *torch.autograd.grad(sum((y * w).sum() for y, w in zip(run, weights, strict=True)), [h, *trained])]
+        for run in results
+    )
+    for ours_, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-4, atol=1e-4)
