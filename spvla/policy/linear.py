@@ -41,6 +41,12 @@ class Linear(nn.Linear):
         y = super().forward(x)
         return y if self.lora is None else self.lora.add(x, y)
 
+    def product(self, x: Tensor) -> Tensor:
+        """`forward` without the bias, for a caller whose next step adds it: cuBLAS has no such epilogue for each shape,
+        and torch then writes the bias out first, a row for each of x."""
+        y = F.linear(x, self.weight)
+        return y if self.lora is None else self.lora.add(x, y)
+
 
 class PatchConv(nn.Conv2d):
     """A convolution whose stride is its kernel, computed as the linear map of patches that it is.
@@ -58,6 +64,14 @@ class PatchConv(nn.Conv2d):
         y = F.linear(patches, self.weight.flatten(1), self.bias)
         y = y if self.lora is None else self.lora.add(patches, y)
         return y.transpose(1, 2).unflatten(2, (height // side, width // side))
+
+
+def add_to(y: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
+    """y + linear(x), in y's memory where it can: (B, T, out), (B, T, in) -> (B, T, out). Without gradients."""
+    if type(linear) is not Linear or linear.bias is not None:
+        return y + linear(x)
+    y.flatten(0, 1).addmm_(x.flatten(0, 1), linear.weight.T)  # the product adds as it writes
+    return y if linear.lora is None else linear.lora.add(x, y)
 
 
 def together(x: Tensor, maps: list[nn.Module], packed: Tensor | None) -> list[Tensor]:

@@ -7,9 +7,9 @@ matrix products joined where several maps read the same input.
 A layer is three steps, so that each can be compiled by itself and attention can stand between them:
     project  residual stream -> rotated q, k, and v (`fill`: k and v go into a cache)
     attend   with a causal mask, a given one, or one new token against a cache
-    finish   output map, residual, gated MLP, residual
+    finish   output map, residual, gated MLP up to its last map, whose product is then added to the residual
 
-Legend: B batch, T tokens, S cache slots, H heads, K head width, D width, V vocabulary.
+Legend: B batch, T tokens, S cache slots, H heads, K head width, D width, F hidden width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spvla.policy.attend import attend_new
-from spvla.policy.linear import Linear, pack, together
+from spvla.policy.linear import Linear, add_to, pack, together
 from spvla.policy.vision import Block, RunBlock
 
 
@@ -75,9 +75,10 @@ class LlamaMlp(nn.Module):
         self.down_proj = Linear(config.mlp_hidden, config.width, bias=False)
         self.packed: Tensor | None = None  # gate and up in one tensor, while decoding
 
-    def forward(self, x: Tensor) -> Tensor:
+    def open(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, F), what `down_proj` takes."""
         gate, up = together(x, [self.gate_proj, self.up_proj], self.packed)
-        return self.down_proj(F.silu(gate) * up)
+        return F.silu(gate) * up
 
 
 class LlamaLayer(nn.Module):
@@ -98,10 +99,10 @@ class LlamaLayer(nn.Module):
         values.copy_(v)
         return q
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """(B, T, D), (B, H, T, K) -> (B, T, D)."""
+    def finish(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, D), (B, H, T, K) -> residual stream (B, T, D), and what is still to be mapped and added to it."""
         x = x + self.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x, self.mlp.open(self.post_attention_layernorm(x))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ class Kernels:
     run_block: RunBlock = Block.__call__
     project: Callable[[LlamaLayer, Tensor, Rope], tuple[Tensor, Tensor, Tensor]] = LlamaLayer.project
     fill: Callable[[LlamaLayer, Tensor, Rope, Tensor, Tensor], Tensor] = LlamaLayer.fill
-    finish: Callable[[LlamaLayer, Tensor, Tensor], Tensor] = LlamaLayer.finish
+    finish: Callable[[LlamaLayer, Tensor, Tensor], tuple[Tensor, Tensor]] = LlamaLayer.finish
 
 
 EAGER = Kernels()
@@ -175,7 +176,8 @@ class LlamaModel(nn.Module):
                     attended = attend_new(q, k, v, *cache.layer(i), last)
                 else:
                     attended = attend(q, keys, values)
-            x = kernels.finish(layer, x, attended)
+            x, opened = kernels.finish(layer, x, attended)
+            x = x + layer.mlp.down_proj(opened) if cache is None else add_to(x, opened, layer.mlp.down_proj)
         return self.norm(x)
 
 

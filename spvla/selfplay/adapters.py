@@ -39,9 +39,11 @@ class Lora(NamedTuple):
 
 def adapted(x: Tensor, site: Site, lora: Lora | None) -> Tensor:
     """(..., in) -> (..., out)."""
-    y = F.linear(x, site.weight, site.bias)
     if lora is None:
-        return y
+        return F.linear(x, site.weight, site.bias)
+    y = F.linear(x, site.weight)
+    if site.bias is not None:
+        y = y + site.bias  # in one step with LoRA's sum
     if lora.dropout:
         x = F.dropout(x, lora.dropout)
     narrow = lora.scale * F.linear(x, lora.a)  # (..., n r)

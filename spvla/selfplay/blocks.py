@@ -82,7 +82,8 @@ def vit_block(
     h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     x = x + _scaled(adapted(h, sites[1], loras[1]), scales[0])
     h = F.layer_norm(x, x.shape[-1:], norms[1].weight, norms[1].bias, norms[1].eps)
-    h = adapted(F.gelu(adapted(h, sites[2], loras[2])), sites[3], loras[3])
+    h = adapted(h, sites[2]._replace(bias=None), loras[2]) + sites[2].bias  # as in policy.linear: see `product`
+    h = adapted(F.gelu(h), sites[3], loras[3])
     return x + _scaled(h, scales[1])
 
 
