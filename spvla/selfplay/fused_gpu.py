@@ -158,24 +158,8 @@ def turn(y: Tensor, narrow: Tensor, b: Tensor, cos: Tensor, sin: Tensor, batch: 
     grid = (3 * (width // head), triton.cdiv(m, ROWS))
     tokens, table = m // batch, cos.numel() // head
     _turn[grid](
-        y,
-        narrow,
-        b,
-        cos,
-        sin,
-        q,
-        k,
-        v,
-        m,
-        tokens,
-        table,
-        width,
-        b.shape[1],
-        width // head,
-        head // 2,
-        ROWS,
-        num_warps=4,
-    )
+        y, narrow, b, cos, sin, q, k, v, m, tokens, table, width, b.shape[1], heads, head // 2, ROWS, num_warps=WARPS
+    )  # fmt: skip
     return q, k, v
 
 
