@@ -156,7 +156,7 @@ def turn(y: Tensor, narrow: Tensor, b: Tensor, cos: Tensor, sin: Tensor, batch: 
     m, width, head = len(y), y.shape[1] // 3, cos.shape[-1]
     q, k, v = (y.new_empty(batch, width // head, m // batch, head) for _ in range(3))
     grid = (3 * (width // head), triton.cdiv(m, ROWS))
-    tokens, table = m // batch, cos.numel() // head
+    tokens, table, heads = m // batch, cos.numel() // head, width // head
     _turn[grid](
         y, narrow, b, cos, sin, q, k, v, m, tokens, table, width, b.shape[1], heads, head // 2, ROWS, num_warps=WARPS
     )  # fmt: skip
