@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 import ray.train
@@ -28,9 +28,10 @@ from train_step import BETA, LEARNING_RATE, random_batch, random_model
 from spvla.cluster import connection
 from spvla.config import StepConfig
 from spvla.machines import require_resources
+from spvla.selfplay.questions import ROWS
 from spvla.selfplay.step import Learner
 
-WARM_UP = 3  # steps
+WARM_UP = 1  # groups of steps
 Row = dict[str, float]
 
 
@@ -60,7 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=20, help="samples a worker")
     parser.add_argument("--text", type=int, default=38, help="text tokens of a sample")
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=12, help=f"timed, after {WARM_UP} to warm up")
+    parser.add_argument("--steps", type=int, default=12, help="timed, after as many as are asked at once to warm up")
     parser.add_argument("--cpus_per_worker", type=int, default=1)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--out", type=Path, help="JSON")
@@ -103,15 +104,16 @@ def work(config: dict[str, argparse.Namespace]) -> Row:
     learner = Learner(model, StepConfig(beta=BETA, learning_rate=LEARNING_RATE, compile=compiled))
     equal_at_start = equal(learner)
     batches = cycle([random_batch(args.batch, args.text, seed) for seed in (2 * rank, 2 * rank + 1)])
+    together = min(args.steps, max(1, ROWS // args.batch))  # steps that the opponent answers at once
     seconds, parts = [], []
-    for step in range(WARM_UP + args.steps):
+    for _ in range(WARM_UP + args.steps // together):
         dist.barrier()
         start = time.perf_counter()
-        metrics = learner.step([next(batches)])
-        seconds.append(time.perf_counter() - start)
-        parts.append(metrics)
-        assert not metrics["skipped"], f"step {step}: {metrics}"
-    seconds, parts = seconds[WARM_UP:], parts[WARM_UP:]
+        coming = [[batch] for batch in islice(batches, together)]
+        parts.append([learner.step(questions) for questions in learner.ask(coming)])
+        seconds.append((time.perf_counter() - start) / together)
+        assert not any(metrics["skipped"] for metrics in parts[-1]), parts[-1]
+    seconds, parts = seconds[WARM_UP:], [metrics for group in parts[WARM_UP:] for metrics in group]
     step_s = statistics.median(seconds)
     return {
         "workers": world,

@@ -6,8 +6,12 @@
 a  the fork's step: a second copy of the model as opponent, each model's own argmax, logits at every position
 b  the textbook SPIN step: generate with transformers, then both sequences through policy and opponent; at batch 8,
    since 20 does not fit
-c  ours: the opponent's reply decoded afresh, both actions scored over one shared prefix
+c  ours: the opponent's replies decoded afresh, both actions scored over one shared prefix
 d  ours: the opponent's reply known from an earlier epoch
+
+As in training, c and d have the opponent answer the samples of several steps at once (80 samples). So their time is
+that of such a group of steps, waited for at its end, divided by its steps; a and b wait for each step. c's and d's
+parts (data_s and so on) are means over a group's steps.
 
 Ways run in processes of their own (c and d share one). The floor of a, b and c is three passes through every weight
 (the policy's forward and backward, frozen weights needing no gradient, and the opponent's forward) at the measured rate
@@ -22,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +41,7 @@ from spvla.policy.presets import preset
 from spvla.policy.vision import NUM_PATCHES
 from spvla.selfplay.network import Network, bare
 from spvla.selfplay.objective import greedy_logps, spin_loss, token_logps
+from spvla.selfplay.questions import ROWS
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import FED, REAL_ROWS, score_pair, to_inputs
 from spvla.selfplay.settings import POLICY
@@ -72,10 +77,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--textbook_batch", type=int, default=8, help="batch of b")
     parser.add_argument("--text", type=int, default=38, help="text tokens of a sample")
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=8, help="timed, after two to warm up")
+    parser.add_argument("--steps", type=int, default=8, help="timed, after two to warm up; of c and d, groups")
     parser.add_argument("--ways", default="cd,a,b", help="what to run; letters of one process stand together")
     parser.add_argument("--eager", action="store_true", help="c and d without torch.compile")
-    parser.add_argument("--profile", action="store_true", help="print the kernels of one step of c")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one group of steps of c")
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # this process measures it
     return parser.parse_args()
@@ -99,21 +104,31 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     compiled = args.device == "cuda" and not args.eager
     config = StepConfig(beta=BETA, learning_rate=LEARNING_RATE, compile=compiled)
     agreement = agree(args, model)
-    learner = Learner(model, config)
-    rows = {"c": timed(args, our_step(args, learner), args.batch, passes=3, model=model) | agreement}
+    learner, together = Learner(model, config), max(1, ROWS // args.batch)
+    steps = our_steps(args, learner, together)
+    rows = {"c": timed(args, steps, args.batch, passes=3, model=model, together=together) | agreement}
     if args.profile:
-        profile(our_step(args, learner))
+        profile(steps)
     if "d" in args.way:
         with tempfile.TemporaryDirectory() as folder:
-            learner.replies = ReplyStore(Path(folder) / "replies.bin", num_samples=args.batch * BATCHES, key="")
-            rows["d"] = timed(args, our_step(args, learner), args.batch, passes=2, model=model)
+            learner.asker.replies = ReplyStore(Path(folder) / "replies.bin", num_samples=args.batch * BATCHES, key="")
+            rows["d"] = timed(args, steps, args.batch, passes=2, model=model, together=together)
     return rows
 
 
 def timed(
-    args: argparse.Namespace, step: Callable[[], dict[str, float]], batch: int, *, passes: int, model: nn.Module
+    args: argparse.Namespace,
+    step: Callable[[], dict[str, float]],
+    batch: int,
+    *,
+    passes: int,
+    model: nn.Module,
+    together: int = 1,
 ) -> dict[str, float]:
-    """Median seconds of a step, and what follows from it. `passes` through all weights are its floor."""
+    """Median seconds of a step, and what follows from it. `passes` through all weights are its floor.
+
+    `step` takes `together` steps and returns the means of their parts.
+    """
     warm_s = time.perf_counter()
     for _ in range(BATCHES):
         step()
@@ -126,7 +141,7 @@ def timed(
         parts.append(step())
         if args.device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append((time.perf_counter() - start) / together)
     median = statistics.median(seconds)
     memory = torch.cuda.max_memory_reserved() / 2**30 if args.device == "cuda" else float("nan")
     shown = {k: statistics.median(p[k] for p in parts) for k in parts[0]}
@@ -142,15 +157,16 @@ def timed(
     }
 
 
-def our_step(args: argparse.Namespace, learner: Learner) -> Callable[[], dict[str, float]]:
+def our_steps(args: argparse.Namespace, learner: Learner, together: int) -> Callable[[], dict[str, float]]:
     batches = stream(args, args.batch)
 
-    def step() -> dict[str, float]:
-        metrics = learner.step([next(batches)])
-        assert not metrics["skipped"], metrics
-        return {part: metrics[part] for part in ("data_s", "opponent_s", "forward_s", "backward_s")}
+    def steps() -> dict[str, float]:
+        rows = [learner.step(questions) for questions in learner.ask([[batch] for batch in islice(batches, together)])]
+        assert not any(row["skipped"] for row in rows), rows
+        parts = ("data_s", "opponent_s", "forward_s", "backward_s")
+        return {part: statistics.mean(row[part] for row in rows) for part in parts}
 
-    return step
+    return steps
 
 
 def fork_step(args: argparse.Namespace, policy: nn.Module) -> Callable[[], dict[str, float]]:
@@ -343,7 +359,7 @@ def matmul_tflops(args: argparse.Namespace, side: int = 8192) -> float:
 
 
 def profile(step: Callable[[], dict[str, float]]) -> None:
-    """The kernels of one step, the longest first, on stderr."""
+    """The kernels of one call, the longest first, on stderr."""
     step()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as p:

@@ -14,6 +14,7 @@ from spvla.policy.checkpoint import load_model
 from spvla.policy.openvla import OpenVLA
 from spvla.policy.presets import initialise, preset
 from spvla.selfplay.scoring import REAL_ROWS, Inputs
+from spvla.selfplay.step import Learner
 from spvla.types import ACTION_DIM, Batch
 
 PAD = 32_000
@@ -68,6 +69,12 @@ def ragged_batch(size: int = 3, *, seed: int = 0, actions: np.ndarray | None = N
         actions=np.zeros((size, ACTION_DIM), np.float32),
         samples=np.arange(size, dtype=np.int64) + 100 * seed,
     )
+
+
+def take_step(learner: Learner, *batches: Batch) -> dict[str, float]:
+    """One optimiser step over micro-batches that the opponent answers right before."""
+    (questions,) = learner.ask([batches])
+    return learner.step(questions)
 
 
 def take(batch: Batch, rows: slice) -> Batch:

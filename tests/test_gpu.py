@@ -8,16 +8,12 @@ import pytest
 import torch
 from policy_parts import reference_model, requests
 from selfplay_parts import ragged_batch, tiny_model
-from torch import nn
 
+from spvla.config import StepConfig
 from spvla.policy.attend import attend_new
 from spvla.policy.policy import OpenVLAPolicy
 from spvla.policy.prompt import build_tiny_tokenizer
-from spvla.selfplay.adapters import Adapter
-from spvla.selfplay.network import Network
-from spvla.selfplay.opponent import Opponent
-from spvla.selfplay.scoring import Inputs, Speech, to_inputs
-from spvla.types import ACTION_DIM
+from spvla.selfplay.step import Learner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -64,20 +60,12 @@ def test_one_graph_decodes_as_the_plain_code_does() -> None:
     assert np.array_equal(graph.decode(images[3:5], instructions[3:5]), wanted[3:5])
 
 
-def test_a_recorded_opponent_answers_as_the_plain_code_does() -> None:
-    model = tiny_model("opponent")
-    inputs = [to_inputs(ragged_batch(3, seed=seed, even=True), "cpu") for seed in range(2)]
-    uniforms = torch.rand(3, ACTION_DIM)
-    plain, recorded = (opponent(m) for m in (model, deepcopy(model).cuda()))
-    for x in inputs:  # the second replays what the first recorded
-        wanted = plain.reply(x, uniforms)
-        reply = recorded.reply(Inputs(**{name: t.cuda() for name, t in vars(x).items()}), uniforms.cuda())
-        assert torch.equal(reply.generated.cpu(), wanted.generated)
-        assert torch.allclose(reply.real_logps.cpu(), wanted.real_logps, atol=1e-3)
-        assert torch.allclose(reply.generated_logps.cpu(), wanted.generated_logps, atol=1e-3)
-
-
-def opponent(model: nn.Module) -> Opponent:
-    network = Network(model)
-    adapter = Adapter("opponent", network.parts, dtype=torch.float32, trainable=False)
-    return Opponent(network, adapter.lora, Speech(temperature=1.0))
+def test_an_opponent_asked_for_several_steps_answers_as_on_a_cpu() -> None:
+    model = tiny_model("policy", "opponent")
+    config = StepConfig(opponent_temperature=1.0)
+    coming = [[ragged_batch(3, seed=seed)] for seed in range(3)]
+    wanted, found = (Learner(m, config).ask(coming) for m in (model, deepcopy(model).cuda()))
+    for (ours,), (theirs,) in zip(found, wanted, strict=True):
+        assert torch.equal(ours.reply.generated.cpu(), theirs.reply.generated)
+        assert torch.allclose(ours.reply.real_logps.cpu(), theirs.reply.real_logps, atol=1e-3)
+        assert torch.allclose(ours.reply.generated_logps.cpu(), theirs.reply.generated_logps, atol=1e-3)

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from selfplay_parts import golden_core, golden_inputs, join, ragged_batch, take, tiny_core, tiny_model
+from selfplay_parts import golden_core, golden_inputs, join, ragged_batch, take, take_step, tiny_core, tiny_model
 from torch import nn
 
 from spvla.config import StepConfig
 from spvla.errors import CheckpointError, TrainingError, UserError
 from spvla.policy.adapters import add_lora
+from spvla.selfplay import questions
 from spvla.selfplay import step as step_module
 from spvla.selfplay.replies import ReplyStore
-from spvla.selfplay.scoring import Reply, score_real
+from spvla.selfplay.scoring import Inputs, Reply, score_real, to_inputs
 from spvla.selfplay.settings import learning_rate
 from spvla.selfplay.step import Learner
 from spvla.types import ACTION_DIM, Batch
@@ -31,7 +32,7 @@ SPIN = StepConfig(beta=0.5, learning_rate=1e-3)
 
 def trained(learner: Learner, steps: int, *, start: int = 0, size: int = 2) -> torch.Tensor:
     for i in range(start, start + steps):
-        learner.step([ragged_batch(size, seed=i)])
+        take_step(learner, ragged_batch(size, seed=i))
     return learner.policy.master.clone()
 
 
@@ -42,7 +43,7 @@ def trained(learner: Learner, steps: int, *, start: int = 0, size: int = 2) -> t
 def golden_step(golden: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Batch, dict[str, np.ndarray]]:
     """The fork's batch starts from pixel values, whose images are not on file; and its numbers."""
     inputs = golden_inputs(np.load(golden / "model" / "golden.npz"))
-    monkeypatch.setattr(step_module, "to_inputs", lambda batch, device, width: inputs)
+    monkeypatch.setattr(questions, "to_inputs", lambda batch, device, width: inputs)
     return ragged_batch(4), dict(np.load(golden / "selfplay.npz"))
 
 
@@ -65,13 +66,14 @@ def test_a_step_equals_the_forks_against_the_base(golden: Path, golden_step: tup
     expected = {k.removeprefix(f"head/{loss_type}/seed0base/"): v for k, v in arrays.items()}
     learner = Learner(golden_model(golden, "policy"), StepConfig(**{**vars(FORK), "loss_type": loss_type}))
     losses = partial(learner._losses, golden_inputs(np.load(golden / "model" / "golden.npz")))
-    objective, measured = losses(learner.opponent.own_greedy(learner_inputs(golden)), step_module.Shares(1 / 4, 1 / 4))
+    reply = learner.asker.opponent.own_greedy(learner_inputs(golden))
+    objective, measured = losses(reply, step_module.Shares(1 / 4, 1 / 4))
     objective.backward()
     check_gradient(learner, expected)
     learner.policy.grad.zero_()
     for short, name in (("pr", "policy_real"), ("pg", "policy_generated"), ("o_r", "opponent_real")):
         assert measured.sums[f"{name}_logps"].item() == pytest.approx(expected[short].mean(), abs=1e-5)
-    first, second = learner.step([batch]), learner.step([batch])
+    first, second = take_step(learner, batch), take_step(learner, batch)
     assert first["grad_norm"] == pytest.approx(expected["lora_grad_norm"], rel=1e-5)
     for metrics, prefix in ((first, ""), (second, "after1/")):
         assert metrics["selfplay_loss"] == pytest.approx(expected[f"{prefix}loss"], abs=1e-5)
@@ -97,7 +99,7 @@ def test_a_step_equals_the_forks_against_its_own_copy(golden: Path, golden_step:
     batch, arrays = golden_step
     expected = {k.removeprefix(f"head/{loss_type}/same/"): v for k, v in arrays.items()}
     learner = Learner(golden_model(golden, "policy", "opponent"), StepConfig(**{**vars(FORK), "loss_type": loss_type}))
-    frozen = learner.opponent.loras
+    frozen = learner.asker.opponent.loras
 
     def tied(inputs: object) -> Reply:
         loras = lambda site: (learner.policy.lora if site.startswith("vision") else frozen)(site)  # noqa: E731
@@ -108,12 +110,12 @@ def test_a_step_equals_the_forks_against_its_own_copy(golden: Path, golden_step:
             generated_logps=learner.speech.greedy(logits),
         )
 
-    first = learner.step([batch])  # equal weights: equal log-probs, whoever's towers ran
+    first = take_step(learner, batch)  # equal weights: equal log-probs, whoever's towers ran
     assert first["selfplay_loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert first["real_rewards"] == first["generated_rewards"] == 0
     learner = Learner(golden_model(golden, "policy", "opponent"), learner.config)
-    frozen, learner.opponent.own_greedy = learner.opponent.loras, tied
-    first, second = learner.step([batch]), learner.step([batch])
+    frozen, learner.asker.opponent.own_greedy = learner.asker.opponent.loras, tied
+    first, second = take_step(learner, batch), take_step(learner, batch)
     assert first["grad_norm"] == pytest.approx(expected["lora_grad_norm"], rel=1e-5)
     assert second["total_loss"] == pytest.approx(expected["after1/total"], abs=1e-5)
     assert second["selfplay_loss"] == pytest.approx(expected["after1/loss"], abs=1e-5)
@@ -126,7 +128,7 @@ def test_an_untrained_policy_loses_log_two_against_itself() -> None:
     """One y' scored by both: equal models, x = 0; in the fork's form too, where eta is 0."""
     for config in (SPIN, StepConfig(objective="spvla", beta=0.7, logp_reduction="mean")):
         fresh = add_lora(tiny_core(), rank=4, adapter_name="policy")  # B is zero
-        metrics = Learner(fresh, config).step([ragged_batch(3)])
+        metrics = take_step(Learner(fresh, config), ragged_batch(3))
         assert metrics["selfplay_loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert metrics["total_loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert metrics["margin"] == pytest.approx(0, abs=1e-4)
@@ -136,12 +138,12 @@ def test_an_untrained_policy_loses_log_two_against_itself() -> None:
 def test_repeated_steps_on_one_batch_lower_the_loss(objective: str) -> None:
     config = StepConfig(objective=objective, beta=0.5, learning_rate=5e-3, logp_reduction="mean")
     learner, batch = Learner(tiny_model("policy"), config), ragged_batch(2)
-    losses = [learner.step([batch])["total_loss"] for _ in range(4)]
+    losses = [take_step(learner, batch)["total_loss"] for _ in range(4)]
     assert losses[-1] < 0.95 * losses[0]
 
 
 def test_metrics_carry_the_names_of_the_original() -> None:
-    metrics = Learner(tiny_model("policy"), SPIN).step([ragged_batch(2)])
+    metrics = take_step(Learner(tiny_model("policy"), SPIN), ragged_batch(2))
     expected = "train_loss action_accuracy l1_loss normalized_loss selfplay_loss total_loss grad_norm margin"
     expected += " policy_real_logps policy_generated_logps opponent_real_logps opponent_generated_logps"
     expected += " action_logit_max action_logit_min real_rewards generated_rewards collision_rate"
@@ -155,8 +157,8 @@ def test_metrics_carry_the_names_of_the_original() -> None:
 def collided_batch(learner: Learner, size: int) -> Batch:
     """A batch whose real actions are the opponent's own, but for the last sample."""
     batch = ragged_batch(size, even=True)
-    inputs = step_module.to_inputs(batch, "cpu")
-    own = learner.opponent.reply(inputs, torch.zeros(size, ACTION_DIM)).generated.numpy()
+    inputs = to_inputs(batch, "cpu")
+    own = learner.asker.opponent.reply(inputs, torch.zeros(size, ACTION_DIM)).generated.numpy()
     own[-1] = inputs.real[-1]
     start = int(inputs.start[0])
     ids = batch.input_ids.copy()
@@ -168,7 +170,7 @@ def test_pairs_without_signal_are_counted_and_can_be_left_out_of_the_mean() -> N
     """Of four pairs three collide. They have loss log 2 and no gradient, so leaving them out makes it four times."""
     kept, dropped = (Learner(tiny_model("policy"), StepConfig(beta=0.5, drop_collisions=d)) for d in (False, True))
     batch = collided_batch(kept, 4)
-    all_four, one = kept.step([batch]), dropped.step([take(batch, slice(0, 2)), take(batch, slice(2, 4))])
+    all_four, one = take_step(kept, batch), take_step(dropped, take(batch, slice(0, 2)), take(batch, slice(2, 4)))
     assert all_four["collision_rate"] == one["collision_rate"] == 0.75
     assert all_four["selfplay_loss"] == pytest.approx((3 * math.log(2) + one["selfplay_loss"]) / 4, abs=1e-5)
     assert one["grad_norm"] == pytest.approx(4 * all_four["grad_norm"], rel=1e-4)
@@ -176,14 +178,14 @@ def test_pairs_without_signal_are_counted_and_can_be_left_out_of_the_mean() -> N
 
 def test_a_batch_of_collisions_alone_is_finite() -> None:
     learner = Learner(tiny_model("policy"), StepConfig(beta=0.5, drop_collisions=True))
-    metrics = learner.step([take(collided_batch(learner, 3), slice(0, 2))])
+    metrics = take_step(learner, take(collided_batch(learner, 3), slice(0, 2)))
     assert metrics["collision_rate"] == 1 and metrics["total_loss"] == 0 and metrics["grad_norm"] == 0
 
 
 def test_a_soft_cap_bounds_what_the_losses_see() -> None:
     """Capped at 1e-6 all 32064 tokens are alike, so a token's cross entropy is log 32064."""
     learner = Learner(tiny_model("policy"), StepConfig(beta=0.5, logit_softcap=1e-6))
-    metrics = learner.step([ragged_batch(2)])
+    metrics = take_step(learner, ragged_batch(2))
     assert metrics["train_loss"] == pytest.approx(math.log(32_064), abs=1e-4)
     assert metrics["policy_real_logps"] == pytest.approx(-7 * math.log(32_064), abs=1e-3)
 
@@ -194,11 +196,11 @@ def test_a_soft_cap_bounds_what_the_losses_see() -> None:
 def test_a_hard_batch_is_skipped_cleanly() -> None:
     learner = Learner(tiny_model("policy"), StepConfig(beta=0.7, skip_hard_above=0.5))
     before = learner.policy.master.clone()
-    metrics = learner.step([ragged_batch(2)])  # cross entropy of an untrained model: about 10
+    metrics = take_step(learner, ragged_batch(2))  # cross entropy of an untrained model: about 10
     assert metrics["hard_rate"] == 1 and metrics["skipped"] == 1 and metrics["nonfinite_in_a_row"] == 0
     assert metrics["total_loss"] == 0 and math.isfinite(metrics["grad_norm"])
     assert torch.equal(learner.policy.master, before)
-    easy = Learner(tiny_model("policy"), StepConfig(beta=0.7, skip_hard_above=50.0)).step([ragged_batch(2)])
+    easy = take_step(Learner(tiny_model("policy"), StepConfig(beta=0.7, skip_hard_above=50.0)), ragged_batch(2))
     assert easy["hard_rate"] == 0 and easy["skipped"] == 0
 
 
@@ -208,11 +210,11 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_ends_the_run_after_thr
     sound = learner.network.sites["projector.fc1"]
     learner.network.sites["projector.fc1"] = sound._replace(bias=sound.bias + math.nan)
     for count in (1, 2):
-        metrics = learner.step([ragged_batch(2)])
+        metrics = take_step(learner, ragged_batch(2))
         assert metrics["skipped"] == 1 and metrics["nonfinite_in_a_row"] == count
     learner.network.sites["projector.fc1"] = sound
     assert torch.equal(learner.policy.master, good)
-    assert learner.step([ragged_batch(2)])["nonfinite_in_a_row"] == 0  # one good step forgives
+    assert take_step(learner, ragged_batch(2))["nonfinite_in_a_row"] == 0  # one good step forgives
     learner.network.sites["projector.fc1"] = sound._replace(bias=sound.bias + math.inf)
     with pytest.raises(TrainingError, match="3 steps in a row.*last checkpoint stays.*learning_rate"):
         trained(learner, 3)
@@ -221,7 +223,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_ends_the_run_after_thr
 def test_the_gradient_is_clipped_to_its_norm() -> None:
     """AdamW's first step does not depend on scale, but its moments do: exp_avg is 0.1 times the clipped gradient."""
     learner = Learner(tiny_model("policy"), StepConfig(beta=0.5, max_grad_norm=1e-3))
-    metrics = learner.step([ragged_batch(2)])
+    metrics = take_step(learner, ragged_batch(2))
     assert metrics["grad_norm"] > 1e-2
     moment = learner.optimizer.state_dict()["state"][0]["exp_avg"]
     assert (moment.norm() / 0.1).item() == pytest.approx(1e-3, rel=1e-3)
@@ -279,11 +281,11 @@ def test_kept_replies_spare_the_opponent_and_change_nothing(tmp_path: Path) -> N
     kept, fresh = Learner(tiny_model("policy"), SPIN, replies=store), Learner(tiny_model("policy"), SPIN)
     batches = [ragged_batch(2, seed=seed) for seed in (1, 2)]
     for batch in batches:
-        kept.step([batch]), fresh.step([batch])
-    kept.opponent.reply = None  # from here on it must not be asked
+        take_step(kept, batch), take_step(fresh, batch)
+    kept.asker.opponent.reply = None  # from here on it must not be asked
     for batch in batches:
         mixed = take(join(batch), slice(None, None, -1))  # another order
-        ours, theirs = kept.step([mixed]), fresh.step([mixed])
+        ours, theirs = take_step(kept, mixed), take_step(fresh, mixed)
         assert ours["opponent_generated_logps"] == pytest.approx(theirs["opponent_generated_logps"], abs=1e-4)
     torch.testing.assert_close(kept.policy.master, fresh.policy.master, atol=1e-5, rtol=0)
 
@@ -292,6 +294,49 @@ def test_replies_of_an_opponent_that_moves_are_not_kept(tmp_path: Path) -> None:
     store = ReplyStore(tmp_path / "replies.bin", num_samples=10, key="")
     with pytest.raises(UserError, match="frozen opponent"):
         Learner(tiny_model("policy"), StepConfig(opponent_update="ema"), replies=store)
+
+
+@pytest.mark.parametrize("objective", ["spin", "spvla", "sft"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_steps_asked_together_are_answered_as_if_asked_one_by_one(objective: str, temperature: float) -> None:
+    """Three steps of two micro-batches of unlike widths; what is sampled hangs on the step alone."""
+    config = StepConfig(objective=objective, opponent_temperature=temperature)
+    learner = Learner(tiny_model("policy", "opponent"), config)
+    coming = [[ragged_batch(2, seed=2 * i), ragged_batch(2, seed=2 * i + 1)] for i in range(3)]
+    together = learner.ask(coming)
+    assert len({q.inputs.text.shape for step in together for q in step}) == 1
+    for questions_ahead, batches in zip(together, coming, strict=True):
+        (questions_now,) = learner.ask([batches])
+        for ahead, now in zip(questions_ahead, questions_now, strict=True):
+            assert np.array_equal(ahead.samples, now.samples) and torch.equal(ahead.inputs.real, now.inputs.real)
+            assert (ahead.reply is None) == (now.reply is None) == (objective == "sft")
+            if ahead.reply is not None:
+                assert torch.equal(ahead.reply.generated, now.reply.generated)
+                for name in ("real_logps", "generated_logps"):
+                    torch.testing.assert_close(getattr(ahead.reply, name), getattr(now.reply, name), atol=1e-5, rtol=0)
+        learner.step(questions_ahead)
+
+
+def test_of_several_questions_only_the_unknown_are_passed_on(tmp_path: Path) -> None:
+    store = ReplyStore(tmp_path / "replies.bin", num_samples=1000, key="")
+    learner = Learner(tiny_model("policy"), SPIN, replies=store)
+    old, new = ragged_batch(2, seed=1), ragged_batch(3, seed=2)
+    take_step(learner, old)
+    before, reply = learner.ask([[old]])[0][0].reply, learner.asker.opponent.reply
+
+    def only_three(inputs: Inputs, uniforms: torch.Tensor) -> Reply:
+        assert len(inputs.text) == 3
+        return reply(inputs, uniforms)
+
+    learner.asker.opponent.reply = only_three
+    (known,), (asked,) = learner.ask([[old], [new]])
+    assert torch.equal(known.reply.generated, before.generated) and len(asked.reply.generated) == 3
+
+
+def test_a_moving_opponent_is_not_asked_ahead() -> None:
+    learner = Learner(tiny_model("policy"), StepConfig(opponent_update="ema"))
+    with pytest.raises(AssertionError, match="moved"):
+        learner.ask([[ragged_batch(2)], [ragged_batch(2)]])
 
 
 def test_a_model_without_the_policy_adapter_is_refused() -> None:
@@ -306,7 +351,7 @@ def test_two_micro_batches_equal_one_of_twice_the_size() -> None:
     batch = ragged_batch(4, even=True)
     one, two = (Learner(tiny_model("policy"), SPIN) for _ in range(2))
     for _ in range(2):
-        whole, halves = one.step([batch]), two.step([take(batch, slice(0, 2)), take(batch, slice(2, 4))])
+        whole, halves = take_step(one, batch), take_step(two, take(batch, slice(0, 2)), take(batch, slice(2, 4)))
     torch.testing.assert_close(one.policy.master, two.policy.master, atol=1e-5, rtol=0)
     for name in ("total_loss", "grad_norm", "action_logit_max", "policy_real_logps"):
         assert whole[name] == pytest.approx(halves[name], rel=1e-4)
@@ -350,7 +395,7 @@ def test_every_weight_can_be_trained_and_is_saved_by_the_model() -> None:
     names += ("vision_backbone.featurizer.cls_token", "vision_backbone.featurizer.patch_embed.proj.weight")
     before = {n: p.clone() for n, p in model.named_parameters()}
     learner = Learner(model, StepConfig(objective="sft", use_lora=False, learning_rate=1e-2, weight_decay=0.0))
-    losses = [learner.step([ragged_batch(2)])["train_loss"] for _ in range(4)]
+    losses = [take_step(learner, ragged_batch(2))["train_loss"] for _ in range(4)]
     assert losses[-1] < losses[0]
     after = dict(model.named_parameters())
     assert not any(torch.equal(after[n], before[n]) for n in names)
@@ -366,7 +411,7 @@ def test_evaluation_changes_nothing_and_equals_the_steps_own_numbers() -> None:
     before = learner.policy.master.clone()
     seen = learner.evaluate(batch)
     assert torch.equal(learner.policy.master, before) and learner.steps == 0
-    metrics = learner.step([batch])
+    metrics = take_step(learner, batch)
     assert {n: pytest.approx(metrics[n], abs=1e-5) for n in seen} == seen
 
 
@@ -383,7 +428,7 @@ def work(rank: int, folder: Path) -> None:
         results = {}
         for drop in (False, True):
             learner = ddp_learner(drop)
-            metrics = [learner.step([batch]) for batch in batches][-1]
+            metrics = [take_step(learner, batch) for batch in batches][-1]
             results[drop] = learner.policy.master, metrics
     finally:
         torch.distributed.destroy_process_group()
@@ -416,7 +461,7 @@ def test_two_workers_give_the_adapter_of_one_with_twice_the_batch(tmp_path: Path
         alone = ddp_learner(drop)
         collisions = []
         for seed in range(2):
-            metrics = alone.step([ddp_batch(seed)])
+            metrics = take_step(alone, ddp_batch(seed))
             collisions.append(metrics["collision_rate"])
         assert collisions[0] == 0.25
         torch.testing.assert_close(first, alone.policy.master, atol=1e-5, rtol=0)

@@ -136,6 +136,32 @@ def test_two_steps_and_two_more_equal_four_bit_for_bit(data: Path, tmp_path: Pat
     assert [r["smoothed_loss"] for r in rows[0]] == pytest.approx([r["smoothed_loss"] for r in rows[1]], rel=1e-6)
 
 
+@pytest.mark.parametrize("flags", [{"opponent_temperature": 1.0, "image_aug": True}, {"grad_accumulation_steps": 2}])
+def test_an_opponent_that_answers_several_steps_at_once_changes_nothing(
+    data: Path, tmp_path: Path, flags: dict
+) -> None:
+    """Five steps, asked one by one and by two, so that the last stands alone."""
+    one, two = (
+        Session(job_of(quick_flags(data, tmp_path, run_id=f"{ahead}", max_steps=5, **flags)), Place(), ahead=ahead)
+        for ahead in (1, 2)
+    )
+    rows = [[session.advance() for _ in range(5)] for session in (one, two)]
+    assert [r["total_loss"] for r in rows[0]] == pytest.approx([r["total_loss"] for r in rows[1]], abs=1e-5)
+    assert float((one.learner.policy.master - two.learner.policy.master).abs().max()) < 1e-5
+    assert one.samples == two.samples and not two.questions
+
+
+def test_a_checkpoint_counts_what_was_stepped_not_what_was_asked(data: Path, tmp_path: Path) -> None:
+    config = quick_flags(data, tmp_path, run_id="a", max_steps=9)
+    session = Session(job_of(config), Place(), ahead=3)
+    session.advance()
+    session.write(tmp_path / "checkpoint")
+    wanted = [session.questions[0][0].samples.tolist(), session.questions[1][0].samples.tolist()]
+    session.load(tmp_path / "checkpoint")
+    assert not session.questions
+    assert [next(session.batches).samples.tolist() for _ in range(2)] == wanted
+
+
 def test_a_run_goes_on_with_another_number_of_workers_from_the_very_next_sample(data: Path, tmp_path: Path) -> None:
     config = quick_flags(data, tmp_path, run_id="resized")
     alone = Session(job_of(config), Place())

@@ -38,7 +38,7 @@ class Clock:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak of the device's memory that torch took, CUDA graphs' included, or of the process on a CPU."""
+    """Peak of the device's memory that torch took, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,17 +1,12 @@
 """The opponent: scores the real action, and plays its own.
 
 One pass scores the real action, and the keys and values left behind serve to decode its own reply, whose log-probs fall
-out of the decoding. On a GPU the whole of it is one CUDA graph for each shape of text.
+out of the decoding.
 """
-
-from collections.abc import Callable
-from dataclasses import fields
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from spvla.policy.graphs import record
 from spvla.selfplay.blocks import Rows
 from spvla.selfplay.network import Cache, Loras, Network
 from spvla.selfplay.scoring import FED, Inputs, Reply, Speech, score_real
@@ -23,31 +18,13 @@ class Opponent:
 
     def __init__(self, network: Network, loras: Loras, speech: Speech) -> None:
         self.network, self.loras, self.speech = network, loras, speech
-        self._recorded: dict[torch.Size, _Recorded] = {}
 
     @torch.no_grad()
     def reply(self, inputs: Inputs, uniforms: Tensor) -> Reply:
-        """`uniforms` (B, A) in [0, 1) decide what is sampled; greedy decoding ignores them."""
-        if self.network.device.type != "cuda":
-            return self._answer(inputs, uniforms)
-        shape = inputs.text.shape
-        if shape not in self._recorded:
-            self._recorded.clear()  # keys and values are large: one shape at a time
-            self._recorded[shape] = _Recorded(self._answer, inputs, uniforms)
-        return self._recorded[shape](inputs, uniforms)
+        """`uniforms` (B, A) in [0, 1) decide what is sampled; greedy decoding ignores them.
 
-    @torch.no_grad()
-    def own_greedy(self, inputs: Inputs) -> Reply:
-        """The fork's form: the most likely token at each position, given the real ones before it."""
-        logits = score_real(self.network, inputs, self.loras)[:, :ACTION_DIM]
-        return Reply(
-            generated=logits.argmax(-1),
-            real_logps=self.speech.logps(logits, inputs.real),
-            generated_logps=self.speech.greedy(logits),
-        )
-
-    def _answer(self, inputs: Inputs, uniforms: Tensor) -> Reply:
-        """Scores the real action, then decodes over the keys and values of its prompt, overwriting the action's."""
+        Scores the real action, then decodes over the keys and values of its prompt, overwriting the action's.
+        """
         cache: Cache = []
         scored = score_real(self.network, inputs, self.loras, cache=cache)[:, :ACTION_DIM]
         logits, ids, logps = scored[:, 0], [], []
@@ -62,31 +39,19 @@ class Opponent:
             generated_logps=torch.stack(logps, 1),
         )
 
+    @torch.no_grad()
+    def own_greedy(self, inputs: Inputs) -> Reply:
+        """The fork's form: the most likely token at each position, given the real ones before it."""
+        logits = score_real(self.network, inputs, self.loras)[:, :ACTION_DIM]
+        return Reply(
+            generated=logits.argmax(-1),
+            real_logps=self.speech.logps(logits, inputs.real),
+            generated_logps=self.speech.greedy(logits),
+        )
+
     def _next(self, ids: Tensor, at: Tensor, cache: Cache) -> Tensor:
         """Feeds one token each at row `at` (B,): (B,) ids -> (B, V) logits."""
         cos, sin = self.network.rotary(at[:, None])
         rows = Rows(cos=cos, sin=sin, mask=None, extra=0)
         hidden = self.network.decode_hidden(self.network.embed(ids[:, None]), rows, self.loras, cache=cache, at=at)
         return self.network.logits(hidden[:, 0], self.loras)
-
-
-class _Recorded:
-    """An answer as a CUDA graph over inputs of one shape."""
-
-    def __init__(self, answer: Callable[[Inputs, Tensor], Reply], inputs: Inputs, uniforms: Tensor) -> None:
-        self.inputs, self.uniforms = copied(inputs), uniforms.clone()
-        self.graph, self.out = record(lambda: answer(self.inputs, self.uniforms))
-
-    def __call__(self, inputs: Inputs, uniforms: Tensor) -> Reply:
-        for field in fields(Inputs):
-            getattr(self.inputs, field.name).copy_(getattr(inputs, field.name))
-        self.uniforms.copy_(uniforms)
-        self.graph.replay()
-        return copied(self.out)
-
-
-Tensors = TypeVar("Tensors", Inputs, Reply)
-
-
-def copied(x: Tensors) -> Tensors:
-    return type(x)(**{field.name: getattr(x, field.name).clone() for field in fields(x)})

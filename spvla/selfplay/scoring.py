@@ -8,7 +8,8 @@ generated tokens' positions restart where the real action begins. The seventh is
 Legend: B batch, T text tokens, L rows before the generated ones (256 + T), A action dims (7), V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -57,6 +58,11 @@ def to_inputs(batch: Batch, device: torch.device | str, *, width: int = 0) -> In
         start=_to(start, device),
         targets=_to(targets, device),
     )
+
+
+def join(parts: Sequence[Inputs]) -> Inputs:
+    """Inputs of one width as one."""
+    return Inputs(**{f.name: torch.cat([getattr(x, f.name) for x in parts]) for f in fields(Inputs)})
 
 
 def _to(array: np.ndarray, device: torch.device | str) -> Tensor:
@@ -115,6 +121,15 @@ class Reply:
     generated: Tensor  # (B, A) int64
     real_logps: Tensor  # (B, A)
     generated_logps: Tensor  # (B, A)
+
+
+def split(reply: Reply, sizes: Sequence[int]) -> list[Reply]:
+    """The replies to the first `sizes[0]` samples, to the next `sizes[1]`, and so on."""
+    ends = np.cumsum(sizes)
+    return [
+        Reply(**{f.name: getattr(reply, f.name)[end - size : end] for f in fields(Reply)})
+        for size, end in zip(sizes, ends, strict=True)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

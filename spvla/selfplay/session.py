@@ -8,6 +8,7 @@ session.write(folder)             # a checkpoint that load_policy reads by itsel
 
 import hashlib
 import time
+from collections import deque
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from spvla.policy.checkpoint import base_of, load_model, norm_stats, save_model
 from spvla.policy.prompt import load_tokenizer
 from spvla.selfplay.metrics import Row, Smoothed
 from spvla.selfplay.prepare import Job
+from spvla.selfplay.questions import ROWS, Question
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.resume import load_state, save_state
 from spvla.selfplay.step import OPPONENT, POLICY, Learner
@@ -66,9 +68,10 @@ class Place:
 
 
 class Session:
-    def __init__(self, job: Job, place: Place) -> None:
-        """Loads everything, at step 0. Raises UserError."""
+    def __init__(self, job: Job, place: Place, *, ahead: int | None = None) -> None:
+        """Loads everything, at step 0. `ahead` is how many steps are asked at once. Raises UserError."""
         self.job, self.place, self.config = job, place, job.config
+        self.ahead = ahead or steps_ahead(job.config, place.device)
         self.stores = [FrameStore.open(path) for _, path, _ in job.stores]
         self.data = digest([store.digest for store in self.stores], [weight for _, _, weight in job.stores])
         self.base, self.adapter = base_of(job.start)
@@ -76,7 +79,8 @@ class Session:
         self.model = open_model(self.config, self.base, self.adapter, place.device)
         self.learner = Learner(self.model, self.config, replies=self._replies())
         self.smoothed = Smoothed()
-        self.samples = 0  # taken so far, over all workers
+        self.samples = 0  # stepped so far, over all workers
+        self.seconds: deque[float] = deque(maxlen=self.ahead)  # of the last steps: of one pass of the opponent
         self._feed()
         if self.config.val_steps:
             self._loader("val")  # an empty split is told now, not after hours
@@ -93,13 +97,14 @@ class Session:
     def advance(self) -> Row:
         """One optimiser step. Raises TrainingError as the flags say."""
         start_s = time.perf_counter()
-        batches = list(islice(self.batches, self.config.grad_accumulation_steps))
-        waited_s = time.perf_counter() - start_s
-        row: Row = {"step": self.step + 1, **self.learner.step(batches)}
+        if not self.questions:
+            self._ask()
+        row: Row = {"step": self.step + 1, **self.learner.step(self.questions.popleft())}
         self.samples += self.samples_per_step
-        step_s = time.perf_counter() - start_s
-        row["data_s"] = row.get("data_s", 0.0) + waited_s
+        row["data_s"] += self.waited_s
         row["smoothed_loss"] = self.smoothed.add(row["total_loss"])
+        self.seconds.append(time.perf_counter() - start_s)
+        step_s = sum(self.seconds) / len(self.seconds)
         return row | {"step_s": step_s, "samples_per_s": self.samples_per_step / step_s}
 
     def validate(self) -> Row:
@@ -140,6 +145,15 @@ class Session:
     def _feed(self) -> None:
         """Batches from the very next sample: which one that is follows from the seed and the count so far alone."""
         self.batches = iter(self._loader("train", start_sample=self.samples))
+        self.questions: deque[list[Question]] = deque()  # of the coming steps
+
+    def _ask(self) -> None:
+        """Has the opponent answer the coming steps, none of them beyond the run's end."""
+        start_s = time.perf_counter()
+        count = max(1, min(self.ahead, self.config.max_steps - self.step))
+        coming = [list(islice(self.batches, self.config.grad_accumulation_steps)) for _ in range(count)]
+        self.waited_s = (time.perf_counter() - start_s) / count  # for data, each step's share
+        self.questions.extend(self.learner.ask(coming))
 
     def _loader(self, split: Split, start_sample: int = 0) -> Loader:
         config = self.config
@@ -156,6 +170,7 @@ class Session:
             val_split_from_train=config.val_split_from_train,
             start_sample=start_sample,
             workers=2 if self.place.device == CPU else 8,
+            prefetch=max(4, self.ahead * config.grad_accumulation_steps),  # batches taken at once
         )
 
     def _replies(self) -> ReplyStore | None:
@@ -185,6 +200,16 @@ def open_model(config: TrainConfig, base: Path, adapter: Path | None, device: to
     if config.objective != "sft":
         model = load_adapter(model, adapter, adapter_name=OPPONENT)
     return load_adapter(model, adapter, adapter_name=POLICY, trainable=True)
+
+
+def steps_ahead(config: TrainConfig, device: torch.device) -> int:
+    """Steps that the opponent answers at once; on a CPU one, so that a resumed run's arithmetic is the same to the bit.
+
+    An opponent that moves answers each step anew.
+    """
+    if device == CPU or config.objective == "sft" or config.opponent_update == "ema":
+        return 1
+    return max(1, ROWS // (config.batch_size * config.grad_accumulation_steps))
 
 
 def dtype_of(config: TrainConfig, device: torch.device) -> str:

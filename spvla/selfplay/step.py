@@ -1,10 +1,11 @@
 """One update in plain torch: replies of the opponent, losses, gradient, clip, AdamW. No Ray, no files.
 
-    learner = Learner(model, config)    # the model carries adapter "policy", perhaps "opponent"
-    metrics = learner.step(batches)     # one optimiser step over len(batches) micro-batches
+    learner = Learner(model, config)            # the model carries adapter "policy", perhaps "opponent"
+    now, later = learner.ask([first, second])   # the micro-batches of two steps: the opponent answers them all
+    metrics = learner.step(now)                 # one optimiser step
 
-First the opponent answers every micro-batch, then the policy learns from each. So the number of pairs that count is
-known before the first backward pass, and the gradient is that of one mean over all micro-batches and workers.
+The opponent has answered before the policy learns. So the number of pairs that count is known before the first
+backward pass, and the gradient is that of one mean over all micro-batches and workers.
 Workers (torch.distributed, if initialised) meet twice a step: once to add that number, once to add the gradient, which
 covers the adapter only. The host waits for the device once a step, to read the metrics and to skip what is not finite.
 """
@@ -27,8 +28,9 @@ from spvla.selfplay.clock import Clock, memory_gib
 from spvla.selfplay.measures import Margin, collided, extremes, imitation, selfplay
 from spvla.selfplay.network import Loras, Network, bare
 from spvla.selfplay.opponent import Opponent
+from spvla.selfplay.questions import Asker, Question, asking_s
 from spvla.selfplay.replies import ReplyStore
-from spvla.selfplay.scoring import Inputs, Reply, Speech, draw_uniforms, score_pair, score_real, to_inputs
+from spvla.selfplay.scoring import Inputs, Reply, Speech, score_pair, score_real
 from spvla.selfplay.settings import OPPONENT, POLICY, learning_rate
 from spvla.types import ACTION_DIM, Batch
 
@@ -58,7 +60,7 @@ class Learner:
                 expected="a frozen opponent",
                 remedy="Use --opponent_update iteration, or keep no replies.",
             )
-        self.config, self.replies = config, replies
+        self.config = config
         self.network = Network(model, compiled=config.compile)
         self.device = self.network.device
         self.policy, self.loras = self._trained()
@@ -71,7 +73,7 @@ class Learner:
         self.margin = Margin(
             beta=config.beta, eta=config.eta, loss_type=config.loss_type, reduction=config.logp_reduction
         )
-        self.opponent = Opponent(self.network, opponent_loras, self.speech)
+        self.asker = Asker(Opponent(self.network, opponent_loras, self.speech), config, replies)
         self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._share_start()
         self.total = torch.zeros_like(self.policy.master)  # the gradient of a whole step
@@ -81,37 +83,37 @@ class Learner:
         self.optimizer = torch.optim.AdamW([parameter], weight_decay=config.weight_decay, fused=fused)
         centers = actions.decode(np.arange(self.network.vocabulary))
         self.centers = torch.from_numpy(centers).float().to(self.device)  # (V,) action of each id
-        self.width = 0  # text tokens to pad to
         self.steps = 0  # taken, skipped ones included
         self.nonfinite = 0  # in a row
 
-    def step(self, batches: Sequence[Batch]) -> dict[str, float]:
+    def ask(self, coming: Sequence[Sequence[Batch]]) -> list[list[Question]]:
+        """The questions of the coming steps, from the micro-batches of each. A moving opponent answers one step."""
+        assert self.average is None or len(coming) == 1, "the opponent will have moved"
+        return self.asker.ask(coming, self.steps)
+
+    def step(self, questions: Sequence[Question]) -> dict[str, float]:
         """One optimiser step over all micro-batches and workers. Raises TrainingError as max_nonfinite_steps says."""
         clock = Clock(self.device)
         self.total.zero_()
         self._seed_dropout()
-        with clock("data"):
-            inputs = [self._inputs(b) for b in batches]
-        with clock("opponent"):
-            replies = [self._reply(b, x) for b, x in zip(batches, inputs, strict=True)]
-        shares = self._shares(inputs, replies)
+        shares = self._shares(questions)
         measured = []
-        for x, reply in zip(inputs, replies, strict=True):
+        for question in questions:
             with clock("forward"):
-                objective, measures = self._losses(x, reply, shares)
+                objective, measures = self._losses(question.inputs, question.reply, shares)
             with clock("backward"):
                 objective.backward()
                 self.policy.take_grad(self.total)
             measured.append(measures)
         metrics = self._gather(measured)
-        self._remember(batches, replies)
+        self.asker.remember(questions)
         self._update(metrics)
-        return metrics | clock.seconds() | {"memory_gib": memory_gib(self.device)}
+        return metrics | asking_s(questions) | clock.seconds() | {"memory_gib": memory_gib(self.device)}
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Teacher-forced `train_loss`, `action_accuracy` and `l1_loss` of one batch on this worker, without a step."""
-        inputs = self._inputs(batch)
+        (inputs,) = self.asker.inputs([batch])
         logits = score_real(self.network, inputs, self.loras)
         measures = imitation(logits, inputs, self.centers, self.config.logit_softcap)
         values = torch.stack([value.mean() for value in measures.values()]).tolist()
@@ -144,12 +146,6 @@ class Learner:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
-    def _inputs(self, batch: Batch) -> Inputs:
-        """On the device. Compiled code wants few shapes: text is padded to the widest seen."""
-        if self.config.compile:
-            self.width = max(self.width, batch.input_ids.shape[1])
-        return to_inputs(batch, self.device, width=self.width)
-
     def _trained(self) -> tuple[Flat, Loras]:
         if not self.config.use_lora:
             return self.network.train_all(), bare
@@ -177,28 +173,11 @@ class Learner:
             rank = dist.get_rank() if self.world > 1 else 0
             torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.steps, rank)).generate_state(1)[0]))
 
-    def _reply(self, batch: Batch, inputs: Inputs) -> Reply | None:
-        if self.config.objective == "sft":
-            return None
-        known = self.replies.get(batch.samples, self.device) if self.replies else None
-        if known is not None:
-            return known
-        if self.config.objective == "spvla":
-            return self.opponent.own_greedy(inputs)
-        visit = 0 if self.replies else self.steps
-        uniforms = draw_uniforms(self.config.seed, visit, batch.samples)
-        return self.opponent.reply(inputs, torch.from_numpy(uniforms).to(self.device))
-
-    def _remember(self, batches: Sequence[Batch], replies: Sequence[Reply | None]) -> None:
-        for batch, reply in zip(batches, replies, strict=True):
-            if self.replies is not None and reply is not None:
-                self.replies.put(batch.samples, reply)
-
-    def _shares(self, inputs: Sequence[Inputs], replies: Sequence[Reply | None]) -> Shares:
-        sample = 1 / (sum(len(x.text) for x in inputs) * self.world)
+    def _shares(self, questions: Sequence[Question]) -> Shares:
+        sample = 1 / (sum(len(q.samples) for q in questions) * self.world)
         if self.config.objective == "sft" or not self.config.drop_collisions:
             return Shares(sample=sample, pair=sample)
-        kept = sum((~collided(x, r)).sum() for x, r in zip(inputs, replies, strict=True)).float()
+        kept = sum((~collided(q.inputs, q.reply)).sum() for q in questions).float()
         if self.world > 1:
             dist.all_reduce(kept)
         return Shares(sample=sample, pair=1 / kept.clamp(min=1))
