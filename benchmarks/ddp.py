@@ -109,8 +109,8 @@ def work(config: dict[str, argparse.Namespace]) -> Row:
     for _ in range(WARM_UP + args.steps // together):
         dist.barrier()
         start = time.perf_counter()
-        coming = [[batch] for batch in islice(batches, together)]
-        parts.append([learner.step(questions) for questions in learner.ask(coming)])
+        coming = learner.ask([[batch] for batch in islice(batches, together)])
+        parts.append([pending.read() for pending in [learner.step(questions) for questions in coming]])
         seconds.append((time.perf_counter() - start) / together)
         assert not any(metrics["skipped"] for metrics in parts[-1]), parts[-1]
     seconds, parts = seconds[WARM_UP:], [metrics for group in parts[WARM_UP:] for metrics in group]

@@ -161,7 +161,8 @@ def our_steps(args: argparse.Namespace, learner: Learner, together: int) -> Call
     batches = stream(args, args.batch)
 
     def steps() -> dict[str, float]:
-        rows = [learner.step(questions) for questions in learner.ask([[batch] for batch in islice(batches, together)])]
+        coming = learner.ask([[batch] for batch in islice(batches, together)])
+        rows = [pending.read() for pending in [learner.step(questions) for questions in coming]]
         assert not any(row["skipped"] for row in rows), rows
         parts = ("data_s", "opponent_s", "forward_s", "backward_s")
         return {part: statistics.mean(row[part] for row in rows) for part in parts}

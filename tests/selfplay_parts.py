@@ -74,7 +74,7 @@ def ragged_batch(size: int = 3, *, seed: int = 0, actions: np.ndarray | None = N
 def take_step(learner: Learner, *batches: Batch) -> dict[str, float]:
     """One optimiser step over micro-batches that the opponent answers right before."""
     (questions,) = learner.ask([batches])
-    return learner.step(questions)
+    return learner.step(questions).read()
 
 
 def take(batch: Batch, rows: slice) -> Batch:

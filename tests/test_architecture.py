@@ -71,7 +71,9 @@ FLOORS = {
     # self-play
     "spvla.selfplay.objective": 1,
     "spvla.selfplay.clock": 1,
+    "spvla.selfplay.landing": 0,
     "spvla.selfplay.adapters": 1,
+    "spvla.selfplay.update": 2,
     "spvla.selfplay.settings": 2,
     "spvla.selfplay.fused_gpu": 0,
     "spvla.selfplay.fused": 2,

@@ -1,5 +1,6 @@
 """What only a GPU runs: kernels and graphs of our own give what the plain code gives."""
 
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from policy_parts import reference_model, requests
-from selfplay_parts import ragged_batch, tiny_model
+from selfplay_parts import ragged_batch, take_step, tiny_model
 
 from spvla.config import StepConfig
 from spvla.policy.attend import attend_new
@@ -69,3 +70,30 @@ def test_an_opponent_asked_for_several_steps_answers_as_on_a_cpu() -> None:
         assert torch.equal(ours.reply.generated.cpu(), theirs.reply.generated)
         assert torch.allclose(ours.reply.real_logps.cpu(), theirs.reply.real_logps, atol=1e-3)
         assert torch.allclose(ours.reply.generated_logps.cpu(), theirs.reply.generated_logps, atol=1e-3)
+
+
+def test_a_step_equals_a_cpus_and_is_skipped_alike() -> None:
+    model, batch = tiny_model("policy", "opponent"), ragged_batch(3)
+    here, there = (Learner(m, StepConfig(beta=0.5, max_grad_norm=1.0)) for m in (model, deepcopy(model).cuda()))
+    for _ in range(2):
+        wanted, found = take_step(here, batch), take_step(there, batch)
+        for name in ("total_loss", "grad_norm", "policy_real_logps", "policy_generated_logps", "margin"):
+            assert found[name] == pytest.approx(wanted[name], abs=1e-2, rel=1e-3)
+    before, site = there.state_dict(), there.network.sites["projector.fc1"]
+    there.network.sites["projector.fc1"] = site._replace(bias=site.bias + math.nan)
+    assert take_step(there, batch)["skipped"] == 1
+    after = there.state_dict()
+    assert torch.equal(after["policy"], before["policy"])
+    assert all(torch.equal(after["moments"][name], value) for name, value in before["moments"].items())
+
+
+def test_a_step_does_not_wait_for_the_device() -> None:
+    learner = Learner(tiny_model("policy", "opponent").cuda(), StepConfig(beta=0.5, max_grad_norm=1.0))
+    take_step(learner, ragged_batch(3))  # kernels are compiled
+    (questions,) = learner.ask([[ragged_batch(3)]])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = learner.step(questions)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(pending.read()["total_loss"])

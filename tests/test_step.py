@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -220,12 +221,34 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_ends_the_run_after_thr
         trained(learner, 3)
 
 
+@pytest.mark.parametrize("spoilt_by", ["nan", "hard"])
+def test_a_skipped_step_changes_no_bit(spoilt_by: str) -> None:
+    """Weights, moments, AdamW's count and the averaged opponent; the step after is as if it had not been."""
+    config = StepConfig(beta=0.5, opponent_update="ema", ema_decay=0.5, max_grad_norm=1.0, skip_hard_above=50.0)
+    learner, other = Learner(tiny_model("policy"), config), Learner(tiny_model("policy"), config)
+    trained(learner, 1), trained(other, 1)
+    before, sound = learner.state_dict(), learner.network.sites["projector.fc1"]
+    if spoilt_by == "nan":
+        learner.network.sites["projector.fc1"] = sound._replace(bias=sound.bias + math.nan)
+    else:
+        learner.config = replace(config, skip_hard_above=0.5)
+    assert take_step(learner, ragged_batch(2))["skipped"] == 1
+    learner.config, learner.network.sites["projector.fc1"] = config, sound
+    after = learner.state_dict()
+    for name in ("policy", "opponent"):
+        assert torch.equal(after[name], before[name])
+    for name, value in before["moments"].items():
+        assert torch.equal(after["moments"][name], value)
+    assert before["moments"]["step"] == 1
+    assert torch.equal(trained(learner, 1, start=1), trained(other, 1, start=1))
+
+
 def test_the_gradient_is_clipped_to_its_norm() -> None:
     """AdamW's first step does not depend on scale, but its moments do: exp_avg is 0.1 times the clipped gradient."""
     learner = Learner(tiny_model("policy"), StepConfig(beta=0.5, max_grad_norm=1e-3))
     metrics = take_step(learner, ragged_batch(2))
     assert metrics["grad_norm"] > 1e-2
-    moment = learner.optimizer.state_dict()["state"][0]["exp_avg"]
+    moment = learner.optimizer.moments()["exp_avg"]
     assert (moment.norm() / 0.1).item() == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -314,7 +337,7 @@ def test_steps_asked_together_are_answered_as_if_asked_one_by_one(objective: str
                 assert torch.equal(ahead.reply.generated, now.reply.generated)
                 for name in ("real_logps", "generated_logps"):
                     torch.testing.assert_close(getattr(ahead.reply, name), getattr(now.reply, name), atol=1e-5, rtol=0)
-        learner.step(questions_ahead)
+        learner.step(questions_ahead).read()
 
 
 def test_of_several_questions_only_the_unknown_are_passed_on(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from spvla import runs
 from spvla.errors import CheckpointError, DatasetError, TrainingError, UserError
 from spvla.files import write_json
 from spvla.policy.checkpoint import load_policy
+from spvla.selfplay import session as session_module
 from spvla.selfplay.prepare import datasets_of, locked, require_same_run, require_startable, run_id, start_policy
 from spvla.selfplay.session import Place, Session
 from spvla.selfplay.train import train
@@ -138,28 +139,62 @@ def test_two_steps_and_two_more_equal_four_bit_for_bit(data: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("flags", [{"opponent_temperature": 1.0, "image_aug": True}, {"grad_accumulation_steps": 2}])
 def test_an_opponent_that_answers_several_steps_at_once_changes_nothing(
-    data: Path, tmp_path: Path, flags: dict
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict
 ) -> None:
-    """Five steps, asked one by one and by two, so that the last stands alone."""
-    one, two = (
-        Session(job_of(quick_flags(data, tmp_path, run_id=f"{ahead}", max_steps=5, **flags)), Place(), ahead=ahead)
-        for ahead in (1, 2)
-    )
-    rows = [[session.advance() for _ in range(5)] for session in (one, two)]
-    assert [r["total_loss"] for r in rows[0]] == pytest.approx([r["total_loss"] for r in rows[1]], abs=1e-5)
-    assert float((one.learner.policy.master - two.learner.policy.master).abs().max()) < 1e-5
-    assert one.samples == two.samples and not two.questions
+    """Five steps, asked one by one and by two, so that the last stands alone; a checkpoint falls between two."""
+    runs_of = {}
+    for ahead in (1, 2):
+        monkeypatch.setattr(session_module, "steps_ahead", lambda config, device, ahead=ahead: ahead)
+        config = quick_flags(data, tmp_path, run_id=f"ahead-{ahead}", max_steps=5, save_steps=3, **flags)
+        runs_of[ahead] = train_here(config)
+    losses = {ahead: [row["total_loss"] for row in runs.read_metrics(run)] for ahead, run in runs_of.items()}
+    assert losses[1] == pytest.approx(losses[2], abs=1e-5)
+    assert distance(weights_of(runs_of[1]), weights_of(runs_of[2])) < 1e-5
 
 
-def test_a_checkpoint_counts_what_was_stepped_not_what_was_asked(data: Path, tmp_path: Path) -> None:
-    config = quick_flags(data, tmp_path, run_id="a", max_steps=9)
-    session = Session(job_of(config), Place(), ahead=3)
+def test_a_checkpoint_counts_what_was_stepped_not_what_was_asked(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "steps_ahead", lambda config, device: 3)
+    session = Session(job_of(quick_flags(data, tmp_path, run_id="a", max_steps=9)), Place())
     session.advance()
     session.write(tmp_path / "checkpoint")
-    wanted = [session.questions[0][0].samples.tolist(), session.questions[1][0].samples.tolist()]
+    wanted = [question.samples.tolist() for (question,) in session.questions]
     session.load(tmp_path / "checkpoint")
     assert not session.questions
     assert [next(session.batches).samples.tolist() for _ in range(2)] == wanted
+
+
+def test_a_host_that_reads_one_step_behind_leaves_the_same_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same adapters bit for bit, same rows in the same order, same reports: as a GPU's host does it."""
+    flags = {"max_steps": 7, "save_steps": 3, "val_steps": 2}
+    reports: dict[str, list[tuple]] = {"at once": [], "behind": []}
+    found = {}
+    for name in reports:
+        monkeypatch.setattr(session_module, "steps_behind", lambda device, name=name: int(name == "behind"))
+        report = lambda row, saved, name=name: reports[name].append((row["step"], saved and saved.name))  # noqa: E731
+        found[name] = train_here(quick_flags(data, tmp_path, run_id=name.replace(" ", "-"), **flags), report)
+    assert distance(*(weights_of(run) for run in found.values())) == 0
+    assert reports["at once"] == reports["behind"]
+    rows = [
+        [{k: v for k, v in row.items() if not k.endswith("_s") and k != "memory_gib"} for row in runs.read_metrics(run)]
+        for run in found.values()
+    ]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == list(range(1, 8))
+
+
+def test_a_host_that_reads_one_step_behind_stops_before_it_saves_a_hopeless_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "steps_behind", lambda device: 1)
+    config = quick_flags(data, tmp_path, run_id="a", max_nonfinite_steps=2, max_steps=9, save_steps=4)
+    train_here(dataclasses.replace(config, max_steps=1))
+    with pytest.raises(TrainingError, match="2 steps in a row"):
+        train_here(dataclasses.replace(config, learning_rate=1e30))  # steps 3 and 4, the latter to be saved
+    assert [step for step, _ in runs.checkpoints(tmp_path / "a")] == [1]
+    assert [row["step"] for row in runs.read_metrics(tmp_path / "a")] == [1, 2]
 
 
 def test_a_run_goes_on_with_another_number_of_workers_from_the_very_next_sample(data: Path, tmp_path: Path) -> None:

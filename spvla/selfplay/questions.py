@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spvla.config import StepConfig
 from spvla.selfplay.clock import Clock
+from spvla.selfplay.landing import Landing
 from spvla.selfplay.opponent import Opponent
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import Inputs, Reply, draw_uniforms, join, split, to_inputs
@@ -39,6 +40,7 @@ class Asker:
     def __init__(self, opponent: Opponent, config: StepConfig, replies: ReplyStore | None) -> None:
         self.opponent, self.config, self.replies = opponent, config, replies
         self.device = opponent.network.device
+        self.answered: list[tuple[np.ndarray, Landing]] = []  # samples, and replies to be kept
         self.width, self.filled = 0, 0  # text tokens and micro-batches to pad to: compiled code wants few shapes
 
     def ask(self, coming: Sequence[Sequence[Batch]], step: int) -> list[list[Question]]:
@@ -66,11 +68,13 @@ class Asker:
             width = self.width = max(self.width, width)
         return [to_inputs(batch, self.device, width=width) for batch in batches]
 
-    def remember(self, questions: Sequence[Question]) -> None:
-        """Keeps the replies for later epochs. Waits for the device."""
-        for question in questions:
-            if self.replies is not None and question.reply is not None:
-                self.replies.put(question.samples, question.reply)
+    def keep(self) -> None:
+        """Puts what was answered so far into the store, for later epochs."""
+        for samples, landing in self.answered:
+            generated, real_logps, generated_logps = landing.read()
+            reply = Reply(generated=generated, real_logps=real_logps, generated_logps=generated_logps)
+            self.replies.put(samples, reply)
+        self.answered.clear()
 
     def _replies(self, batches: Sequence[Batch], inputs: Sequence[Inputs], steps: Sequence[int]) -> list[Reply | None]:
         if self.config.objective == "sft":
@@ -83,6 +87,9 @@ class Asker:
             uniforms = [self._uniforms(batches[i], steps[i]) for i in chosen]
             for i, reply in zip(chosen, self._pass([inputs[i] for i in chosen], uniforms), strict=True):
                 replies[i] = reply
+                if self.replies is not None:
+                    landing = Landing(reply.generated, reply.real_logps, reply.generated_logps)
+                    self.answered.append((batches[i].samples, landing))
         return replies
 
     def _pass(self, inputs: list[Inputs], uniforms: list[Tensor]) -> list[Reply]:

@@ -2,7 +2,8 @@
 
 session = Session(job, place)
 session.load(checkpoint)          # exactly where that run stood
-row = session.advance()           # one optimiser step
+rows = session.advance()          # one optimiser step; on a GPU the row of the one before
+rows += session.settle()          # all rows so far
 session.write(folder)             # a checkpoint that load_policy reads by itself
 """
 
@@ -29,7 +30,7 @@ from spvla.selfplay.prepare import Job
 from spvla.selfplay.questions import ROWS, Question
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.resume import load_state, save_state
-from spvla.selfplay.step import OPPONENT, POLICY, Learner
+from spvla.selfplay.step import OPPONENT, POLICY, Learner, Pending
 
 CPU = torch.device("cpu")
 VALIDATION_SAMPLES = 1024  # at most, over all workers
@@ -68,10 +69,10 @@ class Place:
 
 
 class Session:
-    def __init__(self, job: Job, place: Place, *, ahead: int | None = None) -> None:
-        """Loads everything, at step 0. `ahead` is how many steps are asked at once. Raises UserError."""
+    def __init__(self, job: Job, place: Place) -> None:
+        """Loads everything, at step 0. Raises UserError."""
         self.job, self.place, self.config = job, place, job.config
-        self.ahead = ahead or steps_ahead(job.config, place.device)
+        self.ahead, self.behind = steps_ahead(job.config, place.device), steps_behind(place.device)
         self.stores = [FrameStore.open(path) for _, path, _ in job.stores]
         self.data = digest([store.digest for store in self.stores], [weight for _, _, weight in job.stores])
         self.base, self.adapter = base_of(job.start)
@@ -80,7 +81,9 @@ class Session:
         self.learner = Learner(self.model, self.config, replies=self._replies())
         self.smoothed = Smoothed()
         self.samples = 0  # stepped so far, over all workers
+        self.under_way: deque[tuple[Pending, float]] = deque()  # steps not yet read, and their wait for data in seconds
         self.seconds: deque[float] = deque(maxlen=self.ahead)  # of the last steps: of one pass of the opponent
+        self.waited_s = self.read_s = 0.0  # a step's wait for data; the moment when the last row was read
         self._feed()
         if self.config.val_steps:
             self._loader("val")  # an empty split is told now, not after hours
@@ -94,16 +97,34 @@ class Session:
         """The effective batch."""
         return self.config.batch_size * self.config.grad_accumulation_steps * self.place.world
 
-    def advance(self) -> Row:
-        """One optimiser step. Raises TrainingError as the flags say."""
-        start_s = time.perf_counter()
+    def advance(self) -> list[Row]:
+        """One optimiser step. Gives the rows that are known by now: on a GPU the host runs one step behind.
+
+        Raises TrainingError as the flags say.
+        """
+        if not self.under_way:
+            self.read_s = time.perf_counter()  # a pause ends here: saving, validation
         if not self.questions:
             self._ask()
-        row: Row = {"step": self.step + 1, **self.learner.step(self.questions.popleft())}
+        self.under_way.append((self.learner.step(self.questions.popleft()), self.waited_s))
         self.samples += self.samples_per_step
-        row["data_s"] += self.waited_s
+        return self._rows(self.behind)
+
+    def settle(self) -> list[Row]:
+        """Waits for the device, and gives the rows of all steps so far."""
+        return self._rows(0)
+
+    def _rows(self, left: int) -> list[Row]:
+        """Reads all steps but the last `left`."""
+        return [self._row(*self.under_way.popleft()) for _ in range(len(self.under_way) - left)]
+
+    def _row(self, pending: Pending, waited_s: float) -> Row:
+        row: Row = {"step": pending.step, **pending.read()}
+        row["data_s"] += waited_s
         row["smoothed_loss"] = self.smoothed.add(row["total_loss"])
-        self.seconds.append(time.perf_counter() - start_s)
+        now_s = time.perf_counter()
+        self.seconds.append(now_s - self.read_s)
+        self.read_s = now_s
         step_s = sum(self.seconds) / len(self.seconds)
         return row | {"step_s": step_s, "samples_per_s": self.samples_per_step / step_s}
 
@@ -152,7 +173,7 @@ class Session:
         start_s = time.perf_counter()
         count = max(1, min(self.ahead, self.config.max_steps - self.step))
         coming = [list(islice(self.batches, self.config.grad_accumulation_steps)) for _ in range(count)]
-        self.waited_s = (time.perf_counter() - start_s) / count  # for data, each step's share
+        self.waited_s = (time.perf_counter() - start_s) / count
         self.questions.extend(self.learner.ask(coming))
 
     def _loader(self, split: Split, start_sample: int = 0) -> Loader:
@@ -210,6 +231,11 @@ def steps_ahead(config: TrainConfig, device: torch.device) -> int:
     if device == CPU or config.objective == "sft" or config.opponent_update == "ema":
         return 1
     return max(1, ROWS // (config.batch_size * config.grad_accumulation_steps))
+
+
+def steps_behind(device: torch.device) -> int:
+    """Steps whose numbers the host leaves unread, so that the device need not wait for it between two steps."""
+    return 0 if device == CPU else 1
 
 
 def dtype_of(config: TrainConfig, device: torch.device) -> str:

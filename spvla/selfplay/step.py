@@ -2,16 +2,18 @@
 
     learner = Learner(model, config)            # the model carries adapter "policy", perhaps "opponent"
     now, later = learner.ask([first, second])   # the micro-batches of two steps: the opponent answers them all
-    metrics = learner.step(now)                 # one optimiser step
+    pending = learner.step(now)                 # one optimiser step, which the device may still be at
+    metrics = pending.read()                    # waits for its numbers
 
 The opponent has answered before the policy learns. So the number of pairs that count is known before the first
 backward pass, and the gradient is that of one mean over all micro-batches and workers.
 Workers (torch.distributed, if initialised) meet twice a step: once to add that number, once to add the gradient, which
-covers the adapter only. The host waits for the device once a step, to read the metrics and to skip what is not finite.
+covers the adapter only. What is not finite is skipped on the device; the host learns of it when it reads.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ from spvla.errors import CheckpointError, TrainingError, UserError
 from spvla.policy import actions
 from spvla.selfplay.adapters import Adapter, Flat, has_adapter
 from spvla.selfplay.clock import Clock, memory_gib
+from spvla.selfplay.landing import Landing
 from spvla.selfplay.measures import Margin, collided, extremes, imitation, selfplay
 from spvla.selfplay.network import Loras, Network, bare
 from spvla.selfplay.opponent import Opponent
@@ -32,6 +35,7 @@ from spvla.selfplay.questions import Asker, Question, asking_s
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import Inputs, Reply, Speech, score_pair, score_real
 from spvla.selfplay.settings import OPPONENT, POLICY, learning_rate
+from spvla.selfplay.update import Optimizer
 from spvla.types import ACTION_DIM, Batch
 
 
@@ -45,6 +49,14 @@ class Shares(NamedTuple):
 class Measured(NamedTuple):
     sums: dict[str, Tensor]  # scalars; added over micro-batches and workers they are the step's metrics
     extremes: Tensor  # (2,) largest action logit, and smallest negated
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that the device may still be at. Each is read once, in the order of the steps."""
+
+    step: int  # from 1 on
+    read: Callable[[], dict[str, float]]  # waits for its metrics; raises TrainingError as max_nonfinite_steps says
 
 
 class Learner:
@@ -76,25 +88,21 @@ class Learner:
         self.asker = Asker(Opponent(self.network, opponent_loras, self.speech), config, replies)
         self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._share_start()
-        self.total = torch.zeros_like(self.policy.master)  # the gradient of a whole step
-        parameter = nn.Parameter(self.policy.master)
-        parameter.grad = self.total
-        fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW([parameter], weight_decay=config.weight_decay, fused=fused)
+        self.optimizer = Optimizer(self.policy, self.average, config)
         centers = actions.decode(np.arange(self.network.vocabulary))
         self.centers = torch.from_numpy(centers).float().to(self.device)  # (V,) action of each id
         self.steps = 0  # taken, skipped ones included
-        self.nonfinite = 0  # in a row
+        self.nonfinite = 0  # in a row, as far as read
 
     def ask(self, coming: Sequence[Sequence[Batch]]) -> list[list[Question]]:
         """The questions of the coming steps, from the micro-batches of each. A moving opponent answers one step."""
         assert self.average is None or len(coming) == 1, "the opponent will have moved"
         return self.asker.ask(coming, self.steps)
 
-    def step(self, questions: Sequence[Question]) -> dict[str, float]:
-        """One optimiser step over all micro-batches and workers. Raises TrainingError as max_nonfinite_steps says."""
+    def step(self, questions: Sequence[Question]) -> Pending:
+        """One optimiser step over all micro-batches and workers. Does not wait for a GPU."""
         clock = Clock(self.device)
-        self.total.zero_()
+        self.optimizer.gradient.zero_()
         self._seed_dropout()
         shares = self._shares(questions)
         measured = []
@@ -103,12 +111,20 @@ class Learner:
                 objective, measures = self._losses(question.inputs, question.reply, shares)
             with clock("backward"):
                 objective.backward()
-                self.policy.take_grad(self.total)
+                self.policy.take_grad(self.optimizer.gradient)
             measured.append(measures)
-        metrics = self._gather(measured)
-        self.asker.remember(questions)
-        self._update(metrics)
-        return metrics | asking_s(questions) | clock.seconds() | {"memory_gib": memory_gib(self.device)}
+        values, rate = self._gather(measured), learning_rate(self.config, self.steps)
+        values |= self.optimizer.update(values["total_loss"], values.get("hard_rate"), rate)
+        self.steps += 1
+        landing = Landing(torch.stack([value.float() for value in values.values()]))
+
+        def read() -> dict[str, float]:
+            metrics = dict(zip(values, landing.read()[0].tolist(), strict=True)) | {"learning_rate": rate}
+            self.asker.keep()
+            self._count_nonfinite(metrics)
+            return metrics | asking_s(questions) | clock.seconds() | {"memory_gib": memory_gib(self.device)}
+
+        return Pending(self.steps, read)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> dict[str, float]:
@@ -120,14 +136,13 @@ class Learner:
         return dict(zip(measures, values, strict=True))
 
     def state_dict(self) -> dict[str, object]:
-        """Everything that a later step depends on, exactly: tensors and numbers."""
-        moments = self.optimizer.state_dict()["state"].get(0, {})
+        """Everything that a later step depends on, exactly: tensors and numbers. After all steps were read."""
         return {
             "steps": self.steps,
             "nonfinite": self.nonfinite,
             "policy": self.policy.master.clone(),
             "opponent": None if self.average is None else self.average.master.clone(),
-            "moments": {name: value.clone() for name, value in moments.items()},
+            "moments": self.optimizer.moments(),
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
@@ -142,9 +157,7 @@ class Learner:
         self.policy.load(state["policy"])
         if self.average is not None:
             self.average.load(state["opponent"])
-        moments = {0: state["moments"]} if state["moments"] else {}
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.optimizer.load(state["moments"])
 
     def _trained(self) -> tuple[Flat, Loras]:
         if not self.config.use_lora:
@@ -214,44 +227,23 @@ class Learner:
         logits = score_real(self.network, inputs, loras)
         return logits, None if reply is None else self.speech.greedy(logits[:, :ACTION_DIM])
 
-    def _gather(self, measured: Sequence[Measured]) -> dict[str, float]:
-        """Adds up micro-batches and workers, gradient included; the step's one wait for the device."""
+    def _gather(self, measured: Sequence[Measured]) -> dict[str, Tensor]:
+        """Adds up micro-batches and workers, gradient included."""
         names = list(measured[0].sums)
         sums = torch.stack([torch.stack([m.sums[name].float() for name in names]) for m in measured]).sum(0)
         peaks = torch.stack([m.extremes for m in measured]).amax(0)
         if self.world > 1:
-            dist.all_reduce(self.total)
+            dist.all_reduce(self.optimizer.gradient)
             dist.all_reduce(sums)
             dist.all_reduce(peaks, dist.ReduceOp.MAX)
-        *means, high, low, norm = torch.cat((sums, peaks, self.total.norm()[None])).tolist()
-        return dict(zip(names, means, strict=True)) | {
-            "grad_norm": norm,
-            "action_logit_max": high,
-            "action_logit_min": -low,
-            "learning_rate": learning_rate(self.config, self.steps),
-        }
+        high, low = peaks
+        return dict(zip(names, sums, strict=True)) | {"action_logit_max": high, "action_logit_min": -low}
 
-    def _update(self, metrics: dict[str, float]) -> None:
-        """Steps the optimiser and the average, unless something is not finite or every micro-batch was hard."""
+    def _count_nonfinite(self, metrics: dict[str, float]) -> None:
+        """Adds the count to the metrics. Raises TrainingError where it is hopeless."""
         finite = math.isfinite(metrics["total_loss"]) and math.isfinite(metrics["grad_norm"])
-        hard = metrics.get("hard_rate", 0.0) > 1 - 1e-6
-        self.steps += 1
         self.nonfinite = 0 if finite else self.nonfinite + 1
-        metrics["skipped"] = float(hard or not finite)
         metrics["nonfinite_in_a_row"] = float(self.nonfinite)
-        self._stop_if_hopeless(metrics)
-        if metrics["skipped"]:
-            return
-        if self.config.max_grad_norm is not None:
-            self.total.mul_(min(1.0, self.config.max_grad_norm / (metrics["grad_norm"] + 1e-6)))
-        self.optimizer.param_groups[0]["lr"] = metrics["learning_rate"]
-        self.optimizer.step()
-        self.policy.refresh()
-        if self.average is not None:
-            self.average.master.lerp_(self.policy.master, 1 - self.config.ema_decay)
-            self.average.refresh()
-
-    def _stop_if_hopeless(self, metrics: dict[str, float]) -> None:
         if self.nonfinite < self.config.max_nonfinite_steps:
             return
         raise TrainingError(

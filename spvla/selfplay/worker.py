@@ -34,20 +34,24 @@ def loop(job: Job, place: Place, report: Report) -> None:
     file = MetricsFile(job.run) if leads else None
     log_steps = 1 if config.max_steps <= _EVERY_STEP_UP_TO else 10
     while session.step < config.max_steps:
-        row = session.advance()
+        rows = session.advance()
         stop = place.any((job.run / STOP).exists())
         last = stop or session.step == config.max_steps
-        if config.val_steps and (session.step % config.val_steps == 0 or session.step == config.max_steps):
-            row |= session.validate()
         saves = last or session.step % config.save_steps == 0
-        if file and (saves or "val_action_accuracy" in row or session.step % log_steps == 0):
-            file.append(row)
+        validates = config.val_steps and (session.step % config.val_steps == 0 or session.step == config.max_steps)
+        if saves or validates:
+            rows += session.settle()
+        if validates:
+            rows[-1] |= session.validate()
+        for row in rows if file else []:
+            if row["step"] % log_steps == 0 or ((saves or validates) and row is rows[-1]):
+                file.append(row)
         if saves:
             only_latest = config.save_latest_checkpoint_only
             saved = commit(job.run, session.step, session.write, only_latest=only_latest) if leads else None
-            report(row, saved)
-        elif "val_action_accuracy" in row:
-            report(row, None)
+            report(rows[-1], saved)
+        elif validates:
+            report(rows[-1], None)
         if stop:
             return
 
