@@ -51,7 +51,7 @@ def run(args: list[str]) -> int:
     try:
         name, parsed = parse(args)
         if not verbose:
-            warnings.simplefilter("ignore")  # deprecations inside libraries are no news to who runs a command
+            hush_warnings()
             os.environ.setdefault(*RAY_KEEPS_QUIET)  # Ray reads it when it is imported
         entry_point(name)(parsed)
     except UserError as e:
@@ -66,6 +66,11 @@ def run(args: list[str]) -> int:
         print("spvla: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def hush_warnings() -> None:
+    """Deprecations inside libraries are no news to who runs a command. A filter would not do: gymnasium sets its own."""
+    warnings.showwarning = lambda *_, **__: None
 
 
 def overview() -> str:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 
@@ -62,6 +63,14 @@ def test_bad_input_is_one_line_and_exit_code_2(line: str, says: str, capsys: pyt
     printed = capsys.readouterr().err
     assert says in printed
     assert printed.startswith("spvla: ") and printed.count("\n") == 1
+
+
+def test_no_librarys_deprecation_reaches_the_console(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        cli.hush_warnings()
+        warnings.simplefilter("always")  # as a library may do when it is imported
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+    assert capsys.readouterr().err == ""
 
 
 def test_user_errors_survive_a_trip_through_a_pickle() -> None:
