@@ -69,7 +69,7 @@ def run(args: list[str]) -> int:
 
 
 def hush_warnings() -> None:
-    """Deprecations inside libraries are no news to who runs a command. A filter would not do: gymnasium sets its own."""
+    """Deprecations inside libraries are no news to who runs a command. By no filter: gymnasium sets its own."""
     warnings.showwarning = lambda *_, **__: None
 
 
