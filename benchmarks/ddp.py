@@ -28,7 +28,7 @@ from train_step import BETA, LEARNING_RATE, random_batch, random_model
 from spvla.cluster import connection
 from spvla.config import StepConfig
 from spvla.machines import require_resources
-from spvla.selfplay.questions import ROWS
+from spvla.selfplay.questions import together
 from spvla.selfplay.step import Learner
 
 WARM_UP = 1  # groups of steps
@@ -104,14 +104,14 @@ def work(config: dict[str, argparse.Namespace]) -> Row:
     learner = Learner(model, StepConfig(beta=BETA, learning_rate=LEARNING_RATE, compile=compiled))
     equal_at_start = equal(learner)
     batches = cycle([random_batch(args.batch, args.text, seed) for seed in (2 * rank, 2 * rank + 1)])
-    together = min(args.steps, max(1, ROWS // args.batch))  # steps that the opponent answers at once
+    ahead = min(args.steps, together(args.batch))  # steps that the opponent answers at once
     seconds, parts = [], []
-    for _ in range(WARM_UP + args.steps // together):
+    for _ in range(WARM_UP + args.steps // ahead):
         dist.barrier()
         start = time.perf_counter()
-        coming = learner.ask([[batch] for batch in islice(batches, together)])
+        coming = learner.ask([[batch] for batch in islice(batches, ahead)])
         parts.append([pending.read() for pending in [learner.step(questions) for questions in coming]])
-        seconds.append((time.perf_counter() - start) / together)
+        seconds.append((time.perf_counter() - start) / ahead)
         assert not any(metrics["skipped"] for metrics in parts[-1]), parts[-1]
     seconds, parts = seconds[WARM_UP:], [metrics for group in parts[WARM_UP:] for metrics in group]
     step_s = statistics.median(seconds)

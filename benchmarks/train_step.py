@@ -9,9 +9,8 @@ b  the textbook SPIN step: generate with transformers, then both sequences throu
 c  ours: the opponent's replies decoded afresh, both actions scored over one shared prefix
 d  ours: the opponent's reply known from an earlier epoch
 
-As in training, c and d have the opponent answer the samples of several steps at once (80 samples). So their time is
-that of such a group of steps, waited for at its end, divided by its steps; a and b wait for each step. c's and d's
-parts (data_s and so on) are means over a group's steps.
+As in training, c and d have the opponent answer several steps at once (80 samples), and do not wait for each. So their
+time is that of such a group, waited for at its end, divided by its steps, and their parts are means.
 
 Ways run in processes of their own (c and d share one). The floor of a, b and c is three passes through every weight
 (the policy's forward and backward, frozen weights needing no gradient, and the opponent's forward) at the measured rate
@@ -41,7 +40,7 @@ from spvla.policy.presets import preset
 from spvla.policy.vision import NUM_PATCHES
 from spvla.selfplay.network import Network, bare
 from spvla.selfplay.objective import greedy_logps, spin_loss, token_logps
-from spvla.selfplay.questions import ROWS
+from spvla.selfplay.questions import together
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import FED, REAL_ROWS, score_pair, to_inputs
 from spvla.selfplay.settings import POLICY
@@ -104,15 +103,15 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     compiled = args.device == "cuda" and not args.eager
     config = StepConfig(beta=BETA, learning_rate=LEARNING_RATE, compile=compiled)
     agreement = agree(args, model)
-    learner, together = Learner(model, config), max(1, ROWS // args.batch)
-    steps = our_steps(args, learner, together)
-    rows = {"c": timed(args, steps, args.batch, passes=3, model=model, together=together) | agreement}
+    learner, ahead = Learner(model, config), together(args.batch)
+    steps = our_steps(args, learner, ahead)
+    rows = {"c": timed(args, steps, args.batch, passes=3, model=model, count=ahead) | agreement}
     if args.profile:
         profile(steps)
     if "d" in args.way:
         with tempfile.TemporaryDirectory() as folder:
             learner.asker.replies = ReplyStore(Path(folder) / "replies.bin", num_samples=args.batch * BATCHES, key="")
-            rows["d"] = timed(args, steps, args.batch, passes=2, model=model, together=together)
+            rows["d"] = timed(args, steps, args.batch, passes=2, model=model, count=ahead)
     return rows
 
 
@@ -123,11 +122,11 @@ def timed(
     *,
     passes: int,
     model: nn.Module,
-    together: int = 1,
+    count: int = 1,
 ) -> dict[str, float]:
     """Median seconds of a step, and what follows from it. `passes` through all weights are its floor.
 
-    `step` takes `together` steps and returns the means of their parts.
+    `step` takes `count` steps and returns the means of their parts.
     """
     warm_s = time.perf_counter()
     for _ in range(BATCHES):
@@ -141,7 +140,7 @@ def timed(
         parts.append(step())
         if args.device == "cuda":
             torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - start) / together)
+        seconds.append((time.perf_counter() - start) / count)
     median = statistics.median(seconds)
     memory = torch.cuda.max_memory_reserved() / 2**30 if args.device == "cuda" else float("nan")
     shown = {k: statistics.median(p[k] for p in parts) for k in parts[0]}
@@ -157,11 +156,11 @@ def timed(
     }
 
 
-def our_steps(args: argparse.Namespace, learner: Learner, together: int) -> Callable[[], dict[str, float]]:
+def our_steps(args: argparse.Namespace, learner: Learner, ahead: int) -> Callable[[], dict[str, float]]:
     batches = stream(args, args.batch)
 
     def steps() -> dict[str, float]:
-        coming = learner.ask([[batch] for batch in islice(batches, together)])
+        coming = learner.ask([[batch] for batch in islice(batches, ahead)])
         rows = [pending.read() for pending in [learner.step(questions) for questions in coming]]
         assert not any(row["skipped"] for row in rows), rows
         parts = ("data_s", "opponent_s", "forward_s", "backward_s")

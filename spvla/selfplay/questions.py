@@ -21,6 +21,14 @@ from spvla.selfplay.scoring import Inputs, Reply, draw_uniforms, join, split, to
 from spvla.types import Batch
 
 ROWS = 80  # samples in one pass: on an H200 148 ms for each 20 of them (7B; 162 ms for 20 alone, even as a CUDA graph)
+MICRO_BATCHES = (
+    8  # at most: a sample's keys and values are 0.15 GiB (7B), its activations in training over ten times that
+)
+
+
+def together(batch_size: int) -> int:
+    """Micro-batches in one pass."""
+    return min(MICRO_BATCHES, max(1, ROWS // batch_size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +89,12 @@ class Asker:
             return [None] * len(batches)
         replies = [self.replies.get(batch.samples, self.device) if self.replies else None for batch in batches]
         unknown = [i for i, reply in enumerate(replies) if reply is None]
-        together = max(1, ROWS // len(batches[0].samples))
-        for first in range(0, len(unknown), together):
-            chosen = unknown[first : first + together]
+        many = together(len(batches[0].samples))
+        for chosen in (unknown[first : first + many] for first in range(0, len(unknown), many)):
             uniforms = [self._uniforms(batches[i], steps[i]) for i in chosen]
             for i, reply in zip(chosen, self._pass([inputs[i] for i in chosen], uniforms), strict=True):
                 replies[i] = reply
-                if self.replies is not None:
-                    landing = Landing(reply.generated, reply.real_logps, reply.generated_logps)
-                    self.answered.append((batches[i].samples, landing))
+                self._note(batches[i], reply)
         return replies
 
     def _pass(self, inputs: list[Inputs], uniforms: list[Tensor]) -> list[Reply]:
@@ -101,6 +106,12 @@ class Asker:
         else:
             reply = self.opponent.reply(whole, torch.cat(list(islice(cycle(uniforms), self.filled))).to(self.device))
         return split(reply, [len(x.text) for x in inputs])
+
+    def _note(self, batch: Batch, reply: Reply) -> None:
+        """For `keep`."""
+        if self.replies is not None:
+            landing = Landing(reply.generated, reply.real_logps, reply.generated_logps)
+            self.answered.append((batch.samples, landing))
 
     def _uniforms(self, batch: Batch, step: int) -> Tensor:
         """(B, A). Replies that are kept are drawn once for all epochs."""

@@ -27,7 +27,7 @@ from spvla.policy.checkpoint import base_of, load_model, norm_stats, save_model
 from spvla.policy.prompt import load_tokenizer
 from spvla.selfplay.metrics import Row, Smoothed
 from spvla.selfplay.prepare import Job
-from spvla.selfplay.questions import ROWS, Question
+from spvla.selfplay.questions import Question, together
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.resume import load_state, save_state
 from spvla.selfplay.step import OPPONENT, POLICY, Learner, Pending
@@ -230,7 +230,7 @@ def steps_ahead(config: TrainConfig, device: torch.device) -> int:
     """
     if device == CPU or config.objective == "sft" or config.opponent_update == "ema":
         return 1
-    return max(1, ROWS // (config.batch_size * config.grad_accumulation_steps))
+    return max(1, together(config.batch_size) // config.grad_accumulation_steps)
 
 
 def steps_behind(device: torch.device) -> int:

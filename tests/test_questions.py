@@ -1,0 +1,81 @@
+"""Questions to the opponent: asked for several steps at once they are answered as if asked one by one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from selfplay_parts import ragged_batch, take_step, tiny_model
+
+from spvla.config import StepConfig
+from spvla.selfplay.questions import together
+from spvla.selfplay.replies import ReplyStore
+from spvla.selfplay.scoring import Inputs, Reply
+from spvla.selfplay.step import Learner
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("objective", ["spin", "spvla", "sft"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_steps_asked_together_are_answered_as_if_asked_one_by_one(objective: str, temperature: float) -> None:
+    """Three steps of two micro-batches of unlike widths; what is sampled hangs on the step alone."""
+    config = StepConfig(objective=objective, opponent_temperature=temperature)
+    learner = Learner(tiny_model("policy", "opponent"), config)
+    coming = [[ragged_batch(2, seed=2 * i), ragged_batch(2, seed=2 * i + 1)] for i in range(3)]
+    together = learner.ask(coming)
+    assert len({q.inputs.text.shape for step in together for q in step}) == 1
+    for questions_ahead, batches in zip(together, coming, strict=True):
+        (questions_now,) = learner.ask([batches])
+        for ahead, now in zip(questions_ahead, questions_now, strict=True):
+            assert np.array_equal(ahead.samples, now.samples) and torch.equal(ahead.inputs.real, now.inputs.real)
+            assert (ahead.reply is None) == (now.reply is None) == (objective == "sft")
+            if ahead.reply is not None:
+                assert torch.equal(ahead.reply.generated, now.reply.generated)
+                for name in ("real_logps", "generated_logps"):
+                    torch.testing.assert_close(getattr(ahead.reply, name), getattr(now.reply, name), atol=1e-5, rtol=0)
+        learner.step(questions_ahead).read()
+
+
+def test_of_several_questions_only_the_unknown_are_passed_on(tmp_path: Path) -> None:
+    store = ReplyStore(tmp_path / "replies.bin", num_samples=1000, key="")
+    learner = Learner(tiny_model("policy"), StepConfig(), replies=store)
+    old, new = ragged_batch(2, seed=1), ragged_batch(3, seed=2)
+    take_step(learner, old)
+    before, reply = learner.ask([[old]])[0][0].reply, learner.asker.opponent.reply
+
+    def only_three(inputs: Inputs, uniforms: torch.Tensor) -> Reply:
+        assert len(inputs.text) == 3
+        return reply(inputs, uniforms)
+
+    learner.asker.opponent.reply = only_three
+    (known,), (asked,) = learner.ask([[old], [new]])
+    assert torch.equal(known.reply.generated, before.generated) and len(asked.reply.generated) == 3
+
+
+def test_a_moving_opponent_is_not_asked_ahead() -> None:
+    learner = Learner(tiny_model("policy"), StepConfig(opponent_update="ema"))
+    with pytest.raises(AssertionError, match="moved"):
+        learner.ask([[ragged_batch(2)], [ragged_batch(2)]])
+
+
+def test_compiled_code_sees_passes_of_one_size_and_answers_stay_the_same() -> None:
+    """Where fewer steps are left than were asked before, some rows are repeated."""
+    model, coming = tiny_model("policy"), [[ragged_batch(2, seed=seed)] for seed in range(3)]
+    plain, filled = Learner(model, StepConfig()).asker, Learner(model, StepConfig()).asker
+    filled.config = StepConfig(compile=True)  # what is padded, without the compiler
+    sizes, reply = [], filled.opponent.reply
+
+    def watched(inputs: Inputs, uniforms: torch.Tensor) -> Reply:
+        sizes.append(tuple(inputs.text.shape))
+        return reply(inputs, uniforms)
+
+    filled.opponent.reply = watched
+    filled.ask(coming, 0)
+    for ((ours,),), ((theirs,),) in ((asker.ask(coming[:1], 3) for asker in (filled, plain)),):
+        assert torch.equal(ours.reply.generated, theirs.reply.generated)
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
+
+
+def test_a_pass_has_eighty_samples_but_no_more_than_eight_micro_batches() -> None:
+    assert [together(size) for size in (200, 80, 20, 16, 4, 1)] == [1, 1, 4, 5, 8, 8]
