@@ -72,8 +72,8 @@ def test_compiled_code_sees_passes_of_one_size_and_answers_stay_the_same() -> No
 
     filled.opponent.reply = watched
     filled.ask(coming, 0)
-    for ((ours,),), ((theirs,),) in ((asker.ask(coming[:1], 3) for asker in (filled, plain)),):
-        assert torch.equal(ours.reply.generated, theirs.reply.generated)
+    ((ours,),), ((theirs,),) = filled.ask(coming[:1], 3), plain.ask(coming[:1], 3)
+    assert torch.equal(ours.reply.generated, theirs.reply.generated)
     assert len(sizes) == 2 and sizes[0] == sizes[1]
 
 

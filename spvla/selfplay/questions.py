@@ -21,9 +21,7 @@ from spvla.selfplay.scoring import Inputs, Reply, draw_uniforms, join, split, to
 from spvla.types import Batch
 
 ROWS = 80  # samples in one pass: on an H200 148 ms for each 20 of them (7B; 162 ms for 20 alone, even as a CUDA graph)
-MICRO_BATCHES = (
-    8  # at most: a sample's keys and values are 0.15 GiB (7B), its activations in training over ten times that
-)
+MICRO_BATCHES = 8  # at most: a sample's keys and values (0.15 GiB, 7B) are a tenth of its activations in training
 
 
 def together(batch_size: int) -> int:
