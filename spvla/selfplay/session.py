@@ -82,7 +82,7 @@ class Session:
         self.smoothed = Smoothed()
         self.samples = 0  # stepped so far, over all workers
         self.under_way: deque[tuple[Pending, float]] = deque()  # steps not yet read, and their wait for data in seconds
-        self.seconds: deque[float] = deque(maxlen=self.ahead)  # of the last steps: of one pass of the opponent
+        self.seconds: deque[float] = deque(maxlen=self.ahead)  # a step; of as many as one pass of the opponent serves
         self.waited_s = self.read_s = 0.0  # a step's wait for data; the moment when the last row was read
         self._feed()
         if self.config.val_steps:
@@ -141,6 +141,7 @@ class Session:
 
     def write(self, folder: Path) -> None:
         """A checkpoint: adapter (or whole model), action statistics, and everything that the next step depends on."""
+        assert not self.under_way, "settle first: a step's numbers are missing"
         stats = norm_stats(self.base) | (norm_stats(self.adapter) if self.adapter else {})
         stats |= {name: value for store in self.stores for name, value in store.statistics.items()}
         if self.config.use_lora:
