@@ -89,7 +89,8 @@ class Flat:
         self.shapes = [tuple(t.shape) for t in tensors]
         self.master = torch.cat([t.detach().float().flatten() for t in tensors])
         self.compute = self.master if dtype == torch.float32 else self.master.to(dtype)
-        self.grad = torch.zeros_like(self.compute) if trainable else None
+        self.trainable = trainable
+        self.trained: list[Tensor] = []  # `compute` in parts: where backward passes leave gradients
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -98,10 +99,11 @@ class Flat:
 
     @torch.no_grad()
     def take_grad(self, total: Tensor) -> None:
-        """Moves the gradient of the last backward pass into `total` (N,) float32, adding."""
-        assert self.grad is not None, "frozen"
-        total.add_(self.grad)
-        self.grad.zero_()
+        """Moves the gradients of the last backward pass into `total` (N,) float32, adding."""
+        grads = [leaf.new_zeros(leaf.shape) if leaf.grad is None else leaf.grad for leaf in self.trained]
+        total.add_(torch.cat([grad.flatten() for grad in grads]))
+        for leaf in self.trained:
+            leaf.grad = None  # so that the next one is kept as it comes, not added to another
 
     @torch.no_grad()
     def load(self, values: Tensor) -> None:
@@ -109,13 +111,11 @@ class Flat:
         self.refresh()
 
     def leaves(self, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Cuts `compute` (and `grad`) into tensors that autograd treats as parameters."""
+        """Cuts `compute` into tensors that autograd treats as parameters."""
         sizes = [math.prod(shape) for shape in shapes]
         leaves = [part.view(shape).detach() for part, shape in zip(self.compute.split(sizes), shapes, strict=True)]
-        if self.grad is not None:
-            for leaf, part in zip(leaves, self.grad.split(sizes), strict=True):
-                leaf.requires_grad_()
-                leaf.grad = part.view(leaf.shape)
+        if self.trainable:
+            self.trained = [leaf.requires_grad_() for leaf in leaves]
         return leaves
 
 

@@ -84,9 +84,9 @@ class Network:
             self.sites[name] = Site(weight, bias, site.outs)
             point_at(self.parts[name], self.sites[name])
         for parameter in others:
-            leaf = next(leaves)
-            parameter.data, parameter.grad = leaf.data, leaf.grad
+            parameter.data = next(leaves).data
             parameter.requires_grad_()
+        flat.trained[len(site_tensors) :] = others
         return flat
 
     def _unused(self, name: str) -> bool:
