@@ -15,19 +15,23 @@ import mujoco
 import numpy as np
 
 from spvla.sim.opengl import OpenGL
-from spvla.sim.triangles import project, select
+from spvla.sim.triangles import blank, project, reach, select
 
 OPAQUE = 0.995  # what is less, MuJoCo draws translucently
+ENDLESS = 1e6  # metres
 GEOM = int(mujoco.mjtObj.mjOBJ_GEOM)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The corners of `faces` (F, 3) index into `points` and `normals`, both (V, 3) float32."""
+    """The corners of `faces` (F, 3) index into `points` and `normals`, both (V, 3) float32. Corners at one place differ
+    in their normals: those of `triangles` (F, 3), the same faces, index into `places` (U, 3)."""
 
     points: np.ndarray
     normals: np.ndarray
     faces: np.ndarray
+    places: np.ndarray
+    triangles: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Shape:
     geom: mujoco.MjvGeom
     mesh: Mesh
     kept: np.ndarray  # (K, 3) those of the mesh's faces that may touch a sample
-    contested: bool  # a later shape is near
+    contested: np.ndarray  # (C, 3) those of them near a later shape
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,43 @@ class View:
     far_m: float
     size: int
 
+    @property
+    def lens(self) -> tuple[float, ...]:
+        """All that decides how this camera's own frame becomes a picture."""
+        return self.fovy_deg, self.near_m, self.far_m, self.size
+
     @cached_property
     def slope(self) -> float:
         """Pixels that are one metre wide at a distance of one metre."""
         return self.size / 2 / np.tan(np.radians(self.fovy_deg) / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boxes:
+    """Around a scene's G shapes, each along its shape's own axes. Metres."""
+
+    turns: np.ndarray  # (G, 3, 3)
+    origins: np.ndarray  # (G, 3) the shapes'
+    centres: np.ndarray  # (G, 3) the boxes'
+    halves: np.ndarray  # (G, 3)
+
+    def later(self, fine: list[int]) -> np.ndarray:
+        """(len(fine), G) which shapes are drawn after a fine one, are not fine, and may meet it."""
+        rows, halves = np.array(fine, int), _turned(np.abs(self.turns), self.halves)  # along the world's axes
+        apart = np.abs(self.centres[rows, None] - self.centres) > halves[rows, None] + halves  # (len(fine), G, 3)
+        meets = ~apart.any(axis=2) & (np.arange(len(halves)) > rows[:, None])
+        meets[:, rows] = False
+        return meets
+
+    def contested(self, shape: int, mesh: Mesh, kept: np.ndarray, later: np.ndarray) -> np.ndarray:
+        """(C, 3) those faces of a shape's that may meet one of `later` (G,)."""
+        found = np.zeros(len(kept), bool)
+        for other in np.flatnonzero(later):
+            turn = self.turns[other].T @ self.turns[shape]
+            shift = self.turns[other].T @ (self.origins[shape] - self.centres[other])
+            reach(kept, mesh.points, turn, shift, self.halves[other], found)
+        alone = len(kept) < len(mesh.faces)  # see `blank`
+        return kept[found] if alone or not found.any() else kept
 
 
 class FineMeshes:
@@ -65,7 +102,9 @@ class FineMeshes:
         self.numbers = {g: int(model.geom_dataid[g]) for g in range(model.ngeom) if _is_fine(model, g)}
         self.meshes = {number: read_mesh(model, number) for number in set(self.numbers.values())}
         self.kept = {g: np.empty_like(self.meshes[number].faces) for g, number in self.numbers.items()}
-        self.pixels = np.empty((max((len(m.points) for m in self.meshes.values()), default=0), 2))
+        most = max((len(m.places) for m in self.meshes.values()), default=0)
+        self.pixels, self.sides = np.empty((most, 2)), np.empty(most, np.uint8)
+        self.before: dict[int, tuple[tuple, np.ndarray]] = {}  # what was seen last, and what of it was kept
         self.samples = _sample_places()
         self.gl = OpenGL()
 
@@ -81,11 +120,10 @@ class FineMeshes:
         turns = view.axes.T @ data.geom_xmat[ids[fine]].reshape(-1, 3, 3)
         shifts = (data.geom_xpos[ids[fine]] - view.eye) @ view.axes
         found = [self._kept(*where, view) for where in zip(ids[fine].tolist(), turns, shifts, strict=True)]
-        kept = {i: faces for i, faces in zip(fine, found, strict=True) if faces is not None}
-        contested = _meets_later(list(kept), *self._bounds(geoms, ids, data))
-        meshes = [self.meshes[self.numbers[int(ids[i])]] for i in kept]
-        parts = zip(kept.items(), meshes, contested, strict=True)
-        shapes = [Shape(geoms[i], mesh, faces, bool(meets)) for (i, faces), mesh, meets in parts]
+        boxes = self._boxes(geoms, ids, data)
+        meshes = [self.meshes[self.numbers[g]] for g in ids[fine].tolist()]
+        parts = zip(fine, meshes, found, boxes.later(fine), strict=True)
+        shapes = [Shape(geoms[i], mesh, kept, boxes.contested(i, mesh, kept, later)) for i, mesh, kept, later in parts]
         for shape in shapes:
             shape.geom.type = mujoco.mjtGeom.mjGEOM_NONE
         yield shapes
@@ -95,39 +133,42 @@ class FineMeshes:
     def draw(self, shapes: list[Shape], lights: int) -> Callable[[], bool]:
         """Call after `mjr_render`; what it returns says, after the pixels are read, whether the picture is right."""
         gl = self.gl
-        contested = [shape for shape in shapes if shape.contested]
+        contested = [shape for shape in shapes if len(shape.contested)]
         gl.glEnableClientState(gl.VERTEX_ARRAY)
         gl.glEnableClientState(gl.NORMAL_ARRAY)
-        ties = gl.samples_at_depth(lambda: [self._draw(shape) for shape in contested]) if contested else None
+        ties = gl.samples_at_depth(lambda: [self._draw(s, s.contested) for s in contested]) if contested else None
         for light in range(lights):
             gl.glEnable(gl.LIGHT0 + light)
         for shape in shapes:
             self._paint(shape.geom)
-            self._draw(shape)
+            self._draw(shape, shape.kept)
         for light in range(lights):
             gl.glDisable(gl.LIGHT0 + light)
         gl.glDisableClientState(gl.NORMAL_ARRAY)
         gl.glDisableClientState(gl.VERTEX_ARRAY)
         return lambda: ties is None or gl.result(ties) == 0
 
-    def _bounds(
-        self, geoms: list[mujoco.MjvGeom], ids: np.ndarray, data: mujoco.MjData
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes along the world's axes around a scene's shapes: centres and half sizes (G, 3), metres."""
-        boxes, turns = self.model.geom_aabb[ids], data.geom_xmat[ids].reshape(-1, 3, 3)
-        centres = data.geom_xpos[ids] + np.einsum("gij,gj->gi", turns, boxes[:, :3])
-        halves = np.einsum("gij,gj->gi", np.abs(turns), boxes[:, 3:])
-        halves[self.model.geom_type[ids] == mujoco.mjtGeom.mjGEOM_PLANE] = np.inf
+    def _boxes(self, geoms: list[mujoco.MjvGeom], ids: np.ndarray, data: mujoco.MjData) -> "Boxes":
+        around, turns = self.model.geom_aabb[ids], data.geom_xmat[ids].reshape(-1, 3, 3)
+        origins, shifts, halves = data.geom_xpos[ids], around[:, :3].copy(), around[:, 3:].copy()
+        halves[self.model.geom_type[ids] == mujoco.mjtGeom.mjGEOM_PLANE] = ENDLESS
         for i in np.flatnonzero(ids < 0):  # a site
-            centres[i], halves[i] = geoms[i].pos, geoms[i].size.sum()
-        return centres, halves + 1e-4
+            turns[i], origins[i], shifts[i], halves[i] = np.eye(3), geoms[i].pos, 0, geoms[i].size.sum()
+        return Boxes(turns=turns, origins=origins, centres=origins + _turned(turns, shifts), halves=halves + 1e-4)
 
-    def _kept(self, geom: int, turn: np.ndarray, shift: np.ndarray, view: View) -> np.ndarray | None:
-        """(K, 3) the faces of a mesh that may touch a sample; None unless it lies wholly within the picture."""
+    def _kept(self, geom: int, turn: np.ndarray, shift: np.ndarray, view: View) -> np.ndarray:
+        """(K, 3) the faces of a mesh that may touch a sample."""
         mesh, kept = self.meshes[self.numbers[geom]], self.kept[geom]
-        if not project(mesh.points, turn, shift, view.slope, view.size, view.near_m, view.far_m, self.pixels):
-            return None
-        return kept[: select(mesh.faces, self.pixels, self.samples, kept)]
+        seen = turn.tobytes(), shift.tobytes(), view.lens
+        if geom in self.before and self.before[geom][0] == seen:
+            return self.before[geom][1]  # neither it nor the camera moved
+        pixels, sides = self.pixels, self.sides
+        if project(mesh.places, turn, shift, view.slope, view.size, view.near_m, view.far_m, pixels, sides):
+            kept = kept[: select(mesh.triangles, pixels, self.samples, mesh.faces, kept)]
+        else:
+            blank(mesh.triangles, pixels, sides, self.samples, mesh.faces, kept)
+        self.before[geom] = seen, kept
+        return kept
 
     def _paint(self, geom: mujoco.MjvGeom) -> None:
         gl, rgba = self.gl, geom.rgba
@@ -137,7 +178,7 @@ class FineMeshes:
         gl.glMaterialf(gl.FRONT_AND_BACK, gl.SHININESS, geom.shininess * 128)
         gl.glMaterialfv(gl.FRONT_AND_BACK, gl.SPECULAR, np.float32([geom.specular] * 3 + [1]).tobytes())
 
-    def _draw(self, shape: Shape) -> None:
+    def _draw(self, shape: Shape, faces: np.ndarray) -> None:
         gl, turn = self.gl, np.eye(4, dtype=np.float32)
         turn[:3, :3] = shape.geom.mat.T  # OpenGL's matrices go column by column
         gl.glPushMatrix()
@@ -145,7 +186,7 @@ class FineMeshes:
         gl.glMultMatrixf(turn.tobytes())
         gl.glVertexPointer(3, gl.FLOAT, 0, shape.mesh.points.ctypes.data)
         gl.glNormalPointer(gl.FLOAT, 0, shape.mesh.normals.ctypes.data)
-        gl.glDrawElements(gl.TRIANGLES, shape.kept.size, gl.UNSIGNED_INT, shape.kept.ctypes.data)
+        gl.glDrawElements(gl.TRIANGLES, faces.size, gl.UNSIGNED_INT, faces.ctypes.data)
         gl.glPopMatrix()
 
 
@@ -153,19 +194,27 @@ def read_mesh(model: mujoco.MjModel, number: int) -> Mesh:
     """A mesh as MuJoCo's `mjr_uploadMesh` gives it to OpenGL. Without texture coordinates, a corner whose normal is far
     from its triangle's has the triangle's."""
     point, normal = model.mesh_vertadr[number], model.mesh_normaladr[number]
-    points = model.mesh_vert[point : point + model.mesh_vertnum[number]]
+    places = model.mesh_vert[point : point + model.mesh_vertnum[number]]
     normals = model.mesh_normal[normal : normal + model.mesh_normalnum[number]]
     where = slice(model.mesh_faceadr[number], model.mesh_faceadr[number] + model.mesh_facenum[number])
     faces, chosen = model.mesh_face[where].astype(np.int64), model.mesh_facenormal[where].astype(np.int64)
     if model.mesh_texcoordadr[number] < 0:
-        flat = face_normals(points[faces])
+        flat = face_normals(places[faces])
         a, b = normals[chosen], flat[:, None]
         far = a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2] < 0.8  # (F, 3)
         chosen = np.where(far, len(normals) + np.arange(len(faces))[:, None], chosen)
         normals = np.concatenate([normals, flat])
     pairs, corners = np.unique(faces * len(normals) + chosen, return_inverse=True)
     point, normal = np.divmod(pairs, len(normals))
-    return Mesh(points[point].copy(), normals[normal].copy(), corners.reshape(-1, 3).astype(np.uint32))
+    # A model repeats a place for every texture coordinate or normal there.
+    _, first, same = np.unique(places.view("V12").ravel(), return_index=True, return_inverse=True)
+    return Mesh(
+        points=places[point].copy(),
+        normals=normals[normal].copy(),
+        faces=corners.reshape(-1, 3).astype(np.uint32),
+        places=places[first].copy(),
+        triangles=same[faces].astype(np.uint32),
+    )
 
 
 def face_normals(triangles: np.ndarray) -> np.ndarray:
@@ -190,13 +239,8 @@ def _is_plane_from_behind(geom: mujoco.MjvGeom, eye: np.ndarray) -> bool:
     return geom.type == mujoco.mjtGeom.mjGEOM_PLANE and bool((eye - geom.pos) @ geom.mat[:, 2] < 1e-3)
 
 
-def _meets_later(fine: list[int], centres: np.ndarray, halves: np.ndarray) -> np.ndarray:
-    """(len(fine),) whether the box of each meets that of a later shape which is not fine."""
-    rows = np.array(fine, int)
-    apart = np.abs(centres[rows, None] - centres) > halves[rows, None] + halves  # (len(fine), G, 3)
-    meets = ~apart.any(axis=2) & (np.arange(len(halves)) > rows[:, None])
-    meets[:, rows] = False
-    return meets.any(axis=1)
+def _turned(turns: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    return np.einsum("gij,gj->gi", turns, vectors)
 
 
 def _sample_places() -> np.ndarray:

@@ -1,16 +1,18 @@
 """Drawing fewer triangles: which are left out, and that no pixel shows it."""
 
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import mujoco
 import numpy as np
 import pytest
+from picture_parts import fewest_shapes
 
 from spvla.sim.assets import resolve
 from spvla.sim.libero import LiberoEnv
 from spvla.sim.meshes import read_mesh
 from spvla.sim.rendering import Renderer
-from spvla.sim.triangles import project, select
+from spvla.sim.triangles import ABOVE, LEFT, RIGHT, UNSURE, blank, project, select
 
 SAMPLES = np.array([[0.375, 0.125], [0.875, 0.375], [0.125, 0.625], [0.625, 0.875]])
 
@@ -35,7 +37,7 @@ def kept(*triangles: list) -> list[int]:
     pixels = np.array(triangles, float).reshape(-1, 2)
     faces = np.arange(len(pixels), dtype=np.uint32).reshape(-1, 3)
     out = np.empty_like(faces)
-    return (out[: select(faces, pixels, SAMPLES, out), 0] // 3).tolist()
+    return (out[: select(faces, pixels, SAMPLES, faces, out), 0] // 3).tolist()
 
 
 def test_what_lies_between_samples_or_faces_away_is_left_out() -> None:
@@ -69,19 +71,35 @@ def test_what_the_driver_draws_is_never_left_out() -> None:
 @pytest.mark.parametrize(
     ("shift", "expected"),
     [
-        ((0, 0, -2), True),
-        ((1.9, 0, -2), False),  # over the right edge
-        ((0, 0, -0.05), False),  # before the near plane
-        ((0, 0, 2), False),  # behind
-        ((0, 0, -60), False),  # beyond the far plane
+        ((0, 0, -2), [0, 0]),
+        ((1.9, 0, -2), [0, RIGHT]),
+        ((-2.4, 2.4, -2), [LEFT | ABOVE, LEFT | ABOVE]),
+        ((1.8, 0, -2), [0, UNSURE]),  # on the edge
+        ((0, 0, -0.05), [UNSURE, UNSURE]),  # before the near plane
+        ((0, 0, 2), [UNSURE, UNSURE]),  # behind
+        ((0, 0, -60), [UNSURE, UNSURE]),  # beyond the far plane
     ],
 )
-def test_a_mesh_that_is_not_wholly_in_the_picture_is_left_to_mujoco(shift: tuple, expected: bool) -> None:
+def test_a_point_lies_within_the_picture_or_to_a_side_of_it(shift: tuple, expected: list[int]) -> None:
     points = np.array([[-0.2, -0.2, 0], [0.2, 0.2, 0]], np.float32)
-    pixels = np.empty((2, 2))
-    assert project(points, np.eye(3), np.array(shift, float), 128.0, 256, 0.1, 50.0, pixels) is expected
-    if expected:
+    pixels, sides = np.empty((2, 2)), np.empty(2, np.uint8)
+    within = project(points, np.eye(3), np.array(shift, float), 128.0, 256, 0.1, 50.0, pixels, sides)
+    assert sides.tolist() == expected and within == (expected == [0, 0])
+    if within:
         assert np.allclose(pixels, [[115.2, 115.2], [140.8, 140.8]])
+
+
+def test_over_the_pictures_edge_every_face_keeps_its_place() -> None:
+    between, tilted = [(5.4, 5.4), (5.6, 5.4), (5.5, 5.6)], [(7.4, 5.4), (7.6, 5.4), (7.5, 5.6)]
+    large, across = [(2, 2), (90, 3), (40, 60)], [(-9, 5), (9, 5), (9, 9)]
+    left, farther, corner = [(-9, 5), (-5, 5), (-5, 9)], [(-9, 1), (-5, 1), (-5, 5)], [(-9, 5), (5, 300), (5, 310)]
+    pixels = np.array([between, tilted, large, across, left, farther, corner], float).reshape(-1, 2)
+    sides = (LEFT * (pixels[:, 0] < 0) | ABOVE * (pixels[:, 1] > 256)).astype(np.uint8)
+    faces = np.arange(len(pixels), dtype=np.uint32).reshape(-1, 3)
+    out = np.empty_like(faces)
+    blank(faces, pixels, sides, SAMPLES, faces, out)
+    assert np.array_equal(out[[2, 3, 6]], faces[[2, 3, 6]])
+    assert (out[[0, 1]] == faces[0, 0]).all() and (out[[4, 5]] == faces[4, 0]).all()
 
 
 def pictures(later: str) -> tuple[np.ndarray, np.ndarray, int]:
@@ -136,16 +154,11 @@ def env() -> Iterator[LiberoEnv]:
 
 @pytest.mark.parametrize("camera", ["agentview", "robot0_eye_in_hand"])
 def test_leaving_triangles_out_changes_no_pixel(env: LiberoEnv, camera: str) -> None:
-    env.reset(0)
     env.image()
-    renderer = env.renderer
-    if (fine := renderer.fine) is None:
+    if env.renderer.fine is None:
         pytest.skip("a GPU draws here, and all triangles")
-    for step in range(20):
-        env.step(np.array([0.8, -0.5 + 0.05 * step, -0.7, 0.2, 0.5, 0, -1]))
-        ours, renderer.fine = env.image(camera), None
-        assert np.array_equal(env.image(camera), ours), f"step {step}"
-        renderer.fine = fine
+    actions = np.array([[0.8, -0.5 + 0.05 * step, -0.7, 0.2, 0.5, 0, -1] for step in range(20)])
+    assert fewest_shapes(env, camera, actions, lambda renderer: patch.object(renderer, "fine", None)) == 1
 
 
 def test_most_of_the_robots_triangles_are_left_out(env: LiberoEnv) -> None:
@@ -154,8 +167,10 @@ def test_most_of_the_robots_triangles_are_left_out(env: LiberoEnv) -> None:
     if (fine := env.renderer.fine) is None:
         pytest.skip("a GPU draws here, and all triangles")
     with fine.left_out(env.renderer.scene, env.sample.data, env.renderer._view(env.sample.data)) as shapes:
-        left, all_of_them = sum(len(s.kept) for s in shapes), sum(len(s.mesh.faces) for s in shapes)
-    assert all_of_them > 50_000 and left < all_of_them / 3
+        left = sum((s.kept[:, 0] != s.kept[:, 1]).sum() for s in shapes)  # and not a single point
+        all_of_them, contested = sum(len(s.mesh.faces) for s in shapes), sum(len(s.contested) for s in shapes)
+    assert all_of_them > 100_000 and left < all_of_them / 3 and 0 < contested < left / 20
+    assert any(len(s.kept) == len(s.mesh.faces) > 10_000 for s in shapes), "no mesh reaches over the edge"
 
 
 def test_a_mesh_is_read_corner_by_corner(env: LiberoEnv) -> None:
@@ -166,3 +181,5 @@ def test_a_mesh_is_read_corner_by_corner(env: LiberoEnv) -> None:
     assert np.array_equal(mesh.points[mesh.faces], model.mesh_vert[corners])
     chosen = model.mesh_normaladr[number] + model.mesh_facenormal[first : first + model.mesh_facenum[number]]
     assert model.mesh_texcoordadr[number] < 0 or np.array_equal(mesh.normals[mesh.faces], model.mesh_normal[chosen])
+    assert np.array_equal(mesh.places[mesh.triangles], mesh.points[mesh.faces])
+    assert len(mesh.places) == len(np.unique(mesh.places, axis=0))
