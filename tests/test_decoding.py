@@ -41,7 +41,7 @@ def test_greedy_ids_and_actions_equal_the_originals(model: OpenVLA, sample: int)
     expected = numbers["samples"][sample]
     prompt = expected["input_ids"]
     out = Decoder(model, batch_size=1, max_prompt=len(prompt)).decode(
-        to_pixel_values(reference_image(sample)[None]), [prompt]
+        to_pixel_values(reference_image(sample)[None]), [prompt], logits=True
     )
     assert out.ids[0].tolist() == expected["ids"]
     scale = np.abs(expected["logits"]).max()

@@ -61,6 +61,18 @@ def test_one_graph_decodes_as_the_plain_code_does() -> None:
     assert np.array_equal(graph.decode(images[3:5], instructions[3:5]), wanted[3:5])
 
 
+@pytest.mark.parametrize("heat", [0.0, 2.0])
+def test_batches_started_before_any_is_read_decode_as_one_after_another(heat: float) -> None:
+    model = reference_model().requires_grad_(False).cuda()
+    images, instructions = requests(4)
+    kind = {"tokenizer": build_tiny_tokenizer(), "norm_stats": {}, "name": "graph", "decode_batch_size": 2}
+    policy = OpenVLAPolicy(model=model, **kind)
+    together = policy.decode(images, instructions, temperature=heat, seeds=range(4))
+    halves = [slice(0, 2), slice(2, 4)]
+    apart = [policy.decode(images[h], instructions[h], temperature=heat, seeds=range(4)[h]) for h in halves]
+    assert np.array_equal(together, np.concatenate(apart))
+
+
 def test_an_opponent_asked_for_several_steps_answers_as_on_a_cpu() -> None:
     model = tiny_model("policy", "opponent")
     config = StepConfig(opponent_temperature=1.0)

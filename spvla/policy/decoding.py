@@ -14,6 +14,7 @@ Legend: B bucket, T prompt tokens, A action tokens (7), V vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,20 +40,38 @@ class Inputs:
     uniforms: Tensor  # (B, A) float64 in [0, 1): what sampling draws, one number a token
     slots: Tensor  # (B,) int64: each row's resident adapter, 0 the base
 
-    def take(self, other: "Inputs") -> None:
-        for name in self.__dataclass_fields__:
-            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
+    def take(self, pixel_values: Tensor, other: dict[str, Tensor]) -> None:
+        """Enqueues copies; rows beyond those of `pixel_values` repeat the first."""
+        n = len(pixel_values)
+        self.pixel_values[:n].copy_(pixel_values, non_blocking=True)
+        self.pixel_values[n:].copy_(pixel_values[:1])
+        for name, value in other.items():
+            getattr(self, name).copy_(pinned(value) if self.lengths.is_cuda else value, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
     ids: Tensor  # (B, A) int64
-    logits: Tensor  # (B, A, V) float32, before temperature
+    logits: Tensor | None  # (B, A, V) float32, before temperature
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """A batch under way. The host may start the next one before it asks for this one's result."""
+
+    decoded: Decoded  # on the host, but not to be read before `done`
+    done: torch.cuda.Event | None  # None: on a CPU it is done already
+
+    def result(self) -> Decoded:
+        """Waits for this batch alone, not for what was started after it."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.decoded
 
 
 @torch.inference_mode()
-def generate(model: OpenVLA, inputs: Inputs, kv: Cache, kernels: Kernels = EAGER) -> Decoded:
-    """The whole decoding as a function of tensors. `kv` needs T + 256 + 6 slots."""
+def generate(model: OpenVLA, inputs: Inputs, kv: Cache, kernels: Kernels = EAGER, *, sampled: bool = True) -> Decoded:
+    """The whole decoding as a function of tensors. `kv` needs T + 256 + 6 slots. Unless `sampled`, all are greedy."""
     x = with_patches(model.embed(inputs.prompts), model.patches(inputs.pixel_values, kernels))
     last = inputs.lengths + NUM_PATCHES - 1
     kv.at = None
@@ -63,7 +82,8 @@ def generate(model: OpenVLA, inputs: Inputs, kv: Cache, kernels: Kernels = EAGER
             kv.at = last + step
             hidden = model.hidden(model.embed(ids[-1][:, None]), None, kv.at[:, None], cache=kv, kernels=kernels)
         logits = model.logits(hidden)[:, 0].float()
-        ids.append(choose(logits, inputs.temperatures, inputs.uniforms[:, step]))
+        drawn = choose(logits, inputs.temperatures, inputs.uniforms[:, step]) if sampled else logits.argmax(-1)
+        ids.append(drawn)
         every.append(logits)
     return Decoded(ids=torch.stack(ids, 1), logits=torch.stack(every, 1))
 
@@ -71,8 +91,6 @@ def generate(model: OpenVLA, inputs: Inputs, kv: Cache, kernels: Kernels = EAGER
 def choose(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
     """Logits (B, V) float32 -> ids (B,): the greedy one at temperature 0, else drawn by inverting the distribution."""
     greedy = logits.argmax(-1)
-    if temperatures.device.type == "cpu" and not temperatures.any():
-        return greedy  # a CUDA graph cannot choose: there both ways run
     warm = torch.where(temperatures > 0, temperatures, torch.ones_like(temperatures))
     cumulative = (logits / warm[:, None]).softmax(-1).double().cumsum(-1)
     drawn = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
@@ -82,6 +100,17 @@ def choose(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
 def draw_uniforms(seed: int) -> Tensor:
     """(A,) float64: a request's own randomness, whatever batch it is in."""
     return torch.rand(ACTION_DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def pinned(value: Tensor) -> Tensor:
+    """In memory that the GPU copies from by itself. torch keeps it until the copy is done."""
+    return value.pin_memory()
+
+
+def to_host(value: Tensor) -> Tensor:
+    """Enqueues a copy: from a GPU to be read after an event, on a CPU at once."""
+    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+    return host.copy_(value, non_blocking=True)
 
 
 class Decoder:
@@ -104,40 +133,58 @@ class Decoder:
         slots = NUM_PATCHES + max_prompt + ACTION_DIM - 1
         self.kv = Cache(model.config.llm, batch_size, slots, dtype=model.dtype, device=model.device)
         self.inputs = self._buffers()
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Decoded]] = {}  # by whether any request is sampled
         self.kernels = EAGER
         if model.device.type == "cuda" if cuda_graphs is None else cuda_graphs:
             self._capture()
 
+    def decode(self, pixel_values: Tensor, prompts: Sequence[Sequence[int]], **options: Any) -> Decoded:
+        """`start`, and its result."""
+        return self.start(pixel_values, prompts, **options).result()
+
     @torch.inference_mode()
-    def decode(
+    def start(
         self,
         pixel_values: Tensor,
         prompts: Sequence[Sequence[int]],
         *,
+        logits: bool = False,
         temperature: Sequence[float] | float = 0.0,
         seeds: Sequence[int] | None = None,
         slots: Sequence[int] | None = None,
-    ) -> Decoded:
+    ) -> Pending:
         """(n, 6, 224, 224) and n <= batch_size prompts -> n rows. Seeds, one a request, are needed to sample.
 
-        slots: of the resident adapter of each request; by default all use the base. Raises UserError.
+        On a GPU it only enqueues, on the current stream: batches run in the order of their starts, which must come
+        from one thread at a time. slots: of the resident adapter of each request; by default all use the base.
+        Raises UserError.
         """
         n = len(prompts)
         heat = [float(temperature)] * n if isinstance(temperature, int | float) else list(temperature)
         self._check(pixel_values, prompts, heat, seeds)
-        self.inputs.take(self._padded(pixel_values, prompts, heat, seeds or [0] * n, slots or [0] * n))
-        out = self._run() if self.graph is None else self._replay()
-        return Decoded(ids=out.ids[:n].clone(), logits=out.logits[:n].clone())
+        self.inputs.take(pixel_values, self._padded(prompts, heat, seeds or [0] * n, slots or [0] * n))
+        out = self._replay(any(heat)) if self.graphs else self._run(any(heat))
+        decoded = Decoded(ids=to_host(out.ids[:n]), logits=to_host(out.logits[:n]) if logits else None)
+        return Pending(decoded=decoded, done=self._mark())
 
-    def _run(self) -> Decoded:
+    def _mark(self) -> torch.cuda.Event | None:
+        if self.model.device.type != "cuda":
+            return None
+        done = torch.cuda.Event()
+        done.record()
+        return done
+
+    def _run(self, sampled: bool) -> Decoded:
         self.rows.slots = self.inputs.slots
-        return generate(self.model, self.inputs, self.kv, self.kernels)
+        return generate(self.model, self.inputs, self.kv, self.kernels, sampled=sampled)
 
-    def _replay(self) -> Decoded:
-        assert self.graph is not None
-        self.graph.replay()
-        return self.out
+    def _replay(self, sampled: bool) -> Decoded:
+        """Sampling takes a graph of its own, recorded when it is first asked for, in the same memory."""
+        if sampled not in self.graphs:
+            self.graphs[sampled] = record(lambda: self._run(sampled), pool=self.graphs[False][0].pool())
+        graph, out = self.graphs[sampled]
+        graph.replay()
+        return out
 
     def _check(
         self, pixel_values: Tensor, prompts: Sequence[Sequence[int]], heat: Sequence[float], seeds: Sequence[int] | None
@@ -154,25 +201,21 @@ class Decoder:
             raise UserError(f"temperature {max(heat)} without seeds", expected="one a request", remedy="Add seeds.")
 
     def _padded(
-        self,
-        pixel_values: Tensor,
-        prompts: Sequence[Sequence[int]],
-        heat: Sequence[float],
-        seeds: Sequence[int],
-        slots: Sequence[int],
-    ) -> Inputs:
+        self, prompts: Sequence[Sequence[int]], heat: Sequence[float], seeds: Sequence[int], slots: Sequence[int]
+    ) -> dict[str, Tensor]:
         """Fills the bucket up by repeating the first request."""
         n = len(prompts)
         rows = [*range(n), *[0] * (self.batch_size - n)]
         padded = [[*p, *[PAD] * (self.max_prompt - len(p))] for p in prompts]
-        return Inputs(
-            pixel_values=pixel_values if len(rows) == n else pixel_values[rows],
-            prompts=torch.tensor(padded)[rows],
-            lengths=torch.tensor([len(p) for p in prompts])[rows],
-            temperatures=torch.tensor(heat)[rows],
-            uniforms=torch.stack([draw_uniforms(seed) for seed in seeds])[rows],
-            slots=torch.tensor(slots)[rows],
-        )
+        greedy = torch.zeros(ACTION_DIM, dtype=torch.float64)
+        uniforms = [draw_uniforms(seed) if t > 0 else greedy for seed, t in zip(seeds, heat, strict=True)]
+        return {
+            "prompts": torch.tensor(padded)[rows],
+            "lengths": torch.tensor([len(p) for p in prompts])[rows],
+            "temperatures": torch.tensor(heat)[rows],
+            "uniforms": torch.stack(uniforms)[rows],
+            "slots": torch.tensor(slots)[rows],
+        }
 
     def _buffers(self) -> Inputs:
         b, device = self.batch_size, self.model.device
@@ -189,7 +232,7 @@ class Decoder:
         """Compiles the steps of a layer, then records one whole pass."""
         self.model.language_model.pack()
         self.kernels = compiled_kernels()
-        self.graph, self.out = record(self._run)
+        self.graphs[False] = record(lambda: self._run(False))
 
 
 @cache

@@ -1,7 +1,7 @@
 """CUDA graphs: a pass recorded once and replayed without the host's help, on static tensors."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -10,10 +10,10 @@ WARM_UPS = 2  # passes before the recorded one: the first compiles
 Out = TypeVar("Out")
 
 
-def record(run: Callable[[], Out]) -> tuple[torch.cuda.CUDAGraph, Out]:
+def record(run: Callable[[], Out], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Out]:
     """Records `run`, which reads and writes the same tensors each time. Its result is filled by every replay.
 
-    On a stream of its own: graphs may then run side by side, sharing no work space.
+    On a stream of its own. pool: the memory of another graph, which then never runs at the same time.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -22,6 +22,6 @@ def record(run: Callable[[], Out]) -> tuple[torch.cuda.CUDAGraph, Out]:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         out = run()
     return graph, out

@@ -9,6 +9,7 @@ the same when asked, PIL and OpenCV cannot. Encoding is the other way about: Ten
 DCT, and simplejpeg always the fast one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -110,9 +111,14 @@ def to_pixel_values(images: "np.ndarray | torch.Tensor") -> "torch.Tensor":
 
     x = torch.as_tensor(images).permute(0, 3, 1, 2).contiguous().float().div_(255)
     out = x.new_empty(len(x), 6, *x.shape[2:])
+
+    def channels(values: Sequence[float]) -> torch.Tensor:
+        """Filled in on the device: a copy from the host would wait for all that the device still has to do."""
+        return torch.stack([x.new_full((1, 1), value) for value in values])
+
     for half, mean, std in ((out[:, :3], DINO_MEAN, DINO_STD), (out[:, 3:], SIGLIP_MEAN, SIGLIP_STD)):
-        torch.sub(x, x.new_tensor(mean).view(3, 1, 1), out=half)
-        half.div_(x.new_tensor(std).view(3, 1, 1))
+        torch.sub(x, channels(mean), out=half)
+        half.div_(channels(std))
     return out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from spvla.errors import UserError
 from spvla.policy.actions import ActionStats, decode
 from spvla.policy.adapters import STATISTICS, read_adapter
-from spvla.policy.decoding import Decoder
+from spvla.policy.decoding import Decoder, pinned
 from spvla.policy.images import to_pixel_values
 from spvla.policy.openvla import OpenVLA
 from spvla.policy.prompt import prompt_ids
@@ -90,18 +90,22 @@ class OpenVLAPolicy:
         check_length("seeds", seeds or (), count)
         slots = self.residents.slots_of(self._adapter_names(adapters, count))
         decoder = self._decoder_for(count, max(map(len, prompts)))
-        ids, every = [], []
+        ids, every, under_way = [], [], []
         for start in range(0, count, decoder.batch_size):
             part = slice(start, start + decoder.batch_size)
-            out = decoder.decode(
+            pending = decoder.start(
                 self._pixels(images[part]),
                 prompts[part],
+                logits=logits,
                 temperature=heat[part],
                 seeds=seeds[part],
                 slots=slots[part],
             )
-            ids.append(out.ids.cpu().numpy())
-            every += [out.logits.cpu().numpy()] if logits else []
+            under_way.append(pending)  # the device goes on to it by itself
+        for pending in under_way:
+            out = pending.result()
+            ids.append(out.ids.numpy())
+            every += [out.logits.numpy()] if logits else []
         return (np.concatenate(ids), np.concatenate(every)) if logits else np.concatenate(ids)
 
     def prepare(self, instructions: Sequence[str] = (), *, max_prompt: int = 0) -> None:
@@ -160,7 +164,8 @@ class OpenVLAPolicy:
         return names
 
     def _pixels(self, images: Sequence[np.ndarray]) -> Tensor:
-        return to_pixel_values(torch.from_numpy(np.stack(images)).to(self.model.device))
+        stacked, device = torch.from_numpy(np.stack(images)), self.model.device
+        return to_pixel_values(pinned(stacked).to(device, non_blocking=True) if device.type == "cuda" else stacked)
 
 
 def check_images(images: Sequence[np.ndarray]) -> None:
