@@ -1,6 +1,6 @@
 """Meshes, drawn with only those triangles that touch a sample, after MuJoCo has drawn all else.
 
-For software renderers, where it saves a third of a picture's time; the picture stays equal to the bit. MuJoCo draws a
+For software renderers, where it saves much of a picture's time; the picture stays equal to the bit. MuJoCo draws a
 scene's shapes in order, and of two at the same depth the later one shows. A mesh that is drawn afterwards may therefore
 differ where it meets a shape that should have come later, at the very same depth to the last bit. OpenGL counts such
 samples, and where there are any, MuJoCo draws the whole picture itself.
