@@ -9,8 +9,8 @@ b  the textbook SPIN step: generate with transformers, then both sequences throu
 c  ours: the opponent's replies decoded afresh, both actions scored over one shared prefix
 d  ours: the opponent's reply known from an earlier epoch
 
-As in training, c and d have the opponent answer several steps at once (80 samples), and do not wait for each. So their
-time is that of such a group, waited for at its end, divided by its steps, and their parts are means.
+As in training, c and d have the opponent answer several steps at once, and read a step's numbers later: the device
+always has work. Rates are those of all steps, one after another; parts are medians.
 
 Ways run in processes of their own (c and d share one). The floor of a, b and c is three passes through every weight
 (the policy's forward and backward, frozen weights needing no gradient, and the opponent's forward) at the measured rate
@@ -124,7 +124,7 @@ def timed(
     model: nn.Module,
     count: int = 1,
 ) -> dict[str, float]:
-    """Median seconds of a step, and what follows from it. `passes` through all weights are its floor.
+    """Mean seconds of a step, one after another, and what follows. `passes` through all weights are its floor.
 
     `step` takes `count` steps and returns the means of their parts.
     """
@@ -134,20 +134,18 @@ def timed(
     warm_s = time.perf_counter() - warm_s
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds, parts = [], []
+        torch.cuda.synchronize()
+    parts, start = [], time.perf_counter()
     for _ in range(args.steps):
-        start = time.perf_counter()
         parts.append(step())
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - start) / count)
-    median = statistics.median(seconds)
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    step_s = (time.perf_counter() - start) / (args.steps * count)
     memory = torch.cuda.max_memory_reserved() / 2**30 if args.device == "cuda" else float("nan")
     shown = {k: statistics.median(p[k] for p in parts) for k in parts[0]}
     return {
-        "samples_per_s": batch / median,
-        "step_s": median,
-        "spread_s": max(seconds) - min(seconds),
+        "samples_per_s": batch / step_s,
+        "step_s": step_s,
         "batch": batch,
         "peak_gib": memory,
         "warm_up_s": warm_s,
@@ -157,11 +155,14 @@ def timed(
 
 
 def our_steps(args: argparse.Namespace, learner: Learner, ahead: int) -> Callable[[], dict[str, float]]:
-    batches = stream(args, args.batch)
+    """Numbers are read one group of steps behind: the device always has work, as in training."""
+    batches, behind = stream(args, args.batch), []
 
     def steps() -> dict[str, float]:
         coming = learner.ask([[batch] for batch in islice(batches, ahead)])
-        rows = [pending.read() for pending in [learner.step(questions) for questions in coming]]
+        under_way = [learner.step(questions) for questions in coming]
+        rows = [pending.read() for pending in behind or under_way]
+        behind[:] = under_way
         assert not any(row["skipped"] for row in rows), rows
         parts = ("data_s", "opponent_s", "forward_s", "backward_s")
         return {part: statistics.mean(row[part] for row in rows) for part in parts}
