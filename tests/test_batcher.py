@@ -103,6 +103,58 @@ def test_an_exception_reaches_its_batch_and_the_next_batch_goes_on() -> None:
     asyncio.run(scene())
 
 
+class Device(Server):
+    """Takes batches in turn, as a GPU's stream does."""
+
+    def __init__(self, cost_s: float) -> None:
+        super().__init__(cost_s)
+        self.free, self.given, self.most = asyncio.Lock(), 0, 0
+
+    async def __call__(self, items: list[int]) -> Sequence[int]:
+        self.given += 1
+        self.most = max(self.most, self.given)
+        async with self.free:
+            answers = await super().__call__(items)
+        self.given -= 1
+        return answers
+
+
+def test_a_full_batch_stands_ready_behind_the_one_under_way() -> None:
+    async def scene() -> None:
+        device = Device(0.01)
+        batcher, start = Batcher(device, size=2, depth=2), time.monotonic()
+        await asyncio.gather(*(client(batcher, str(c), steps=10, think_s=0.001) for c in range(4)))
+        assert device.most == 2
+        assert batcher.stats().mean_size > 1.9
+        assert batcher.stats().busy_s <= time.monotonic() - start  # the time behind another is not counted
+
+    asyncio.run(scene())
+
+
+def test_a_batch_that_is_not_full_waits_until_the_one_under_way_is_done() -> None:
+    async def scene() -> None:
+        device = Device(0.05)
+        batcher = Batcher(device, size=2, depth=2)
+        full = asyncio.gather(*(batcher.submit(n, client=str(n)) for n in range(2)))
+        late = asyncio.create_task(batcher.submit(2, client="late"))
+        await asyncio.sleep(0.02)
+        assert device.batches == [[0, 1]] and device.given == 1
+        assert await full == [0, 10] and await late == 20
+
+    asyncio.run(scene())
+
+
+def test_an_exception_in_one_of_two_batches_leaves_the_other_alone() -> None:
+    async def scene() -> None:
+        batcher = Batcher(Device(0.01), size=1, depth=2)
+        bad, good = (asyncio.create_task(batcher.submit(n, client=str(n))) for n in (-1, 2))
+        assert await good == 20
+        with pytest.raises(ValueError, match="no -1 here"):
+            await bad
+
+    asyncio.run(scene())
+
+
 def test_stats_tell_who_is_quiet_and_how_old_the_oldest_request_is() -> None:
     async def scene() -> None:
         batcher = Batcher(Server(0.05), size=1)

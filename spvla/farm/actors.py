@@ -80,19 +80,24 @@ class PolicyUnavailable(InfrastructureError):
 
 
 class PolicyServer:
-    """Loaded policies and their batcher: an async class whose decoding runs on one thread of its own."""
+    """Loaded policies and their batcher: an async class whose decoding runs on threads of its own.
+
+    With a GPU they are two: one batch is decoded while the next is made ready behind it.
+    """
 
     def __init__(self, name: str, settings: ServerSettings) -> None:
         log_to(settings.log_folder, name)
         self.settings = settings
         self.policies: dict[str, Any] = {}  # base path -> OpenVLAPolicy
         self.versions: dict[str, Version] = {}
-        self.decoding = ThreadPoolExecutor(1, "decode", initializer=self._prepare_thread)
+        self.depth = 2 if settings.device == "cuda" else 1
+        self.decoding = ThreadPoolExecutor(self.depth, "decode", initializer=self._prepare_thread)
         self.batcher: Batcher[Request, np.ndarray] = Batcher(
             self._decode,
             size=settings.max_batch,
             wait_ms=settings.wait_ms,
             fixed_cost=settings.decode_batch_size > 0,
+            depth=self.depth,
         )
 
     def _prepare_thread(self) -> None:

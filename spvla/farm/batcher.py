@@ -2,13 +2,15 @@
 
 A batch closes when it is full, when everyone who could still join is already in it, or when waiting longer would lower
 the rate of answers. That last point needs two measured quantities: how long a batch takes (by its size) and how long
-each client takes from an answer to its next request. Plain asyncio: no cluster, no torch, no clock of its own.
+each client takes from an answer to its next request. Behind a batch under way the next may stand ready, if it is full:
+then a GPU need not wait for the host. Plain asyncio: no cluster, no torch, no clock of its own.
 """
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -107,6 +109,7 @@ class Batcher(Generic[Item, Answer]):
 
     An exception in `serve` reaches every caller of that batch, and the next batch goes on. `wait_ms` replaces the
     tuned wait by a fixed one, counted from the oldest request. `fixed_cost`: every batch is padded to one size.
+    `depth`: batches under way at once, which `serve` must take in turn.
     """
 
     def __init__(
@@ -116,15 +119,17 @@ class Batcher(Generic[Item, Answer]):
         size: int,
         wait_ms: float | None = None,
         fixed_cost: bool = True,
+        depth: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        assert size >= 1
-        self._serve, self._size, self._clock = serve, size, clock
+        assert size >= 1 and depth >= 1
+        self._serve, self._size, self._depth, self._clock = serve, size, depth, clock
         self._wait_s = None if wait_ms is None else wait_ms / 1000
         self._cost = Cost(fixed=fixed_cost)
         self._clients: dict[str, Client] = {}
         self._queue: list[_Request[Item]] = []
-        self._serving: list[_Request[Item]] = []
+        self._under_way: dict[asyncio.Task, list[_Request[Item]]] = {}
+        self._free_at_s = 0.0  # when the last batch was done
         self._arrived = asyncio.Event()
         self._totals = BatchStats()
         self._task: asyncio.Task | None = None
@@ -146,13 +151,15 @@ class Batcher(Generic[Item, Answer]):
 
     def stats(self) -> BatchStats:
         now, t = self._clock(), self._totals
-        oldest = max((now - r.arrived_at_s for r in (*self._serving, *self._queue)), default=0.0)
+        waiting = [*chain(*self._under_way.values()), *self._queue]
+        oldest = max((now - r.arrived_at_s for r in waiting), default=0.0)
         quiet = {n: 0.0 if c.answered_at_s is None else now - c.answered_at_s for n, c in self._clients.items()}
         return BatchStats(t.batches, t.requests, t.busy_s, oldest, quiet)
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
+        for task in (self._task, *self._under_way):
+            if task is not None:
+                task.cancel()
 
     def _note_request(self, name: str, now: float) -> None:
         client = self._clients.setdefault(name, Client())
@@ -165,9 +172,13 @@ class Batcher(Generic[Item, Answer]):
         while True:
             await self._until_closed()
             batch, self._queue = self._queue[: self._size], self._queue[self._size :]
-            self._serving = batch
-            await self._answer(batch)
-            self._serving = []
+            task = asyncio.get_running_loop().create_task(self._answer(batch))
+            self._under_way[task] = batch
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task) -> None:
+        del self._under_way[task]
+        self._arrived.set()
 
     async def _until_closed(self) -> None:
         """Returns when the queue holds a batch that should go."""
@@ -182,10 +193,10 @@ class Batcher(Generic[Item, Answer]):
                 continue  # the wait is over, or someone did not come: decide anew
 
     def _longest_wait_s(self) -> float | None:
-        """Seconds the queue may still wait for company; None: it is empty."""
+        """Seconds the queue may still wait for company; None: until something happens."""
         waiting, now = len(self._queue), self._clock()
-        if waiting == 0:
-            return None
+        if waiting == 0 or len(self._under_way) >= self._depth or (self._under_way and waiting < self._size):
+            return None  # a batch that is not full gains nothing by going early
         arrivals = sorted(e for c in self._clients.values() if (e := c.expected_in_s(now)) is not None)
         if waiting >= self._size or not arrivals:
             return 0.0
@@ -201,10 +212,12 @@ class Batcher(Generic[Item, Answer]):
         except Exception as e:
             answers = [e] * len(batch)
         now = self._clock()
-        self._cost.add(len(batch), now - start)
+        taken_s = now - max(start, self._free_at_s)  # until the batch before was done, this one only waited
+        self._free_at_s = now
+        self._cost.add(len(batch), taken_s)
         self._totals.batches += 1
         self._totals.requests += len(batch)
-        self._totals.busy_s += now - start
+        self._totals.busy_s += taken_s
         for request, answer in zip(batch, answers, strict=True):
             if client := self._clients.get(request.client):
                 client.answered_at_s = now

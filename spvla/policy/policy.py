@@ -5,6 +5,7 @@ Legend: B batch, A action dims (7), V vocabulary.
 
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,10 @@ PROMPT_MULTIPLE = 8  # a fixed bucket whose prompts turn out longer grows in the
 
 
 class OpenVLAPolicy:
-    """What `load_policy` returns. `norm_stats` are the base's; each adapter brings its own over them."""
+    """What `load_policy` returns. `norm_stats` are the base's; each adapter brings its own over them.
+
+    Two threads may use it: on a GPU the second's batch is then ready when the first's is done.
+    """
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class OpenVLAPolicy:
         self.residents = Residents(model)
         self._stats: dict[str | None, dict[str, Any]] = {None: norm_stats}
         self._decoder: Decoder | None = None
+        self._starting = Lock()  # held while batches are enqueued, not while they are waited for
         self._version = self.residents.version
 
     def act(
@@ -88,25 +93,25 @@ class OpenVLAPolicy:
         check_length("temperature", heat, count)
         seeds = [0] * count if seeds is None and not any(heat) else seeds
         check_length("seeds", seeds or (), count)
-        slots = self.residents.slots_of(self._adapter_names(adapters, count))
-        decoder = self._decoder_for(count, max(map(len, prompts)))
-        ids, every, under_way = [], [], []
-        for start in range(0, count, decoder.batch_size):
-            part = slice(start, start + decoder.batch_size)
-            pending = decoder.start(
-                self._pixels(images[part]),
-                prompts[part],
-                logits=logits,
-                temperature=heat[part],
-                seeds=seeds[part],
-                slots=slots[part],
-            )
-            under_way.append(pending)  # the device goes on to it by itself
-        for pending in under_way:
-            out = pending.result()
-            ids.append(out.ids.numpy())
-            every += [out.logits.numpy()] if logits else []
-        return (np.concatenate(ids), np.concatenate(every)) if logits else np.concatenate(ids)
+        names = self._adapter_names(adapters, count)
+        with self._starting:
+            slots = self.residents.slots_of(names)
+            decoder = self._decoder_for(count, max(map(len, prompts)))
+            parts = [slice(start, start + decoder.batch_size) for start in range(0, count, decoder.batch_size)]
+            under_way = [
+                decoder.start(
+                    self._pixels(images[part]),
+                    prompts[part],
+                    logits=logits,
+                    temperature=heat[part],
+                    seeds=seeds[part],
+                    slots=slots[part],
+                )
+                for part in parts
+            ]
+        out = [pending.result() for pending in under_way]
+        ids = np.concatenate([part.ids.numpy() for part in out])
+        return (ids, np.concatenate([part.logits.numpy() for part in out])) if logits else ids
 
     def prepare(self, instructions: Sequence[str] = (), *, max_prompt: int = 0) -> None:
         """Makes a fixed bucket's decoder ahead of time, for the longest of these instructions or `max_prompt` tokens.
@@ -115,7 +120,8 @@ class OpenVLAPolicy:
         """
         if self.decode_batch_size:
             longest = max([max_prompt, *(len(prompt_ids(self.tokenizer, i)) for i in instructions)])
-            self._decoder_for(self.decode_batch_size, longest)
+            with self._starting:
+                self._decoder_for(self.decode_batch_size, longest)
 
     def _decoder_for(self, batch_size: int, longest: int) -> Decoder:
         """A fixed bucket's is kept, until a longer prompt comes or the stacks of adapters have grown."""
@@ -136,11 +142,13 @@ class OpenVLAPolicy:
     def add_adapter(self, name: str, folder: Path) -> None:
         """Makes the adapter of a folder resident under `name`; moves its weights only."""
         adapter = read_adapter(Path(folder))
-        self.residents.add(name, adapter)
+        with self._starting:
+            self.residents.add(name, adapter)
         self._stats[name] = read_statistics(Path(folder) / STATISTICS)
 
     def remove_adapter(self, name: str) -> None:
-        self.residents.remove(name)
+        with self._starting:
+            self.residents.remove(name)
         self._stats.pop(name, None)
 
     @property
