@@ -24,14 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spvla.policy.adapters import StoredAdapter, lora_config
-from spvla.policy.attend import attend_new
-from spvla.policy.decoding import Decoder, pinned
+from spvla.policy.decoding import Decoder
 from spvla.policy.images import to_pixel_values
 from spvla.policy.linear import Rows
 from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.presets import preset
 from spvla.policy.prompt import build_tiny_tokenizer, prompt_ids
 from spvla.policy.resident import Residents, map_shape
+from spvla.policy.transfer import to_device
 from spvla.policy.vision import NUM_PATCHES
 from spvla.policy.weights import torch_dtype
 from spvla.types import ACTION_DIM
@@ -59,7 +59,6 @@ class Result:
     flips_fixed: float | None = None
     flips_own_size: float | None = None
     adapters: dict[str, float] = field(default_factory=dict)
-    attention_us: dict[str, float] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
 
@@ -103,8 +102,7 @@ class Bench:
 
     def pixels(self, count: int) -> Tensor:
         """From the host: as a farm's requests arrive."""
-        images = torch.from_numpy(self.images[:count])
-        return to_pixel_values((pinned(images) if self.graphs else images).to(self.device, non_blocking=True))
+        return to_pixel_values(to_device(torch.from_numpy(self.images[:count]), self.device))
 
     def decoder(self, batch: int) -> Decoder:
         if batch not in self.decoders:
@@ -260,24 +258,6 @@ class Bench:
         }
         self.log(f"four versions and the base in one batch: {n / seconds:.1f} actions/s; a swap {1e3 * swap_s:.0f} ms")
 
-    def attention(self) -> None:
-        """One layer's attention of a cached step, by several means: microseconds."""
-        llm, n = self.model.config.llm, max(self.args.batches)
-        slots, width = NUM_PATCHES + self.max_prompt + ACTION_DIM - 1, llm.width // llm.num_heads
-        make = lambda t: torch.randn(n, llm.num_heads, t, width, device=self.device, dtype=self.dtype)  # noqa: E731
-        q, k, v, keys, values = make(1), make(1), make(1), make(slots), make(slots)
-        at = torch.full((n,), slots - 1, device=self.device)
-        mask = torch.ones(n, 1, 1, slots, dtype=torch.bool, device=self.device)
-        ways = {
-            "ours": lambda: attend_new(q, k, v, keys, values, at),
-            "torch's with a mask": lambda: F.scaled_dot_product_attention(q, keys, values, attn_mask=mask),
-        }
-        for name, way in ways.items():
-            way()
-            seconds = min(self.timed(lambda way=way: [way() for _ in range(20)], 3)) / 20
-            self.result.attention_us[name] = 1e6 * seconds
-        self.log("attention of a cached step, us: " + str({k: round(v) for k, v in self.result.attention_us.items()}))
-
     def run(self) -> None:
         batches = sorted(self.args.batches)
         self.attempt("matmul", 5, self.matmul)
@@ -287,8 +267,6 @@ class Bench:
         self.attempt("flips", 15, self.flips)
         for batch in batches[1:-1]:
             self.attempt(f"batch {batch}", 20, lambda batch=batch: self.speed(batch))
-        if self.graphs:
-            self.attempt("attention", 10, self.attention)
         self.attempt("adapters", 30, self.with_adapters)
 
     def attempt(self, name: str, needs_s: float, part: Callable[[], None]) -> None:

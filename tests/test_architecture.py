@@ -28,6 +28,7 @@ FLOORS = {
     "spvla.policy.attend": 1,
     "spvla.policy.attend_gpu": 0,
     "spvla.policy.graphs": 0,
+    "spvla.policy.transfer": 0,
     "spvla.policy.linear": 0,
     "spvla.policy.prompt": 2,
     "spvla.policy.vision": 1,
@@ -71,7 +72,6 @@ FLOORS = {
     # self-play
     "spvla.selfplay.objective": 1,
     "spvla.selfplay.clock": 1,
-    "spvla.selfplay.landing": 0,
     "spvla.selfplay.adapters": 1,
     "spvla.selfplay.update": 2,
     "spvla.selfplay.settings": 2,

@@ -1,5 +1,7 @@
 """A request's tokens do not depend on who shares its batch, and equal the original's greedy ones."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,17 @@ def test_a_fixed_bucket_fills_up_and_splits(model: OpenVLA, alone) -> None:
     images, instructions = requests(16)
     for count in (3, 6):  # filled up, and split
         assert np.array_equal(policy.decode(images[:count], instructions[:count]), alone[0][:count])
+
+
+def test_two_threads_may_share_a_policy(model: OpenVLA, alone) -> None:
+    policy = OpenVLAPolicy(
+        model=model, tokenizer=build_tiny_tokenizer(), norm_stats={}, name="reference", decode_batch_size=4
+    )
+    images, instructions = requests(16)
+    parts = [slice(start, start + 4) for start in range(0, 16, 4)]
+    with ThreadPoolExecutor(2) as threads:
+        ids = list(threads.map(lambda part: policy.decode(images[part], instructions[part]), parts))
+    assert np.array_equal(np.concatenate(ids), alone[0])
 
 
 def test_a_bucket_prepared_for_the_longest_instruction_serves_all(model: OpenVLA, alone) -> None:

@@ -25,6 +25,7 @@ from spvla.policy.linear import Rows
 from spvla.policy.llama import EAGER, Cache, Kernels, LlamaLayer
 from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.prompt import PAD
+from spvla.policy.transfer import Landing, to_device
 from spvla.policy.vision import NUM_PATCHES, Block
 from spvla.types import ACTION_DIM, IMAGE_SIZE
 
@@ -46,7 +47,7 @@ class Inputs:
         self.pixel_values[:n].copy_(pixel_values, non_blocking=True)
         self.pixel_values[n:].copy_(pixel_values[:1])
         for name, value in other.items():
-            getattr(self, name).copy_(pinned(value) if self.lengths.is_cuda else value, non_blocking=True)
+            getattr(self, name).copy_(to_device(value, self.lengths.device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +56,16 @@ class Decoded:
     logits: Tensor | None  # (B, A, V) float32, before temperature
 
 
-@dataclass(frozen=True, kw_only=True)
 class Pending:
     """A batch under way. The host may start the next one before it asks for this one's result."""
 
-    decoded: Decoded  # on the host, but not to be read before `done`
-    done: torch.cuda.Event | None  # None: on a CPU it is done already
+    def __init__(self, ids: Tensor, logits: Tensor | None) -> None:
+        self.landing = Landing(*(t for t in (ids, logits) if t is not None))
 
     def result(self) -> Decoded:
-        """Waits for this batch alone, not for what was started after it."""
-        if self.done is not None:
-            self.done.synchronize()
-        return self.decoded
+        """On the host. Waits for this batch alone, not for what was started after it."""
+        ids, *logits = self.landing.read()
+        return Decoded(ids=ids, logits=logits[0] if logits else None)
 
 
 @torch.inference_mode()
@@ -100,17 +99,6 @@ def choose(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
 def draw_uniforms(seed: int) -> Tensor:
     """(A,) float64: a request's own randomness, whatever batch it is in."""
     return torch.rand(ACTION_DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def pinned(value: Tensor) -> Tensor:
-    """In memory that the GPU copies from by itself. torch keeps it until the copy is done."""
-    return value.pin_memory()
-
-
-def to_host(value: Tensor) -> Tensor:
-    """Enqueues a copy: from a GPU to be read after an event, on a CPU at once."""
-    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-    return host.copy_(value, non_blocking=True)
 
 
 class Decoder:
@@ -164,15 +152,7 @@ class Decoder:
         self._check(pixel_values, prompts, heat, seeds)
         self.inputs.take(pixel_values, self._padded(prompts, heat, seeds or [0] * n, slots or [0] * n))
         out = self._replay(any(heat)) if self.graphs else self._run(any(heat))
-        decoded = Decoded(ids=to_host(out.ids[:n]), logits=to_host(out.logits[:n]) if logits else None)
-        return Pending(decoded=decoded, done=self._mark())
-
-    def _mark(self) -> torch.cuda.Event | None:
-        if self.model.device.type != "cuda":
-            return None
-        done = torch.cuda.Event()
-        done.record()
-        return done
+        return Pending(out.ids[:n], out.logits[:n] if logits else None)
 
     def _run(self, sampled: bool) -> Decoded:
         self.rows.slots = self.inputs.slots

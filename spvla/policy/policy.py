@@ -16,11 +16,12 @@ from torch import Tensor
 from spvla.errors import UserError
 from spvla.policy.actions import ActionStats, decode
 from spvla.policy.adapters import STATISTICS, read_adapter
-from spvla.policy.decoding import Decoder, pinned
+from spvla.policy.decoding import Decoder
 from spvla.policy.images import to_pixel_values
 from spvla.policy.openvla import OpenVLA
 from spvla.policy.prompt import prompt_ids
 from spvla.policy.resident import Residents, read_statistics
+from spvla.policy.transfer import to_device
 from spvla.types import IMAGE_SIZE
 
 PROMPT_MULTIPLE = 8  # a fixed bucket whose prompts turn out longer grows in these steps
@@ -172,8 +173,7 @@ class OpenVLAPolicy:
         return names
 
     def _pixels(self, images: Sequence[np.ndarray]) -> Tensor:
-        stacked, device = torch.from_numpy(np.stack(images)), self.model.device
-        return to_pixel_values(pinned(stacked).to(device, non_blocking=True) if device.type == "cuda" else stacked)
+        return to_pixel_values(to_device(torch.from_numpy(np.stack(images)), self.model.device))
 
 
 def check_images(images: Sequence[np.ndarray]) -> None:

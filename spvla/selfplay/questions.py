@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from spvla.config import StepConfig
+from spvla.policy.transfer import Landing
 from spvla.selfplay.clock import Clock
-from spvla.selfplay.landing import Landing
 from spvla.selfplay.opponent import Opponent
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import Inputs, Reply, draw_uniforms, join, split, to_inputs

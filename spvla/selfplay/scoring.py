@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from spvla.policy.images import to_pixel_values
+from spvla.policy.transfer import to_device
 from spvla.policy.vision import NUM_PATCHES
 from spvla.selfplay.blocks import Rows
 from spvla.selfplay.network import Cache, Loras, Network
@@ -66,9 +67,7 @@ def join(parts: Sequence[Inputs]) -> Inputs:
 
 
 def _to(array: np.ndarray, device: torch.device | str) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    on_gpu = torch.device(device).type == "cuda"
-    return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
+    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
 
 
 @dataclass(frozen=True, kw_only=True)

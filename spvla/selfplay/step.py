@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from spvla.config import StepConfig
 from spvla.errors import CheckpointError, TrainingError, UserError
 from spvla.policy import actions
+from spvla.policy.transfer import Landing
 from spvla.selfplay.adapters import Adapter, Flat, has_adapter
 from spvla.selfplay.clock import Clock, memory_gib
-from spvla.selfplay.landing import Landing
 from spvla.selfplay.measures import Margin, collided, extremes, imitation, selfplay
 from spvla.selfplay.network import Loras, Network, bare
 from spvla.selfplay.opponent import Opponent
