@@ -179,7 +179,7 @@ class Bench:
 
         one()
         times = self.timed(one, self.args.repeats)
-        busy_s = min(self.timed(lambda: self.busy(decoder, prompts), 2)) / self.args.repeats
+        busy_s = statistics.median(self.timed(lambda: self.busy(decoder, prompts), 3)) / self.args.repeats
         self.result.batches.append(
             {
                 "batch": batch,
