@@ -91,8 +91,8 @@ def test_a_step_equals_a_cpus_and_is_skipped_alike() -> None:
         wanted, found = take_step(here, batch), take_step(there, batch)
         for name in ("total_loss", "grad_norm", "policy_real_logps", "policy_generated_logps", "margin"):
             assert found[name] == pytest.approx(wanted[name], abs=1e-2, rel=1e-3)
-    before, site = there.state_dict(), there.network.sites["projector.fc1"]
-    there.network.sites["projector.fc1"] = site._replace(bias=site.bias + math.nan)
+    before, site = there.state_dict(), there.network.sites["lm_head"]
+    there.network.sites["lm_head"] = site._replace(weight=site.weight + math.nan)
     assert take_step(there, batch)["skipped"] == 1
     after = there.state_dict()
     assert torch.equal(after["policy"], before["policy"])

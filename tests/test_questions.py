@@ -77,5 +77,5 @@ def test_compiled_code_sees_passes_of_one_size_and_answers_stay_the_same() -> No
     assert len(sizes) == 2 and sizes[0] == sizes[1]
 
 
-def test_a_pass_has_160_samples_but_no_more_than_eight_micro_batches() -> None:
-    assert [together(size) for size in (200, 80, 40, 20, 4, 1)] == [1, 2, 4, 8, 8, 8]
+def test_a_pass_has_120_samples_but_no_more_than_eight_micro_batches() -> None:
+    assert [together(size) for size in (200, 80, 40, 20, 4, 1)] == [1, 1, 3, 6, 8, 8]

@@ -20,7 +20,7 @@ from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import Inputs, Reply, draw_uniforms, join, split, to_inputs
 from spvla.types import Batch
 
-ROWS = 160  # samples in one pass: on an H200 141 ms for each 20 of them (7B; in passes of 80 147 ms, of 20 162)
+ROWS = 120  # samples in one pass: on an H200 (7B) each 20 take 147 ms in passes of 80, 141 of 160; 20 alone take 162
 MICRO_BATCHES = 8  # at most: a sample's keys and values (0.15 GiB, 7B) are a tenth of its activations in training
 
 

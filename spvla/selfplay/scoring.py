@@ -76,18 +76,22 @@ class PairLogits:
     generated: Tensor  # (B, A, V) predicts the generated action
 
 
-def score_real(network: Network, inputs: Inputs, loras: Loras, *, cache: Cache | None = None) -> Tensor:
-    """Logits of the real action and the end of sequence: (B, A + 1, V)."""
-    x = _prefix_and_real(network, inputs, loras)
+def score_real(
+    network: Network, inputs: Inputs, loras: Loras, *, cache: Cache | None = None, patches: Tensor | None = None
+) -> Tensor:
+    """Logits of the real action and the end of sequence: (B, A + 1, V). `patches` are the images' if known."""
+    x = _prefix_and_real(network, inputs, loras, patches)
     cos, sin = network.rotary(torch.arange(x.shape[1], device=x.device)[None])
     rows = Rows(cos=cos, sin=sin, mask=None, extra=0)
     keep = inputs.first[:, None] + torch.arange(REAL_ROWS, device=x.device)
     return network.logits(network.hidden(x, rows, loras, keep=keep, cache=cache), loras)
 
 
-def score_pair(network: Network, inputs: Inputs, generated: Tensor, loras: Loras) -> PairLogits:
-    """Logits of both actions in one pass; `generated` is (B, A)."""
-    x = torch.cat((_prefix_and_real(network, inputs, loras), network.embed(generated[:, :FED])), 1)
+def score_pair(
+    network: Network, inputs: Inputs, generated: Tensor, loras: Loras, *, patches: Tensor | None = None
+) -> PairLogits:
+    """Logits of both actions in one pass; `generated` is (B, A). `patches` are the images' if known."""
+    x = torch.cat((_prefix_and_real(network, inputs, loras, patches), network.embed(generated[:, :FED])), 1)
     rows = pair_rows(network, inputs.first, length=x.shape[1] - FED)
     steps = torch.arange(REAL_ROWS, device=x.device)
     keep = torch.cat((inputs.first[:, None] + steps, (x.shape[1] - FED + steps[:FED]).expand(len(x), -1)), 1)
@@ -107,9 +111,10 @@ def pair_rows(network: Network, first: Tensor, *, length: int) -> Rows:
     return Rows(cos=cos, sin=sin, mask=(prefix | own)[:, None], extra=FED)
 
 
-def _prefix_and_real(network: Network, inputs: Inputs, loras: Loras) -> Tensor:
+def _prefix_and_real(network: Network, inputs: Inputs, loras: Loras, patches: Tensor | None) -> Tensor:
     """(B, L, D): BOS, patches, text."""
-    patches, text = network.patches(inputs.pixels, loras), network.embed(inputs.text)
+    patches = network.patches(inputs.pixels, loras) if patches is None else patches
+    text = network.embed(inputs.text)
     return torch.cat((text[:, :1], patches, text[:, 1:]), 1)
 
 

@@ -35,6 +35,7 @@ from spvla.selfplay.questions import Asker, Question, asking_s
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import Inputs, Reply, Speech, score_pair, score_real
 from spvla.selfplay.settings import OPPONENT, POLICY, learning_rate
+from spvla.selfplay.towers import Towers
 from spvla.selfplay.update import Optimizer
 from spvla.types import ACTION_DIM, Batch
 
@@ -76,6 +77,10 @@ class Learner:
         self.network = Network(model, compiled=config.compile)
         self.device = self.network.device
         self.policy, self.loras = self._trained()
+        dropout = config.lora_dropout
+        self.dropping = partial(self.loras, dropout=dropout) if dropout else self.loras
+        recorded = self.device.type == "cuda" and config.use_lora and not dropout
+        self.towers = Towers(self.network, self.dropping, recorded=recorded)
         self.average, opponent_loras = self._playing()
         self.speech = Speech(
             temperature=config.opponent_temperature,
@@ -220,11 +225,11 @@ class Learner:
 
     def _score(self, inputs: Inputs, reply: Reply | None) -> tuple[Tensor, Tensor | None]:
         """The policy's logits (B, A + 1, V), and its log-probs of the generated action (B, A)."""
-        loras = partial(self.loras, dropout=self.config.lora_dropout) if self.config.lora_dropout else self.loras
+        patches = self.towers(inputs.pixels)
         if self.config.objective == "spin":
-            pair = score_pair(self.network, inputs, reply.generated, loras)
+            pair = score_pair(self.network, inputs, reply.generated, self.dropping, patches=patches)
             return pair.real, self.speech.logps(pair.generated, reply.generated)
-        logits = score_real(self.network, inputs, loras)
+        logits = score_real(self.network, inputs, self.dropping, patches=patches)
         return logits, None if reply is None else self.speech.greedy(logits[:, :ACTION_DIM])
 
     def _gather(self, measured: Sequence[Measured]) -> dict[str, Tensor]:
