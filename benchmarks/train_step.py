@@ -19,6 +19,7 @@ of a large matrix product; of d, two.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -43,7 +44,7 @@ from spvla.selfplay.objective import greedy_logps, spin_loss, token_logps
 from spvla.selfplay.questions import together
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import FED, REAL_ROWS, score_pair, to_inputs
-from spvla.selfplay.settings import POLICY
+from spvla.selfplay.settings import ALLOCATOR, POLICY
 from spvla.selfplay.step import Learner
 from spvla.types import ACTION_DIM, Batch
 
@@ -88,7 +89,7 @@ def arguments() -> argparse.Namespace:
 def in_process(ways: str) -> dict[str, dict]:
     """Runs this script again for some ways; its last line is their numbers."""
     command = [sys.executable, __file__, *sys.argv[1:], "--way", ways]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**ALLOCATOR, **os.environ})
     if done.returncode:
         return {way: {"error": f"exit {done.returncode}"} for way in ways}
     return json.loads(done.stdout.splitlines()[-1])

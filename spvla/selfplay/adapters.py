@@ -90,20 +90,17 @@ class Flat:
         self.master = torch.cat([t.detach().float().flatten() for t in tensors])
         self.compute = self.master if dtype == torch.float32 else self.master.to(dtype)
         self.trainable = trainable
-        self.trained: list[Tensor] = []  # `compute` in parts: where backward passes leave gradients
+        self.trained: list[Tensor] = []  # `compute` in parts, as gradients are taken
 
     @torch.no_grad()
     def refresh(self) -> None:
         if self.compute is not self.master:
             self.compute.copy_(self.master)
 
-    @torch.no_grad()
-    def take_grad(self, total: Tensor) -> None:
-        """Moves the gradients of the last backward pass into `total` (N,) float32, adding."""
-        grads = [leaf.new_zeros(leaf.shape) if leaf.grad is None else leaf.grad for leaf in self.trained]
+    def add_gradient(self, objective: Tensor, total: Tensor) -> None:
+        """Adds the gradient of `objective` () to `total` (N,) float32."""
+        grads = torch.autograd.grad(objective, self.trained, materialize_grads=True)
         total.add_(torch.cat([grad.flatten() for grad in grads]))
-        for leaf in self.trained:
-            leaf.grad = None  # so that the next one is kept as it comes, not added to another
 
     @torch.no_grad()
     def load(self, values: Tensor) -> None:

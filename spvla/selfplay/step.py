@@ -115,8 +115,7 @@ class Learner:
             with clock("forward"):
                 objective, measures = self._losses(question.inputs, question.reply, shares)
             with clock("backward"):
-                objective.backward()
-                self.policy.take_grad(self.optimizer.gradient)
+                self.policy.add_gradient(objective, self.optimizer.gradient)
             measured.append(measures)
         values, rate = self._gather(measured), learning_rate(self.config, self.steps)
         values |= self.optimizer.update(values["total_loss"], values.get("hard_rate"), rate)

@@ -19,7 +19,9 @@ from spvla.selfplay.metrics import MetricsFile, Row
 from spvla.selfplay.prepare import Job
 from spvla.selfplay.resume import commit
 from spvla.selfplay.session import Place, Session
+from spvla.selfplay.settings import ALLOCATOR
 
+NCCL = {"NCCL_NVLS_ENABLE": "0"}  # NVLink multicast hangs on some virtualised hosts
 STOP, FAILURE = ".stop", ".failure.json"  # in the run's folder: please save and leave; what no restart can mend
 _EVERY_STEP_UP_TO = 5000  # steps; longer runs log every tenth
 
@@ -61,7 +63,7 @@ def work(arguments: dict[str, Job]) -> None:
     job = arguments["job"]
     if failure_of(job.run) is not None:
         return
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast hangs on some virtualised hosts
+    os.environ.update({**ALLOCATOR, **NCCL, **os.environ})
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     place = Place(rank=context.get_world_rank(), world=context.get_world_size(), device=device)
     torch.set_num_threads(
