@@ -14,24 +14,14 @@ from functools import cached_property
 import mujoco
 import numpy as np
 
+from spvla.sim.corners import Mesh, read_mesh
 from spvla.sim.opengl import OpenGL
 from spvla.sim.triangles import blank, project, reach, select
 
 OPAQUE = 0.995  # what is less, MuJoCo draws translucently
 ENDLESS = 1e6  # metres
 GEOM = int(mujoco.mjtObj.mjOBJ_GEOM)
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """The corners of `faces` (F, 3) index into `points` and `normals`, both (V, 3) float32. Corners at one place differ
-    in their normals: those of `triangles` (F, 3), the same faces, index into `places` (U, 3)."""
-
-    points: np.ndarray
-    normals: np.ndarray
-    faces: np.ndarray
-    places: np.ndarray
-    triangles: np.ndarray
+COLOUR = int(mujoco.mjtTextureRole.mjTEXROLE_RGB)
 
 
 @dataclass(frozen=True)
@@ -95,12 +85,14 @@ class Boxes:
 
 
 class FineMeshes:
-    """Those of a model's shapes that are meshes without a texture. Needs its OpenGL context."""
+    """Those of a model's shapes that are meshes. Needs its OpenGL context, where `device` has its textures."""
 
-    def __init__(self, model: mujoco.MjModel) -> None:
+    def __init__(self, model: mujoco.MjModel, device: mujoco.MjrContext) -> None:
         self.model = model
         self.numbers = {g: int(model.geom_dataid[g]) for g in range(model.ngeom) if _is_fine(model, g)}
-        self.meshes = {number: read_mesh(model, number) for number in set(self.numbers.values())}
+        self.textures = {g: int(device.texture[t]) for g in self.numbers if (t := _texture(model, g)) >= 0}
+        textured = {self.numbers[g] for g in self.textures}
+        self.meshes = {n: read_mesh(model, n, textured=n in textured) for n in set(self.numbers.values())}
         self.kept = {g: np.empty_like(self.meshes[number].faces) for g, number in self.numbers.items()}
         most = max((len(m.places) for m in self.meshes.values()), default=0)
         self.pixels, self.sides = np.empty((most, 2)), np.empty(most, np.uint8)
@@ -109,20 +101,30 @@ class FineMeshes:
         self.gl = OpenGL()
 
     @contextmanager
-    def left_out(self, scene: mujoco.MjvScene, data: mujoco.MjData, view: View) -> Iterator[list[Shape]]:
-        """The scene's fine meshes, which MuJoCo does not draw within the block; none where something shows through."""
+    def left_out(
+        self, scene: mujoco.MjvScene, data: mujoco.MjData, view: View, mirrored: np.ndarray
+    ) -> Iterator[list[Shape]]:
+        """The scene's fine meshes, which MuJoCo does not draw within the block. The last one may be translucent; where
+        more shows through, or what is not a fine mesh, there are none.
+
+        Those `mirrored` (ngeom,) stay with MuJoCo, which draws them a second time behind the mirror.
+        """
         geoms = [scene.geoms[i] for i in range(scene.ngeom)]
-        if any(geom.rgba[3] < OPAQUE or _is_plane_from_behind(geom, view.eye) for geom in geoms):
+        ids = np.array([geom.objid if geom.objtype == GEOM else -1 for geom in geoms])
+        fine = [i for i, g in enumerate(ids.tolist()) if g in self.numbers and not mirrored[g]]
+        seen_through = [i for i, geom in enumerate(geoms) if _is_translucent(geom, view.eye)]
+        if len(seen_through) > 1 or not set(seen_through) <= set(fine):
             yield []
             return
-        ids = np.array([geom.objid if geom.objtype == GEOM else -1 for geom in geoms])
-        fine = [i for i, g in enumerate(ids.tolist()) if g in self.numbers]
+        fine.sort(key=lambda i: i in seen_through)
         turns = view.axes.T @ data.geom_xmat[ids[fine]].reshape(-1, 3, 3)
         shifts = (data.geom_xpos[ids[fine]] - view.eye) @ view.axes
         found = [self._kept(*where, view) for where in zip(ids[fine].tolist(), turns, shifts, strict=True)]
         boxes = self._boxes(geoms, ids, data)
         meshes = [self.meshes[self.numbers[g]] for g in ids[fine].tolist()]
-        parts = zip(fine, meshes, found, boxes.later(fine), strict=True)
+        later = boxes.later(fine)
+        later[len(fine) - len(seen_through) :] = False  # MuJoCo draws it last as well
+        parts = zip(fine, meshes, found, later, strict=True)
         shapes = [Shape(geoms[i], mesh, kept, boxes.contested(i, mesh, kept, later)) for i, mesh, kept, later in parts]
         for shape in shapes:
             shape.geom.type = mujoco.mjtGeom.mjGEOM_NONE
@@ -141,7 +143,9 @@ class FineMeshes:
             gl.glEnable(gl.LIGHT0 + light)
         for shape in shapes:
             self._paint(shape.geom)
-            self._draw(shape, shape.kept)
+            with self._textured(shape):
+                draw = self._draw if shape.geom.rgba[3] >= OPAQUE else self._blend
+                draw(shape, shape.kept)
         for light in range(lights):
             gl.glDisable(gl.LIGHT0 + light)
         gl.glDisableClientState(gl.NORMAL_ARRAY)
@@ -178,6 +182,32 @@ class FineMeshes:
         gl.glMaterialf(gl.FRONT_AND_BACK, gl.SHININESS, geom.shininess * 128)
         gl.glMaterialfv(gl.FRONT_AND_BACK, gl.SPECULAR, np.float32([geom.specular] * 3 + [1]).tobytes())
 
+    def _blend(self, shape: Shape, faces: np.ndarray) -> None:
+        """Over what is drawn. MuJoCo draws what is translucent front to back, and then again back to front."""
+        gl = self.gl
+        gl.glDepthMask(0)
+        gl.glEnable(gl.BLEND)
+        gl.glBlendFunc(gl.SRC_ALPHA, gl.ONE_MINUS_SRC_ALPHA)
+        self._draw(shape, faces)
+        self._draw(shape, faces)
+        gl.glDisable(gl.BLEND)
+        gl.glDepthMask(1)
+
+    @contextmanager
+    def _textured(self, shape: Shape) -> Iterator[None]:
+        gl, texture = self.gl, self.textures.get(shape.geom.objid)
+        if texture is None:
+            yield
+            return
+        gl.glActiveTexture(gl.TEXTURE0)
+        gl.glEnable(gl.TEXTURE_2D)
+        gl.glBindTexture(gl.TEXTURE_2D, texture)
+        gl.glEnableClientState(gl.TEXTURE_COORD_ARRAY)
+        gl.glTexCoordPointer(2, gl.FLOAT, 0, shape.mesh.texture.ctypes.data)
+        yield
+        gl.glDisableClientState(gl.TEXTURE_COORD_ARRAY)
+        gl.glDisable(gl.TEXTURE_2D)
+
     def _draw(self, shape: Shape, faces: np.ndarray) -> None:
         gl, turn = self.gl, np.eye(4, dtype=np.float32)
         turn[:3, :3] = shape.geom.mat.T  # OpenGL's matrices go column by column
@@ -190,53 +220,24 @@ class FineMeshes:
         gl.glPopMatrix()
 
 
-def read_mesh(model: mujoco.MjModel, number: int) -> Mesh:
-    """A mesh as MuJoCo's `mjr_uploadMesh` gives it to OpenGL. Without texture coordinates, a corner whose normal is far
-    from its triangle's has the triangle's."""
-    point, normal = model.mesh_vertadr[number], model.mesh_normaladr[number]
-    places = model.mesh_vert[point : point + model.mesh_vertnum[number]]
-    normals = model.mesh_normal[normal : normal + model.mesh_normalnum[number]]
-    where = slice(model.mesh_faceadr[number], model.mesh_faceadr[number] + model.mesh_facenum[number])
-    faces, chosen = model.mesh_face[where].astype(np.int64), model.mesh_facenormal[where].astype(np.int64)
-    if model.mesh_texcoordadr[number] < 0:
-        flat = face_normals(places[faces])
-        a, b = normals[chosen], flat[:, None]
-        far = a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2] < 0.8  # (F, 3)
-        chosen = np.where(far, len(normals) + np.arange(len(faces))[:, None], chosen)
-        normals = np.concatenate([normals, flat])
-    pairs, corners = np.unique(faces * len(normals) + chosen, return_inverse=True)
-    point, normal = np.divmod(pairs, len(normals))
-    # A model repeats a place for every texture coordinate or normal there.
-    _, first, same = np.unique(places.view("V12").ravel(), return_index=True, return_inverse=True)
-    return Mesh(
-        points=places[point].copy(),
-        normals=normals[normal].copy(),
-        faces=corners.reshape(-1, 3).astype(np.uint32),
-        places=places[first].copy(),
-        triangles=same[faces].astype(np.uint32),
-    )
-
-
-def face_normals(triangles: np.ndarray) -> np.ndarray:
-    """(F, 3 corners, 3) to (F, 3), in MuJoCo's float32 operations and their order."""
-    a, b = triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]
-    x, y, z = (a[:, i] * b[:, j] - a[:, j] * b[:, i] for i, j in ((1, 2), (2, 0), (0, 1)))
-    length = np.sqrt(x * x + y * y + z * z)
-    thin = length < np.float32(1e-10)
-    scale = np.float32(1) / np.where(thin, np.float32(1), length)
-    return np.where(thin[:, None], np.float32([0, 0, 1]), np.stack([x * scale, y * scale, z * scale], axis=1))
-
-
 def _is_fine(model: mujoco.MjModel, geom: int) -> bool:
-    number, material = model.geom_dataid[geom], model.geom_matid[geom]
+    number, texture = model.geom_dataid[geom], _texture(model, geom)
     if model.geom_type[geom] != mujoco.mjtGeom.mjGEOM_MESH or number < 0:
         return False
-    return bool(material < 0 or (model.mat_texid[material] < 0).all())
+    flat = model.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D  # and not around it, as a cube
+    return texture < 0 or bool(flat and model.mesh_texcoordadr[number] >= 0)
 
 
-def _is_plane_from_behind(geom: mujoco.MjvGeom, eye: np.ndarray) -> bool:
-    """MuJoCo draws such planes translucently."""
-    return geom.type == mujoco.mjtGeom.mjGEOM_PLANE and bool((eye - geom.pos) @ geom.mat[:, 2] < 1e-3)
+def _texture(model: mujoco.MjModel, geom: int) -> int:
+    """Its number, or -1."""
+    material = model.geom_matid[geom]
+    return int(model.mat_texid[material, COLOUR]) if material >= 0 else -1
+
+
+def _is_translucent(geom: mujoco.MjvGeom, eye: np.ndarray) -> bool:
+    """As planes are, too, when MuJoCo draws them from behind."""
+    behind = geom.type == mujoco.mjtGeom.mjGEOM_PLANE and (eye - geom.pos) @ geom.mat[:, 2] < 1e-3
+    return bool(geom.rgba[3] < OPAQUE or behind)
 
 
 def _turned(turns: np.ndarray, vectors: np.ndarray) -> np.ndarray:

@@ -6,7 +6,10 @@ from collections.abc import Callable
 _INT, _UINT, _FLOAT, _BYTES = ctypes.c_int, ctypes.c_uint, ctypes.c_float, ctypes.c_void_p
 _FLAG = ctypes.c_ubyte
 _CALLS = {
+    "glActiveTexture": (_UINT,),
     "glBeginQuery": (_UINT, _UINT),
+    "glBindTexture": (_UINT, _UINT),
+    "glBlendFunc": (_UINT, _UINT),
     "glColor4fv": (_BYTES,),
     "glColorMask": (_FLAG, _FLAG, _FLAG, _FLAG),
     "glDeleteQueries": (_INT, _BYTES),
@@ -26,6 +29,7 @@ _CALLS = {
     "glNormalPointer": (_UINT, _INT, _BYTES),
     "glPopMatrix": (),
     "glPushMatrix": (),
+    "glTexCoordPointer": (_INT, _UINT, _INT, _BYTES),
     "glTranslatef": (_FLOAT, _FLOAT, _FLOAT),
     "glVertexPointer": (_INT, _UINT, _INT, _BYTES),
 }

@@ -95,8 +95,8 @@ class Renderer:
         self.perturbation = mujoco.MjvPerturb()
         self.viewport = mujoco.MjrRect(0, 0, CAMERA_SIZE, CAMERA_SIZE)
         self.visibility = Visibility(model)
-        alone = self.visibility.all_drawn or self.visibility.mirrors  # MuJoCo draws several times
-        self.fine = FineMeshes(model) if _draws_in_software() and not alone else None
+        alone = not _draws_in_software() or self.visibility.all_drawn  # as for shadows: MuJoCo draws several times
+        self.fine = None if alone else FineMeshes(model, self.device)
         _close_at_exit()
         _OPEN.add(self)
 
@@ -112,7 +112,8 @@ class Renderer:
         if self.fine is None:
             mujoco.mjr_render(self.viewport, self.scene, self.device)
             return self._pixels()
-        with self.fine.left_out(self.scene, data, self._view(data)) as shapes:
+        mirrored = self.visibility.mirrored(data, self.camera.fixedcamid)
+        with self.fine.left_out(self.scene, data, self._view(data), mirrored) as shapes:
             mujoco.mjr_render(self.viewport, self.scene, self.device)
         right = self.fine.draw(shapes, self.scene.nlight)
         image = self._pixels()

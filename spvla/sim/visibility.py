@@ -1,9 +1,8 @@
 """Which of a scene's shapes a camera cannot see, so that they need not be drawn. Pictures stay equal to the bit.
 
-A shape is left out when its bounding sphere lies outside the camera's view and, for every mirror in the scene, so does
-its mirror image as seen through that mirror. Sites with nothing left of their colour (robosuite hides them so, by a
-negative alpha) are left out as well. Software renderers spend nearly all their time on triangles, of which LIBERO's
-robot and objects have 200,000.
+A shape is left out when its bounding sphere lies outside the camera's view and no mirror in the scene can show it.
+Sites with nothing left of their colour (robosuite hides them so, by a negative alpha) are left out as well. Software
+renderers spend nearly all their time on triangles, of which LIBERO's robot and objects have 200,000.
 """
 
 import mujoco
@@ -11,7 +10,9 @@ import numpy as np
 
 SHOWN = (1, 2)  # geometry groups that LIBERO draws; 0 is for collisions
 HIDDEN = 5  # a group that is never drawn
-MARGIN = 1.01  # of a radius
+MARGIN = 1.01  # of a radius, and of a mirror's size
+SLACK = 1e-4  # metres
+ENDLESS = 1e6  # metres
 
 
 class Visibility:
@@ -44,19 +45,26 @@ class Visibility:
 
     def seen(self, data: mujoco.MjData, camera: int) -> np.ndarray:
         """(G,) bool for `self.geoms`: False where no pixel can depend on the shape."""
-        eye, axes = data.cam_xpos[camera], data.cam_xmat[camera].reshape(3, 3)
-        slope = np.tan(np.radians(self.model.cam_fovy[camera]) / 2)  # pictures are square
-        centres = data.geom_xpos[self.geoms]
-        seen = in_view(centres, self.radii, eye, axes, slope)
+        directly = self._in_view(data.geom_xpos[self.geoms], data, camera)
+        return directly | self.mirrored(data, camera)[self.geoms]
+
+    def mirrored(self, data: mujoco.MjData, camera: int) -> np.ndarray:
+        """(model.ngeom,) bool: False where no mirror can show the shape."""
+        model, geoms = self.model, self.geoms
+        found = np.zeros(model.ngeom, bool)
         for mirror in self.mirrors:
-            normal = data.geom_xmat[mirror].reshape(3, 3)[:, 2]
-            surface = data.geom_xpos[mirror] + normal * _surface_height(self.model, mirror)
-            images = centres - 2 * ((centres - surface) @ normal)[:, None] * normal
-            through = in_view(images, self.radii, eye, axes, slope)
-            if radius := self.model.geom_rbound[mirror]:
-                through &= in_cone(images, self.radii, eye, data.geom_xpos[mirror], radius * MARGIN)
-            seen |= through
-        return seen
+            axes, turns = data.geom_xmat[mirror].reshape(3, 3), data.geom_xmat[geoms].reshape(-1, 3, 3)
+            surface = data.geom_xpos[mirror] + axes[:, 2] * _surface_height(model, mirror)
+            images = data.geom_xpos[geoms] - 2 * ((data.geom_xpos[geoms] - surface) @ axes[:, 2])[:, None] * axes[:, 2]
+            centres = data.geom_xpos[geoms] + np.einsum("gij,gj->gi", turns, model.geom_aabb[geoms, :3])
+            around = (centres - surface) @ axes, axes.T @ turns, model.geom_aabb[geoms, 3:] + SLACK
+            shown = through((data.cam_xpos[camera] - surface) @ axes, _half(model, mirror), *around)
+            found[geoms] |= shown & self._in_view(images, data, camera)
+        return found
+
+    def _in_view(self, centres: np.ndarray, data: mujoco.MjData, camera: int) -> np.ndarray:
+        slope = np.tan(np.radians(self.model.cam_fovy[camera]) / 2)  # pictures are square
+        return in_view(centres, self.radii, data.cam_xpos[camera], data.cam_xmat[camera].reshape(3, 3), slope)
 
 
 def in_view(centres: np.ndarray, radii: np.ndarray, eye: np.ndarray, axes: np.ndarray, slope: float) -> np.ndarray:
@@ -66,14 +74,22 @@ def in_view(centres: np.ndarray, radii: np.ndarray, eye: np.ndarray, axes: np.nd
     return side <= -z * slope + radii * np.sqrt(1 + slope**2)
 
 
-def in_cone(centres: np.ndarray, radii: np.ndarray, eye: np.ndarray, target: np.ndarray, radius: float) -> np.ndarray:
-    """Whether spheres (G, 3), (G,) reach into the cone from `eye` around the sphere `target`, `radius`."""
-    axis, lines = target - eye, centres - eye
-    distance, distances = np.linalg.norm(axis), np.linalg.norm(lines, axis=1)
-    if distance <= radius:
+def through(
+    eye: np.ndarray, mirror: np.ndarray, centres: np.ndarray, turns: np.ndarray, halves: np.ndarray
+) -> np.ndarray:
+    """(G,) whether an eye (3,) may see boxes in a mirror, all in the mirror's frame: from -mirror to mirror (2,) in x
+    and y, facing z. Boxes lie around `centres` (G, 3), turned by (G, 3, 3), and reach as far as `halves` (G, 3).
+
+    One sees a point where the line from the eye's mirror image to it crosses the mirror. For an eye at (x, y, h) and a
+    mirror that ends at a, this gives (x - a) z + h x' <= a h for points (x', y', z), and so on.
+    """
+    (x, y, h), (a, b) = eye, mirror
+    if abs(h) < SLACK:
         return np.ones(len(centres), bool)
-    angles = np.arccos(np.clip(lines @ axis / (distances * distance), -1, 1))
-    return angles <= np.arcsin(radius / distance) + np.arcsin(np.minimum(1, radii / distances))
+    outward = np.array([[0, 0, -1], [h, 0, x - a], [-h, 0, -x - a], [0, h, y - b], [0, -h, -y - b]])
+    reach = np.einsum("gpi,gi->gp", np.abs(outward @ turns), halves)
+    inside = centres @ outward.T - reach <= np.array([0, a, a, b, b]) * h
+    return inside.all(axis=1) & (h > 0)
 
 
 def _is_mirror(model: mujoco.MjModel, geom: int) -> bool:
@@ -84,3 +100,9 @@ def _is_mirror(model: mujoco.MjModel, geom: int) -> bool:
 
 def _surface_height(model: mujoco.MjModel, geom: int) -> float:
     return model.geom_size[geom, 2] if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_BOX else 0.0
+
+
+def _half(model: mujoco.MjModel, geom: int) -> np.ndarray:
+    """(2,) how far a mirror reaches to each side."""
+    is_box = model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_BOX
+    return model.geom_size[geom, :2] * MARGIN if is_box else np.full(2, ENDLESS)

@@ -1,6 +1,7 @@
 """Drawing fewer triangles: which are left out, and that no pixel shows it."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import mujoco
@@ -9,8 +10,8 @@ import pytest
 from picture_parts import fewest_shapes
 
 from spvla.sim.assets import resolve
+from spvla.sim.corners import read_mesh
 from spvla.sim.libero import LiberoEnv
-from spvla.sim.meshes import read_mesh
 from spvla.sim.rendering import Renderer
 from spvla.sim.triangles import ABOVE, LEFT, RIGHT, UNSURE, blank, project, select
 
@@ -20,13 +21,19 @@ SAMPLES = np.array([[0.375, 0.125], [0.875, 0.375], [0.125, 0.625], [0.625, 0.87
 WORLD = """
 <mujoco>
   <asset>
-    <mesh name="cube" vertex="-1 -1 -1  1 -1 -1  -1 1 -1  1 1 -1  -1 -1 1  1 -1 1  -1 1 1  1 1 1" scale=".3 .3 .3"/>
+    <texture name="squares" type="2d" builtin="checker" rgb1="1 0 0" rgb2=".9 .5 0" width="64" height="64"/>
+    <material name="squared" texture="squares"/>
+    <material name="glass" reflectance=".8" rgba=".2 .2 .4 1"/>
+    <mesh name="cube" vertex="-1 -1 -1  1 -1 -1  -1 1 -1  1 1 -1  -1 -1 1  1 -1 1  -1 1 1  1 1 1" scale=".3 .3 .3"
+          texcoord="0 0  2 0  0 2  2 2  1 1  3 1  1 3  3 3"/>
+    <mesh name="panes" vertex="-1 0 -1  1 0 -1  0 0 1  -1 -1 -1  1 -1 -1  0 -1 1" face="3 4 5  0 1 2" inertia="shell"
+          scale=".3 .3 .3"/>
   </asset>
   <worldbody>
     <light pos="0 0 5" castshadow="false"/>
     <camera name="eye" pos="0 -3 2" xyaxes="1 0 0 0 .555 .832" fovy="40"/>
     <geom name="floor" type="plane" size="3 3 .1" pos="0 0 -.5" group="1"/>
-    <geom name="cube" type="mesh" mesh="cube" group="1" rgba="1 0 0 1"/>
+    <geom name="cube" type="mesh" mesh="cube" group="1" {cube}/>
     {later}
   </worldbody>
 </mujoco>"""
@@ -102,28 +109,85 @@ def test_over_the_pictures_edge_every_face_keeps_its_place() -> None:
     assert (out[[0, 1]] == faces[0, 0]).all() and (out[[4, 5]] == faces[4, 0]).all()
 
 
-def pictures(later: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """A world's picture by MuJoCo alone, that with its mesh drawn afterwards, and how often the latter was drawn."""
-    model = mujoco.MjModel.from_xml_string(WORLD.format(later=later))
+RED = 'rgba="1 0 0 1"'
+
+
+@contextmanager
+def renderer_of(later: str, cube: str) -> Iterator[tuple[Renderer, mujoco.MjData]]:
+    model = mujoco.MjModel.from_xml_string(WORLD.format(later=later, cube=cube))
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)
     renderer = Renderer(model)
     if renderer.fine is None:
         pytest.skip("a GPU draws here, and all triangles")
-    draws = []
-    ours, (fine, pixels) = renderer.render(data, "eye"), (renderer.fine, renderer._pixels)
-    renderer._pixels = lambda: draws.append(1) or pixels()
-    assert np.array_equal(renderer.render(data, "eye"), ours)
-    renderer.fine = None
-    alone = renderer.render(data, "eye")
+    yield renderer, data
     renderer.close()
-    assert (alone[..., 0] > alone[..., 1]).sum() > 1000 and len(fine.numbers) == 1  # a red cube
+
+
+def pictures(later: str, cube: str = RED) -> tuple[np.ndarray, np.ndarray, int]:
+    """A world's picture by MuJoCo alone, that with its meshes drawn afterwards, and how often the latter was drawn."""
+    with renderer_of(later, cube) as (renderer, data):
+        draws = []
+        ours, pixels = renderer.render(data, "eye"), renderer._pixels
+        renderer._pixels = lambda: draws.append(1) or pixels()
+        assert np.array_equal(renderer.render(data, "eye"), ours)
+        renderer.fine, renderer.visibility.all_drawn = None, True
+        alone = renderer.render(data, "eye")
+    assert (alone[..., 0] > alone[..., 1]).sum() > 1000  # a red cube
     return alone, ours, len(draws) - 1
+
+
+def drawn_afterwards(later: str, cube: str = RED) -> list[str]:
+    """The names of the meshes that MuJoCo does not draw."""
+    with renderer_of(later, cube) as (renderer, data):
+        drawn = []
+        with patch.object(renderer.fine, "draw", lambda shapes, _: drawn.extend(s.geom.objid for s in shapes) or bool):
+            renderer.render(data, "eye")
+        return [renderer.model.geom(g).name for g in drawn]
 
 
 def test_a_mesh_drawn_afterwards_looks_the_same() -> None:
     alone, ours, draws = pictures('<geom name="ball" size=".2" pos=".5 -.2 .1" group="1"/>')
     assert np.array_equal(alone, ours) and draws == 1
+
+
+def test_a_mesh_with_a_texture_looks_the_same() -> None:
+    squared = 'material="squared"'
+    alone, ours, draws = pictures('<geom name="ball" size=".2" pos=".5 -.2 .1" group="1"/>', squared)
+    assert np.array_equal(alone, ours) and draws == 1 and drawn_afterwards("", squared) == ["cube"]
+    orange = (alone[..., 1] > 60) & (alone[..., 0] > 1.5 * alone[..., 1])
+    assert 0.2 < orange.sum() / (alone[..., 0] > 2 * alone[..., 2] + 1).sum() < 0.8
+
+
+def test_one_translucent_mesh_is_drawn_last_as_mujoco_does() -> None:
+    pale, ball = 'rgba="1 0 0 .4"', '<geom name="ball" size=".2" pos=".2 .6 .1" rgba="0 1 0 1" group="1"/>'
+    other = '<geom name="other" type="mesh" mesh="cube" pos=".3 1 .2" group="1"/>'
+    alone, ours, draws = pictures(ball + other, pale)
+    assert np.array_equal(alone, ours) and draws == 1 and drawn_afterwards(ball + other, pale) == ["other", "cube"]
+    assert not np.array_equal(alone, pictures(ball + other)[0])
+
+
+def test_through_the_front_of_a_translucent_mesh_shows_what_else_of_it_lies_behind() -> None:
+    panes = '<geom name="panes" type="mesh" mesh="panes" pos="0 -.6 .2" rgba="0 0 1 .4" group="1"/>'
+    alone, ours, _ = pictures(panes)
+    assert np.array_equal(alone, ours) and drawn_afterwards(panes) == ["cube", "panes"]
+
+
+def test_two_translucent_meshes_are_left_to_mujoco() -> None:
+    other = '<geom name="other" type="mesh" mesh="cube" pos=".3 1 .2" rgba="0 1 0 .5" group="1"/>'
+    pale = 'rgba="1 0 0 .4"'
+    alone, ours, _ = pictures(other, pale)
+    assert np.array_equal(alone, ours) and drawn_afterwards(other, pale) == []
+
+
+def test_a_mesh_that_a_mirror_shows_is_left_to_mujoco() -> None:
+    """The mirror lies before the cube, and shows it but not the other cube."""
+    mirror = '<geom name="mirror" type="box" size=".3 .2 .02" pos="0 -.6 -.3" material="glass" group="1"/>'
+    other = '<geom name="other" type="mesh" mesh="cube" pos="1 0 0" group="1"/>'
+    alone, ours, draws = pictures(mirror + other)
+    assert np.array_equal(alone, ours) and draws == 1 and drawn_afterwards(mirror + other) == ["other"]
+    dull = mirror.replace('material="glass"', 'rgba=".2 .2 .4 1"')
+    assert not np.array_equal(alone, pictures(dull + other)[0]) and len(drawn_afterwards(dull + other)) == 2
 
 
 def test_where_a_later_shape_has_the_very_same_depth_mujoco_draws_all() -> None:
@@ -166,7 +230,8 @@ def test_most_of_the_robots_triangles_are_left_out(env: LiberoEnv) -> None:
     env.image()
     if (fine := env.renderer.fine) is None:
         pytest.skip("a GPU draws here, and all triangles")
-    with fine.left_out(env.renderer.scene, env.sample.data, env.renderer._view(env.sample.data)) as shapes:
+    unmirrored = np.zeros(env.model.ngeom, bool)
+    with fine.left_out(env.renderer.scene, env.sample.data, env.renderer._view(env.sample.data), unmirrored) as shapes:
         left = sum((s.kept[:, 0] != s.kept[:, 1]).sum() for s in shapes)  # and not a single point
         all_of_them, contested = sum(len(s.mesh.faces) for s in shapes), sum(len(s.contested) for s in shapes)
     assert all_of_them > 100_000 and left < all_of_them / 3 and 0 < contested < left / 20
@@ -176,10 +241,17 @@ def test_most_of_the_robots_triangles_are_left_out(env: LiberoEnv) -> None:
 def test_a_mesh_is_read_corner_by_corner(env: LiberoEnv) -> None:
     model = env.model
     number = int(np.argmax(model.mesh_facenum))
-    mesh, first = read_mesh(model, number), model.mesh_faceadr[number]
+    mesh, first = read_mesh(model, number, textured=False), model.mesh_faceadr[number]
     corners = model.mesh_vertadr[number] + model.mesh_face[first : first + model.mesh_facenum[number]]
     assert np.array_equal(mesh.points[mesh.faces], model.mesh_vert[corners])
     chosen = model.mesh_normaladr[number] + model.mesh_facenormal[first : first + model.mesh_facenum[number]]
     assert model.mesh_texcoordadr[number] < 0 or np.array_equal(mesh.normals[mesh.faces], model.mesh_normal[chosen])
     assert np.array_equal(mesh.places[mesh.triangles], mesh.points[mesh.faces])
     assert len(mesh.places) == len(np.unique(mesh.places, axis=0))
+
+
+def test_a_corner_has_the_place_in_the_texture_that_its_face_names() -> None:
+    model = mujoco.MjModel.from_xml_string(WORLD.format(later="", cube=RED))
+    mesh, chosen = read_mesh(model, 0, textured=True), model.mesh_facetexcoord[: model.mesh_facenum[0]]
+    assert np.array_equal(mesh.texture[mesh.faces], model.mesh_texcoord[chosen])
+    assert len(np.unique(mesh.texture, axis=0)) == 8 and not read_mesh(model, 0, textured=False).texture.any()

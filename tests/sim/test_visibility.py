@@ -11,7 +11,7 @@ from picture_parts import fewest_shapes
 from spvla.sim.assets import resolve
 from spvla.sim.libero import LiberoEnv
 from spvla.sim.rendering import Renderer
-from spvla.sim.visibility import Visibility, in_cone, in_view
+from spvla.sim.visibility import Visibility, in_view, through
 
 EYE, AXES = np.zeros(3), np.eye(3)  # looking along -z, a right angle wide: slope 1
 
@@ -60,11 +60,26 @@ def test_a_sphere_shows_if_it_reaches_into_the_pyramid(centre: tuple, radius: fl
     assert in_view(np.array([centre], float), np.array([radius]), EYE, AXES, 1.0).tolist() == [expected]
 
 
-def test_a_mirror_shows_what_lies_in_the_cone_around_it() -> None:
-    centres = np.array([[0, 0, -9], [3, 0, -9], [5, 0, -9]], float)
-    target = np.array([0.0, 0, -3])  # radius 1: the cone opens by arcsin(1/3), 3.18 wide at depth 9
-    assert in_cone(centres, np.full(3, 0.1), EYE, target, 1.0).tolist() == [True, True, False]
-    assert in_cone(centres, np.full(3, 0.1), EYE, target, 3.5).all()  # the eye is inside
+def test_a_mirror_shows_what_lies_behind_its_edges_for_the_eyes_image() -> None:
+    """By brute force: points within boxes, whose lines to the eye's mirror image cross the mirror or not."""
+    rng = np.random.default_rng(0)
+    eye, mirror, count = np.array([0.5, -0.8, 1.2]), np.array([0.2, 0.1]), 2000
+    centres, halves = rng.uniform(-2, 2, (count, 3)), rng.uniform(0.01, 0.3, (count, 3))
+    turns = np.linalg.qr(rng.normal(size=(count, 3, 3)))[0]
+    inside = rng.uniform(-1, 1, (count, 500, 3)) * halves[:, None]
+    points = centres[:, None] + np.einsum("gij,gpj->gpi", turns, inside)
+    height = points[..., 2]
+    share = (1.2 / (height + 1.2))[..., None]  # of the way, where it crosses
+    crossing = eye[:2] + share * (points[..., :2] - eye[:2])
+    truly = ((height > 0) & (np.abs(crossing) < mirror).all(-1)).any(1)
+    found = through(eye, mirror, centres, turns, halves)
+    assert truly.sum() > 50 and not (truly & ~found).any() and found.sum() < 2 * truly.sum()
+
+
+def test_from_behind_a_mirror_shows_nothing_and_along_it_perhaps_all() -> None:
+    box = np.array([[0, 0, 1.0]]), np.eye(3)[None], np.full((1, 3), 0.1)
+    shown = [through(np.array([0, 0, h]), np.array([0.2, 0.2]), *box).tolist() for h in (1.0, 0.0, -1.0)]
+    assert shown == [[True], [True], [False]]
 
 
 def test_only_a_mirror_brings_back_what_is_above_the_picture() -> None:
