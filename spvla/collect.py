@@ -28,6 +28,7 @@ from spvla.progress import Progress
 from spvla.sim.assets import AssetSet, resolve
 from spvla.sim.libero import tasks
 from spvla.sim.recorders import Demonstrator, Recorder, Replayer
+from spvla.sim.rendering import draw_on_one_core
 from spvla.types import Episode
 
 RECORDING = "recording.json"
@@ -236,6 +237,7 @@ class _Actor:
     """A recorder in a process of its own."""
 
     def __init__(self, make: Callable[[], Recorder]) -> None:
+        draw_on_one_core()
         self.recorder = make()
 
     def record(self, task: int, take: int) -> Episode | None:

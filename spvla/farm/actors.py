@@ -182,6 +182,8 @@ class EnvWorker:
     def __init__(self, name: str, settings: WorkerSettings) -> None:
         self.name, self.settings = name, settings
         self.log = log_to(settings.log_folder, name)
+        from spvla.sim.rendering import draw_on_one_core
+
         spread_rendering(name)
         draw_on_one_core()
         self.assets = assets.resolve(settings.assets)
@@ -278,11 +280,6 @@ def spread_rendering(name: str) -> None:
     number = name.rpartition("-")[2]
     if gpus > 1 and number.isdigit() and not os.environ.get("CUDA_VISIBLE_DEVICES"):
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(int(number) % gpus))
-
-
-def draw_on_one_core() -> None:
-    """Mesa's software renderer would start a thread for each core, all of which other environments use already."""
-    os.environ.setdefault("LP_NUM_THREADS", "0")  # the same picture to the bit, for a tenth less work
 
 
 def resident_bytes() -> int:

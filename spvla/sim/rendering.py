@@ -27,6 +27,12 @@ class GLContext(Protocol):
     def free(self) -> None: ...
 
 
+def draw_on_one_core() -> None:
+    """For one of many environments: Mesa's software renderer would start a thread for each core, all of which the
+    others use already. The same picture to the bit, for a tenth less work."""
+    os.environ.setdefault("LP_NUM_THREADS", "0")
+
+
 def open_context() -> GLContext:
     """Raises InfrastructureError where this machine cannot draw."""
     os.environ.setdefault("MUJOCO_GL", "egl")
