@@ -63,12 +63,11 @@ def work(arguments: dict[str, Job]) -> None:
     job = arguments["job"]
     if failure_of(job.run) is not None:
         return
-    os.environ.update({**ALLOCATOR, **NCCL, **os.environ})
+    os.environ.update({**ALLOCATOR, **NCCL, **os.environ})  # what is set already stays
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     place = Place(rank=context.get_world_rank(), world=context.get_world_size(), device=device)
-    torch.set_num_threads(
-        1 if device.type == "cpu" else 4
-    )  # threads that wait for a busy core cost more than they give
+    threads = 1 if device.type == "cpu" else 4  # those that wait for a busy core cost more than they give
+    torch.set_num_threads(threads)
     try:
         loop(job, place, _report)
     except SpvlaError as e:
