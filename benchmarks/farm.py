@@ -42,7 +42,8 @@ from spvla.farm.protocol import Protocol
 from spvla.farm.run import Job, Run
 from spvla.farm.sizing import DECODER_CPUS, Sizes, decode_batch_size
 from spvla.sim import suites
-from spvla.types import MAX_STEPS, Trial
+from spvla.sim.assets import AssetSet
+from spvla.types import MAX_STEPS, Env, Trial
 
 VERSION = Version(digest="random", name="random weights", path="random", base="random", is_adapter=False)
 STATISTICS = {
@@ -53,6 +54,8 @@ STATISTICS = {
 
 def main() -> None:
     args = arguments()
+    if args.cores_apart:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # with the cluster, which it starts
     with connection(num_cpus=args.num_cpus or None):
         bench = Bench(args)
         rounds = []
@@ -74,6 +77,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--decode_batch_size", type=int, default=0)
     parser.add_argument("--wait_ms", type=float, default=None)
     parser.add_argument("--num_cpus", type=int, default=0, help="logical CPUs of the local cluster; 0: all")
+    parser.add_argument("--cores_apart", action="store_true", help="one core for policy and Ray, the rest to draw on")
     parser.add_argument("--max_steps", type=int, default=60, help="steps a trial, so that every round sees resets")
     parser.add_argument("--trials", type=int, default=4, help="trials for each environment and round")
     parser.add_argument("--seconds", type=float, default=15.0, help="length of each measurement of supply and demand")
@@ -82,6 +86,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     args = parser.parse_args()
     args.measure = args.measure.split(",")
+    cores = os.sched_getaffinity(0)
+    args.env_cores = frozenset(cores - {max(cores)}) if args.cores_apart else None
     if args.trials < 4:
         parser.error(
             f"--trials {args.trials}; expected 4 or more: measuring begins after two for each environment, and ends "
@@ -114,6 +120,19 @@ def random_policy(base: str, settings: ServerSettings) -> Any:
         name=base,
         decode_batch_size=settings.decode_batch_size,
     )
+
+
+@dataclass(frozen=True)
+class Open:
+    """Opens an environment, its process moved to `cores` (with --cores_apart)."""
+
+    cores: frozenset[int] | None
+    spare_gpu: bool
+
+    def __call__(self, suite: str, task: int, assets: AssetSet) -> Env:
+        for thread in os.listdir("/proc/self/task") if self.cores else ():
+            os.sched_setaffinity(int(thread), self.cores)
+        return open_libero(suite, task, assets, spare_gpu=self.spare_gpu)
 
 
 class SupplyWorker(EnvWorker):
@@ -175,7 +194,7 @@ class Bench:
             max_steps={suite: args.max_steps for suite in MAX_STEPS},
             call_timeout_s=300,
             log_folder=tempfile.mkdtemp(prefix="spvla-bench-"),
-            open_env=open_libero,
+            open_env=Open(args.env_cores, spare_gpu=self.sizes.device == "cuda"),
         )
         self.serving = ServerSettings(
             device=self.sizes.device,

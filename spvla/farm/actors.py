@@ -65,10 +65,10 @@ def load_checkpoint(base: str, settings: ServerSettings) -> Any:
     )
 
 
-def open_libero(suite: str, task: int, assets: AssetSet) -> Env:
+def open_libero(suite: str, task: int, assets: AssetSet, *, spare_gpu: bool = False) -> Env:
     from spvla.sim.libero import LiberoEnv
 
-    return LiberoEnv(suite, task, assets)
+    return LiberoEnv(suite, task, assets, spare_gpu=spare_gpu)
 
 
 class PolicyUnavailable(InfrastructureError):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ class Session:
             max_steps={suite: min(limit, c.max_steps or limit) for suite, limit in MAX_STEPS.items()},
             call_timeout_s=c.call_timeout_s,
             log_folder=logs,
-            open_env=open_libero,
+            open_env=partial(open_libero, spare_gpu=sizes.device == "cuda"),
         )
         serving = ServerSettings(
             device=sizes.device,

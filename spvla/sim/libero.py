@@ -31,10 +31,10 @@ class LiberoEnv:
     """One task, held open over many trials.
 
     `env` is LIBERO's own problem object and `model`, `data` are MuJoCo's, for experts and success checks; a policy
-    gets `image` and `proprio`, which show the moment that LIBERO's sensors last sampled.
+    gets `image` and `proprio`, which show the moment that LIBERO's sensors last sampled. spare_gpu: see `Renderer`.
     """
 
-    def __init__(self, suite: str, task: int, assets: AssetSet, *, seed: int = 0) -> None:
+    def __init__(self, suite: str, task: int, assets: AssetSet, *, seed: int = 0, spare_gpu: bool = False) -> None:
         info = task_info(suite, task)
         self.suite, self.task, self.task_name, self.instruction = suite, task, info.name, info.instruction
         self.max_steps = MAX_STEPS[suite]
@@ -47,6 +47,7 @@ class LiberoEnv:
         self.clock = SensorClock()
         self.sample = Sample(self.model, self.data)
         self.renderer: Renderer | None = None
+        self.spare_gpu = spare_gpu
         self.env.visualize({part: False for part in self.env._visualizations})
         self._body_pos, self._body_quat = self.model.body_pos.copy(), self.model.body_quat.copy()
         self._site_rgba = self.model.site_rgba.copy()
@@ -86,7 +87,7 @@ class LiberoEnv:
 
     def image(self, camera: str = "agentview") -> np.ndarray:
         if self.renderer is None:
-            self.renderer = Renderer(self.model)
+            self.renderer = Renderer(self.model, spare_gpu=self.spare_gpu)
         with self.sample.colours():
             return self.renderer.render(self.sample.data, camera)
 

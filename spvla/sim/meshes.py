@@ -1,9 +1,9 @@
 """Meshes, drawn with only those triangles that touch a sample, after MuJoCo has drawn all else.
 
-For software renderers, where it saves much of a picture's time; the picture stays equal to the bit. MuJoCo draws a
-scene's shapes in order, and of two at the same depth the later one shows. A mesh that is drawn afterwards may therefore
-differ where it meets a shape that should have come later, at the very same depth to the last bit. OpenGL counts such
-samples, and where there are any, MuJoCo draws the whole picture itself.
+It saves a software renderer much of a picture's time, and a GPU half of it; the picture stays equal to the bit. MuJoCo
+draws a scene's shapes in order, and of two at the same depth the later one shows. A mesh that is drawn afterwards may
+therefore differ where it meets a shape that should have come later, at the very same depth to the last bit. OpenGL
+counts such samples, and where there are any, MuJoCo draws the whole picture itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -99,6 +99,7 @@ class FineMeshes:
         self.before: dict[int, tuple[tuple, np.ndarray]] = {}  # what was seen last, and what of it was kept
         self.samples = _sample_places()
         self.gl = OpenGL()
+        self.corners = {n: self.gl.upload(_laid_out(mesh)) for n, mesh in self.meshes.items()}
 
     @contextmanager
     def left_out(
@@ -148,6 +149,7 @@ class FineMeshes:
                 draw(shape, shape.kept)
         for light in range(lights):
             gl.glDisable(gl.LIGHT0 + light)
+        gl.glBindBuffer(gl.ARRAY_BUFFER, 0)
         gl.glDisableClientState(gl.NORMAL_ARRAY)
         gl.glDisableClientState(gl.VERTEX_ARRAY)
         return lambda: ties is None or gl.result(ties) == 0
@@ -203,7 +205,8 @@ class FineMeshes:
         gl.glEnable(gl.TEXTURE_2D)
         gl.glBindTexture(gl.TEXTURE_2D, texture)
         gl.glEnableClientState(gl.TEXTURE_COORD_ARRAY)
-        gl.glTexCoordPointer(2, gl.FLOAT, 0, shape.mesh.texture.ctypes.data)
+        gl.glBindBuffer(gl.ARRAY_BUFFER, self.corners[self.numbers[shape.geom.objid]])
+        gl.glTexCoordPointer(2, gl.FLOAT, 0, shape.mesh.points.nbytes + shape.mesh.normals.nbytes)
         yield
         gl.glDisableClientState(gl.TEXTURE_COORD_ARRAY)
         gl.glDisable(gl.TEXTURE_2D)
@@ -214,10 +217,16 @@ class FineMeshes:
         gl.glPushMatrix()
         gl.glTranslatef(*shape.geom.pos)
         gl.glMultMatrixf(turn.tobytes())
-        gl.glVertexPointer(3, gl.FLOAT, 0, shape.mesh.points.ctypes.data)
-        gl.glNormalPointer(gl.FLOAT, 0, shape.mesh.normals.ctypes.data)
+        gl.glBindBuffer(gl.ARRAY_BUFFER, self.corners[self.numbers[shape.geom.objid]])
+        gl.glVertexPointer(3, gl.FLOAT, 0, 0)
+        gl.glNormalPointer(gl.FLOAT, 0, shape.mesh.points.nbytes)
         gl.glDrawElements(gl.TRIANGLES, faces.size, gl.UNSIGNED_INT, faces.ctypes.data)
         gl.glPopMatrix()
+
+
+def _laid_out(mesh: Mesh) -> bytes:
+    """Points, normals and texture coordinates, one after the other."""
+    return mesh.points.tobytes() + mesh.normals.tobytes() + mesh.texture.tobytes()
 
 
 def _is_fine(model: mujoco.MjModel, geom: int) -> bool:

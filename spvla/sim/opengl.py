@@ -8,8 +8,10 @@ _FLAG = ctypes.c_ubyte
 _CALLS = {
     "glActiveTexture": (_UINT,),
     "glBeginQuery": (_UINT, _UINT),
+    "glBindBuffer": (_UINT, _UINT),
     "glBindTexture": (_UINT, _UINT),
     "glBlendFunc": (_UINT, _UINT),
+    "glBufferData": (_UINT, ctypes.c_ssize_t, _BYTES, _UINT),
     "glColor4fv": (_BYTES,),
     "glColorMask": (_FLAG, _FLAG, _FLAG, _FLAG),
     "glDeleteQueries": (_INT, _BYTES),
@@ -21,6 +23,7 @@ _CALLS = {
     "glEnable": (_UINT,),
     "glEnableClientState": (_UINT,),
     "glEndQuery": (_UINT,),
+    "glGenBuffers": (_INT, _BYTES),
     "glGenQueries": (_INT, _BYTES),
     "glGetQueryObjectuiv": (_UINT, _UINT, _BYTES),
     "glMaterialf": (_UINT, _UINT, _FLOAT),
@@ -50,6 +53,15 @@ class OpenGL:
         value = int(getattr(self.constants, f"GL_{name}"))
         setattr(self, name, value)
         return value
+
+    def upload(self, content: bytes) -> int:
+        """A buffer that the renderer keeps, with this in it."""
+        buffer = ctypes.c_uint()
+        self.glGenBuffers(1, ctypes.byref(buffer))
+        self.glBindBuffer(self.ARRAY_BUFFER, buffer)
+        self.glBufferData(self.ARRAY_BUFFER, len(content), content, self.STATIC_DRAW)
+        self.glBindBuffer(self.ARRAY_BUFFER, 0)
+        return buffer.value
 
     def samples_at_depth(self, draw: Callable[[], object]) -> int:
         """A query that counts where `draw` would lie at exactly the depth already drawn; it draws nothing."""
