@@ -1,6 +1,6 @@
 """Does the farm keep the machine busy? Environments alone, policy alone, and the farm, alternating in one run.
 
-    OMP_NUM_THREADS=1 taskset -c 0,1 python benchmarks/farm.py --preset tiny --num_envs 2 --num_cpus 2   # 4 minutes
+    OMP_NUM_THREADS=1 taskset -c 0,1 python benchmarks/farm.py --num_envs 3 --num_cpus 2 --cores_apart   # 4 minutes
     LIBERO_ASSETS=... python benchmarks/farm.py --preset 7b --num_envs 32   # one H200: OpenVLA's size, random weights
 
 supply  policy steps a second of the environment workers, each answering itself at once
@@ -9,9 +9,10 @@ farm    actions a second of both together, once every worker has ended a trial a
 
 CPU milliseconds of one action are given beside each: on a machine with other work they say what rates cannot.
 
-The farm cannot exceed the smaller of supply and demand; its share of that is the figure of merit. On a CPU-only
-machine, where environments and policy share the cores, each action costs CPU time of both, and so it cannot exceed
-cores / (supply_cpu_ms + demand_cpu_ms) either, which is given as "sharing_cores". Prints a table and writes JSON.
+The farm cannot exceed the smaller of supply and demand; its share of that is the figure of merit, where the two have
+hardware of their own: CPU cores and a GPU, or with --cores_apart one core for policy and Ray, the others to simulate,
+in all three measurements. Where they share the cores of a machine without a GPU, each action costs CPU time of both,
+and the farm cannot exceed cores / (supply_cpu_ms + demand_cpu_ms) either, which is given as "sharing_cores".
 
 Beyond the project's own requirements nothing is needed; TensorFlow, h5py, pyarrow and W&B are not.
 """
@@ -77,7 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--decode_batch_size", type=int, default=0)
     parser.add_argument("--wait_ms", type=float, default=None)
     parser.add_argument("--num_cpus", type=int, default=0, help="logical CPUs of the local cluster; 0: all")
-    parser.add_argument("--cores_apart", action="store_true", help="one core for policy and Ray, the rest to draw on")
+    parser.add_argument("--cores_apart", action="store_true", help="one core for policy and Ray, others to simulate")
     parser.add_argument("--max_steps", type=int, default=60, help="steps a trial, so that every round sees resets")
     parser.add_argument("--trials", type=int, default=4, help="trials for each environment and round")
     parser.add_argument("--seconds", type=float, default=15.0, help="length of each measurement of supply and demand")
@@ -124,14 +125,14 @@ def random_policy(base: str, settings: ServerSettings) -> Any:
 
 @dataclass(frozen=True)
 class Open:
-    """Opens an environment, its process moved to `cores` (with --cores_apart)."""
+    """Opens an environment, its thread moved to `cores` (with --cores_apart)."""
 
     cores: frozenset[int] | None
     spare_gpu: bool
 
     def __call__(self, suite: str, task: int, assets: AssetSet) -> Env:
-        for thread in os.listdir("/proc/self/task") if self.cores else ():
-            os.sched_setaffinity(int(thread), self.cores)
+        if self.cores:
+            os.sched_setaffinity(0, self.cores)  # this thread; Ray's own stay where Ray is
         return open_libero(suite, task, assets, spare_gpu=self.spare_gpu)
 
 
@@ -362,15 +363,14 @@ def cpu_seconds(crew: Crew) -> float:
 
 def summary(args: argparse.Namespace, bench: Bench, rounds: list[dict[str, float]]) -> dict[str, Any]:
     middle = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-    supply, demand, farm = middle.get("supply"), middle.get("demand"), middle["farm"]
     longest = 500 * MAX_STEPS["libero_spatial"]
     shares: dict[str, float] = {}
-    if supply and demand:
-        shares["share_of_smaller"] = farm / min(supply, demand)
-        if bench.sizes.device == "cpu":
+    if "supply" in middle and "demand" in middle:
+        shares["share_of_smaller"] = statistics.median(r["farm"] / min(r["supply"], r["demand"]) for r in rounds)
+        if bench.sizes.device == "cpu" and not args.cores_apart:
             cores = len(os.sched_getaffinity(0))
             shares["sharing_cores"] = 1000 * cores / (middle["supply_cpu_ms"] + middle["demand_cpu_ms"])
-            shares["share_of_sharing_cores"] = farm / shares["sharing_cores"]
+            shares["share_of_sharing_cores"] = middle["farm"] / shares["sharing_cores"]
     return {
         "device": bench.device,
         "renderer": bench.renderer,
@@ -380,7 +380,7 @@ def summary(args: argparse.Namespace, bench: Bench, rounds: list[dict[str, float
         "rounds": rounds,
         "median": middle,
         **shares,
-        "minutes_of_500_libero_spatial_trials_at_full_length": longest / farm / 60,
+        "minutes_of_500_libero_spatial_trials_at_full_length": longest / middle["farm"] / 60,
     }
 
 

@@ -175,7 +175,7 @@ def test_steps_are_compiled_once_for_all_layers(model: OpenVLA, policy: OpenVLAP
     before = counters["stats"]["unique_graphs"]
     out = decoder.decode(to_pixel_values(np.stack(images)), prompts)
     assert np.array_equal(out.ids.numpy(), alone[0][:2])
-    # blocks of two towers; fill for prompts, project for single tokens, finish for either
+    # blocks of two towers; fill for prompts, project for single tokens, open for either
     assert counters["stats"]["unique_graphs"] - before == 6
 
 

@@ -21,6 +21,7 @@ from spvla.files import new_folder, writing_to
 
 PINNED = "followed"
 POLL_S = 0.5
+QUIET_S = 300.0  # without a logged step: worth a word, since the run may have died
 
 
 def follow(config: EvaluateConfig) -> None:
@@ -29,11 +30,12 @@ def follow(config: EvaluateConfig) -> None:
     assert run is not None
     last_step = steps_of(run)
     with session(config) as opened:
-        for step, checkpoint in checkpoints_to_come(run, opened.folder / PINNED / run.resolve().name, last_step):
-            opened.console.say(f"follow  step {step}: {checkpoint}")
+        pins, say = opened.folder / PINNED / run.resolve().name, opened.console.say
+        for step, checkpoint in checkpoints_to_come(run, pins, last_step, say):
+            say(f"follow  step {step}: {checkpoint}")
             for s in opened.run([checkpoint], step=step):
                 if s.task is None:
-                    opened.console.say(f"follow  step {step}: {s.suite} {s.successes}/{s.done} = {s.rate:.1%}")
+                    say(f"follow  step {step}: {s.suite} {s.successes}/{s.done} = {s.rate:.1%}")
         print(table([s for s in summarise(opened.ledger.trials()) if s.task is None]))
 
 
@@ -50,9 +52,12 @@ def steps_of(run: Path) -> int:
     return steps
 
 
-def checkpoints_to_come(run: Path, pins: Path, last_step: int) -> Iterator[tuple[int, Path]]:
+def checkpoints_to_come(
+    run: Path, pins: Path, last_step: int, say: Callable[[str], None] = lambda line: None
+) -> Iterator[tuple[int, Path]]:
     """(step, pinned folder) of each checkpoint, the newest one first whenever there are several."""
     seen: set[int] = set()
+    told = False
     with pinning(run, pins) as pin_now:
         while True:
             pin_now()
@@ -63,7 +68,20 @@ def checkpoints_to_come(run: Path, pins: Path, last_step: int) -> Iterator[tuple
             elif any(step >= last_step for step in seen):
                 return
             else:
+                quiet_s = quiet_for_s(run)
+                if quiet_s > QUIET_S and not told:
+                    say(
+                        f"follow  {run} has logged nothing for {quiet_s / 60:.0f} minutes; still waiting for step"
+                        f" {last_step}. If training died, its own command goes on; Ctrl-C ends the waiting."
+                    )
+                told = quiet_s > QUIET_S
                 time.sleep(POLL_S)
+
+
+def quiet_for_s(run: Path) -> float:
+    """Seconds since a run logged a step, or began."""
+    metrics = run / runs.METRICS
+    return time.time() - (metrics if metrics.exists() else run / runs.CONFIG).stat().st_mtime
 
 
 @contextmanager

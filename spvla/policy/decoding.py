@@ -225,5 +225,5 @@ def compiled_kernels(backend: str = "inductor") -> Kernels:
         run_block=torch.compile(Block.forward, **options),
         project=torch.compile(LlamaLayer.project, **options),
         fill=torch.compile(LlamaLayer.fill, **options),
-        finish=torch.compile(LlamaLayer.finish, **options),
+        open=torch.compile(LlamaLayer.open, **options),
     )

@@ -66,10 +66,15 @@ class PatchConv(nn.Conv2d):
         return y.transpose(1, 2).unflatten(2, (height // side, width // side))
 
 
+def plus(y: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
+    """y + linear(x): (B, T, out), (B, T, in) -> (B, T, out)."""
+    return y + linear(x)
+
+
 def add_to(y: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
-    """y + linear(x), in y's memory where it can: (B, T, out), (B, T, in) -> (B, T, out). Without gradients."""
+    """`plus` in y's memory where it can. Without gradients."""
     if type(linear) is not Linear or linear.bias is not None:
-        return y + linear(x)
+        return plus(y, x, linear)
     y.flatten(0, 1).addmm_(x.flatten(0, 1), linear.weight.T)  # the product adds as it writes
     return y if linear.lora is None else linear.lora.add(x, y)
 

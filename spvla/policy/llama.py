@@ -4,10 +4,11 @@ Written out rather than taken from transformers, because decoding and scoring ne
 masks of any form, a cache whose rows have different lengths, keys and values of all tokens but the output of one, and
 matrix products joined where several maps read the same input.
 
-A layer is three steps, so that each can be compiled by itself and attention can stand between them:
+A layer is three steps, so that each can be compiled by itself. The last map of attention and that of the MLP stand
+after theirs, because with a cache their products are added in the residual stream's own memory:
     project  residual stream -> rotated q, k, and v (`fill`: k and v go into a cache)
-    attend   with a causal mask, a given one, or one new token against a cache
-    finish   output map, residual, gated MLP up to its last map, whose product is then added to the residual
+    attend   with a causal mask, a given one, or one new token against a cache; then `o_proj`, added
+    open     residual stream -> gated MLP up to its last map; then `down_proj`, added
 
 Legend: B batch, T tokens, S cache slots, H heads, K head width, D width, F hidden width, V vocabulary.
 """
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spvla.policy.attend import attend_new
-from spvla.policy.linear import Linear, add_to, pack, together
+from spvla.policy.linear import Linear, add_to, pack, plus, together
 from spvla.policy.vision import Block, RunBlock
 
 
@@ -99,10 +100,9 @@ class LlamaLayer(nn.Module):
         values.copy_(v)
         return q
 
-    def finish(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, D), (B, H, T, K) -> residual stream (B, T, D), and what is still to be mapped and added to it."""
-        x = x + self.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
-        return x, self.mlp.open(self.post_attention_layernorm(x))
+    def open(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, F), what `down_proj` takes."""
+        return self.mlp.open(self.post_attention_layernorm(x))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Kernels:
     run_block: RunBlock = Block.__call__
     project: Callable[[LlamaLayer, Tensor, Rope], tuple[Tensor, Tensor, Tensor]] = LlamaLayer.project
     fill: Callable[[LlamaLayer, Tensor, Rope, Tensor, Tensor], Tensor] = LlamaLayer.fill
-    finish: Callable[[LlamaLayer, Tensor, Tensor], tuple[Tensor, Tensor]] = LlamaLayer.finish
+    open: Callable[[LlamaLayer, Tensor], Tensor] = LlamaLayer.open
 
 
 EAGER = Kernels()
@@ -158,8 +158,9 @@ class LlamaModel(nn.Module):
 
         mask: (B or 1, 1, T, T) bool (True attends) or added to the scores; None is causal. With a cache there is none.
         positions: (B or 1, T); None counts from 0. last: (B,) the one token of each row to go on with after the last
-        layer's attention, for an output (B, 1, D); for prompts read into a cache.
+        layer's attention, for an output (B, 1, D); for prompts read into a cache. A cache also makes x scratch memory.
         """
+        add = plus if cache is None else add_to
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         rope = rotary(positions, self.config, x.dtype)
@@ -176,8 +177,8 @@ class LlamaModel(nn.Module):
                     attended = attend_new(q, k, v, *cache.layer(i), last)
                 else:
                     attended = attend(q, keys, values)
-            x, opened = kernels.finish(layer, x, attended)
-            x = x + layer.mlp.down_proj(opened) if cache is None else add_to(x, opened, layer.mlp.down_proj)
+            x = add(x, attended.transpose(1, 2).flatten(2), layer.self_attn.o_proj)
+            x = add(x, kernels.open(layer, x), layer.mlp.down_proj)
         return self.norm(x)
 
 

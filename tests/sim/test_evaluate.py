@@ -1,6 +1,8 @@
 """`spvla evaluate` from its flags to its files: mistakes are named before any work, and the work is the protocol's."""
 
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,18 @@ def test_new_checkpoints_are_followed_newest_first_and_kept_though_training_dele
     adapter_of(tiny, run / "checkpoints/step_000030", seed=30)
     assert [s for s, _ in coming] == [30, 10]
     assert describe(str(pins / "checkpoints/step_000010")).name == "run/step_000010"
+
+
+def test_who_follows_a_run_that_has_fallen_silent_is_told_so_once(tiny: Path, tmp_path: Path) -> None:
+    run, said = training_run(tmp_path / "run", max_steps=10), []
+    os.utime(run / "config.json", (time.time() - 720,) * 2)
+
+    def say(line: str) -> None:
+        said.append(line)
+        threading.Timer(1.5, adapter_of, (tiny, run / "checkpoints/step_000010"), {"seed": 1}).start()
+
+    assert [step for step, _ in checkpoints_to_come(run, tmp_path / "pins", 10, say)] == [10]
+    assert len(said) == 1 and "nothing for 12 minutes" in said[0] and "step 10" in said[0]
 
 
 def test_a_pin_is_a_link_and_not_a_copy(tiny: Path, tmp_path: Path) -> None:
