@@ -1,6 +1,6 @@
 """Meshes, drawn with only those triangles that touch a sample, after MuJoCo has drawn all else.
 
-It saves a software renderer much of a picture's time, and a GPU half of it; the picture stays equal to the bit. MuJoCo
+It saves a software renderer much of a picture's time, and a GPU up to half; the picture stays equal to the bit. MuJoCo
 draws a scene's shapes in order, and of two at the same depth the later one shows. A mesh that is drawn afterwards may
 therefore differ where it meets a shape that should have come later, at the very same depth to the last bit. OpenGL
 counts such samples, and where there are any, MuJoCo draws the whole picture itself.

@@ -85,7 +85,7 @@ class Renderer:
     """An OpenGL context with one model's meshes and textures.
 
     spare_gpu: choose the triangles to draw on the CPU, as software always wants it, on a GPU too. A picture then takes
-    half of its time, for which a policy that decodes there waits, and 3 ms more of a core's.
+    as little as half of its time, for which a policy that decodes there waits, and 3 ms more of a core's.
     """
 
     def __init__(self, model: mujoco.MjModel, *, spare_gpu: bool = False) -> None:
