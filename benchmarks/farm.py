@@ -89,6 +89,8 @@ def arguments() -> argparse.Namespace:
     args.measure = args.measure.split(",")
     cores = os.sched_getaffinity(0)
     args.env_cores = frozenset(cores - {max(cores)}) if args.cores_apart else None
+    if args.cores_apart and not args.env_cores:
+        parser.error("--cores_apart on one core; expected two or more: one is for policy and Ray")
     if args.trials < 4:
         parser.error(
             f"--trials {args.trials}; expected 4 or more: measuring begins after two for each environment, and ends "

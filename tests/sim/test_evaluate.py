@@ -3,7 +3,9 @@
 import os
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import DEFAULT, patch
 
 import pytest
 from farm_parts import adapter_of, tiny_with_statistics
@@ -11,10 +13,12 @@ from farm_parts import adapter_of, tiny_with_statistics
 from spvla import cli, runs
 from spvla.config import EvaluateConfig, TrainConfig
 from spvla.errors import UserError
+from spvla.farm import session as farm_session
 from spvla.farm.evaluate import run_evaluation
 from spvla.farm.follow import checkpoints_to_come, pin_new, steps_of
 from spvla.farm.ledger import Ledger
 from spvla.farm.plan import describe, make_plan
+from spvla.farm.sizing import Sizes
 from spvla.policy.checkpoint import load_policy
 from spvla.sim import assets
 from spvla.sim.episode import run_trial
@@ -131,6 +135,18 @@ def test_a_real_evaluation_equals_the_same_trials_played_one_by_one(
     assert "nothing is missing" in capsys.readouterr().err
     with pytest.raises(UserError, match="num_steps_wait: 2 -> 3"):
         run_evaluation(EvaluateConfig(**(vars(wanted) | {"num_steps_wait": 3})), checkpoints=[tiny])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_environments_spare_the_gpu_where_the_policy_decodes_on_one(tmp_path: Path, device: str) -> None:
+    sizes = Sizes(envs=2, decoders=1, env_cpus=1, device=device)
+    with (
+        patch.multiple(farm_session, connection=nullcontext, cluster_sizes=lambda _: sizes, Farm=DEFAULT) as patched,
+        farm_session.session(EvaluateConfig(pretrained_checkpoint="x", local_log_dir=tmp_path)) as opened,
+    ):
+        patched["Farm"].side_effect = lambda config, **settings: nullcontext(settings["working"])
+        with opened._open_farm().open_env("libero_object", 0, assets.resolve()) as env:
+            assert env.spare_gpu == (device == "cuda")
 
 
 def training_run(folder: Path, *, max_steps: int) -> Path:

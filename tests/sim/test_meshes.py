@@ -135,6 +135,15 @@ def pictures(later: str, cube: str = RED) -> tuple[np.ndarray, np.ndarray, int]:
     return alone, ours, len(draws) - 1
 
 
+@pytest.mark.parametrize(("software", "spare_gpu", "chosen"), [(1, 0, True), (0, 1, True), (0, 0, False)])
+def test_triangles_are_chosen_in_software_and_to_spare_a_gpu(software: int, spare_gpu: int, chosen: bool) -> None:
+    model = mujoco.MjModel.from_xml_string(WORLD.format(later="", cube=RED))
+    with patch("spvla.sim.rendering._draws_in_software", lambda: bool(software)):
+        renderer = Renderer(model, spare_gpu=bool(spare_gpu))
+    assert (renderer.fine is not None) == chosen
+    renderer.close()
+
+
 def drawn_afterwards(later: str, cube: str = RED) -> list[str]:
     """The names of the meshes that MuJoCo does not draw."""
     with renderer_of(later, cube) as (renderer, data):
