@@ -73,6 +73,16 @@ def test_cached_steps_equal_one_pass_over_the_whole_sequence(model: OpenVLA, pol
         assert np.allclose(logits.numpy(), alone[1][i], atol=1e-4)
 
 
+def test_prompts_are_packed_without_padding_but_what_a_graph_asks_for(model: OpenVLA) -> None:
+    decoder = Decoder(model, batch_size=3, max_prompt=20)
+    for extra, sizes in ((0, [266, 260, 276]), (12, [276, 262, 276]), (26, [276, 276, 276])):
+        tokens = decoder._place([10, 4, 20], 802 + extra)
+        assert decoder.inputs.starts.diff().tolist() == sizes and sum(sizes) == tokens
+        rows, at = decoder.inputs.places[:tokens] // decoder.cache.slots, decoder.inputs.places[:tokens] % 282
+        assert rows.bincount().tolist() == sizes and decoder.cache.slots == 282
+        assert at.tolist() == [t for size in sizes for t in range(size)]
+
+
 def test_a_fixed_bucket_fills_up_and_splits(model: OpenVLA, alone) -> None:
     policy = OpenVLAPolicy(
         model=model, tokenizer=build_tiny_tokenizer(), norm_stats={}, name="reference", decode_batch_size=4
@@ -175,7 +185,7 @@ def test_steps_are_compiled_once_for_all_layers(model: OpenVLA, policy: OpenVLAP
     before = counters["stats"]["unique_graphs"]
     out = decoder.decode(to_pixel_values(np.stack(images)), prompts)
     assert np.array_equal(out.ids.numpy(), alone[0][:2])
-    # blocks of two towers; fill for prompts, project for single tokens, open for either
+    # blocks of two towers; read for prompts, project for single tokens, open for either
     assert counters["stats"]["unique_graphs"] - before == 6
 
 

@@ -9,10 +9,14 @@ import pytest
 import torch
 from policy_parts import reference_model, requests
 from selfplay_parts import ragged_batch, take_step, tiny_model
+from torch import Tensor
 
 from spvla.config import StepConfig
-from spvla.policy.attend import attend_new
+from spvla.policy.attend import Packing, attend_new, attend_prompts
+from spvla.policy.llama import LlamaConfig, rotary
+from spvla.policy.openvla import OpenVLA
 from spvla.policy.policy import OpenVLAPolicy
+from spvla.policy.presets import initialise, preset
 from spvla.policy.prompt import build_tiny_tokenizer
 from spvla.selfplay.step import Learner
 
@@ -41,6 +45,49 @@ def test_a_new_token_attends_as_with_torchs_attention(dtype: torch.dtype, close:
     assert torch.equal(ours[3].cpu(), keys.to(dtype)) and torch.equal(ours[4].cpu(), values.to(dtype))
 
 
+def packed_prompts(lengths: list[int], slots: int) -> tuple[list[Tensor], Packing]:
+    """q, k, v (N, H, K) of prompts of these lengths, and where they stand."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, 4, 128, generator=generator).unbind(1)
+    places = torch.cat([row * slots + torch.arange(n) for row, n in enumerate(lengths)])
+    return list(qkv), Packing(starts=torch.tensor([0, *lengths]).cumsum(0).int(), places=places)
+
+
+def on_gpu(packing: Packing) -> Packing:
+    return Packing(starts=packing.starts.cuda(), places=packing.places.cuda())
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+def test_packed_prompts_attend_as_with_torchs_attention(dtype: torch.dtype, close: float) -> None:
+    lengths, slots = [1, 63, 64, 65, 150], 150
+    qkv, packing = packed_prompts(lengths, slots)
+    rope = tuple(t[0, 0] for t in rotary(torch.arange(slots)[None], LlamaConfig(width=512, num_heads=4), torch.float32))
+    wanted_cache, cache = (
+        [torch.zeros(5, slots, 4, 128, dtype=kind, device=device).transpose(1, 2) for _ in range(2)]
+        for kind, device in ((torch.float32, "cpu"), (dtype, "cuda"))
+    )
+    wanted = attend_prompts(*qkv, rope, *wanted_cache, packing)
+    turn = tuple(t.to(dtype).cuda() for t in rope)
+    out = attend_prompts(*(t.to(dtype).cuda() for t in qkv), turn, *cache, on_gpu(packing))
+    assert torch.allclose(out.float().cpu(), wanted, atol=close)
+    for ours, theirs in zip(cache, wanted_cache, strict=True):
+        assert torch.allclose(ours.float().cpu(), theirs, atol=close)
+
+
+def test_a_prompt_attends_alike_whichever_prompts_are_packed_beside_it() -> None:
+    slots, rope = 150, (torch.randn(150, 128).bfloat16().cuda(), torch.randn(150, 128).bfloat16().cuda())
+
+    def outputs(qkv: list[Tensor], packing: Packing) -> Tensor:
+        cache = [torch.zeros(3, slots, 4, 128).bfloat16().cuda().transpose(1, 2) for _ in range(2)]
+        return attend_prompts(*(t.bfloat16().cuda() for t in qkv), rope, *cache, on_gpu(packing))
+
+    lengths = [140, 20, 90]
+    qkv, packing = packed_prompts(lengths, slots)
+    first, second, third = outputs(qkv, packing).split(lengths)
+    turned = [torch.cat(list(reversed(t.split(lengths)))) for t in qkv]
+    assert torch.equal(outputs(turned, packed_prompts(lengths[::-1], slots)[1]), torch.cat((third, second, first)))
+
+
 def test_a_row_attends_alike_wherever_in_the_batch_it_stands() -> None:
     rows, heads, slots, width = 16, 8, 300, 128
     tensors = [torch.randn(rows, heads, n, width).bfloat16().cuda() for n in (1, 1, 1, slots, slots)]
@@ -59,6 +106,22 @@ def test_one_graph_decodes_as_the_plain_code_does() -> None:
     wanted = plain.decode(images, instructions)
     assert np.array_equal(graph.decode(images, instructions), wanted)
     assert np.array_equal(graph.decode(images[3:5], instructions[3:5]), wanted[3:5])
+
+
+def test_a_requests_bits_do_not_depend_on_the_padding_that_its_batch_leaves_out() -> None:
+    model = OpenVLA(preset("tiny")).eval().requires_grad_(False).bfloat16()
+    initialise(model, 0)
+    policy = OpenVLAPolicy(
+        model=model.cuda(), tokenizer=build_tiny_tokenizer(), norm_stats={}, name="graph", decode_batch_size=4
+    )
+    images, instructions = requests(5)
+    policy.prepare(instructions)
+    seen = [  # the third request, beside others that are shorter or longer than it
+        policy.decode([images[i] for i in (2, *others)], [instructions[i] for i in (2, *others)], logits=True)[1][0]
+        for others in ([2, 2, 2], [4, 4, 4], [0, 1, 3], [])
+    ]
+    assert len(policy._decoder.trusted) > 2  # graphs of several sizes took part
+    assert all(np.array_equal(logits, seen[0]) for logits in seen[1:])
 
 
 @pytest.mark.parametrize("heat", [0.0, 2.0])

@@ -1,26 +1,76 @@
-"""Attention of one new token a row against its cached keys and values.
+"""Attention where keys and values go into a cache: that of whole prompts, and that of one new token a row.
 
-This is bound by reading the cache, once; kernels made for many queries leave most of their tile empty here. So a GPU
-gets a small kernel of its own (attend_gpu.py), in which a row's sums have one fixed order, wherever in the batch it
-stands; a CPU gets torch's attention with a mask.
+Prompts come packed, one after another without the padding between them, so that the matrix products before and after
+attend to no padding either. One new token is bound by reading the cache, once; kernels made for many queries leave
+most of their tile empty there. So a GPU gets kernels of its own for both (attend_gpu.py), in which a row's sums have
+one fixed order, wherever in the batch it stands; a CPU gets torch's attention.
 
-Legend: B batch, H heads, S cache slots, K head width.
+Legend: B batch, N tokens of all prompts, H heads, S cache slots a row, K head width.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Rope = tuple[Tensor, Tensor]  # cos and sin of RoPE's angles, each (..., K)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """Where the tokens of B packed prompts stand."""
+
+    starts: Tensor  # (B + 1,) int32: of each prompt among the N tokens, and the end of the last
+    places: Tensor  # (N,) int64: each token's slot among the B x S of the cache, b S + t for token t of prompt b
+
+
+def attend_prompts(
+    q: Tensor, k: Tensor, v: Tensor, rope: Rope, keys: Tensor, values: Tensor, packing: Packing
+) -> Tensor:
+    """Packed q, k, v (N, H, K), not yet rotated -> (N, H, K), each prompt attending to itself, causally.
+
+    Writes rotated k, and v, to keys and values (B, H, S, K). rope: of the positions 0 to S - 1, each (S, K).
+    """
+    if on_gpu(q):
+        from spvla.policy import attend_gpu
+
+        return attend_gpu.attend_prompts(q, k, v, rope, keys, values, packing.starts, packing.places)
+    batch, heads, slots, width = keys.shape
+    turn = [t[packing.places % slots, None] for t in rope]  # each (N, 1, K)
+    padded = torch.zeros_like(keys)
+
+    def flat(t: Tensor) -> Tensor:
+        """(B, H, S, K) -> (B S, H, K), the same memory where it lies so, as a cache's does."""
+        return t.transpose(1, 2).reshape(batch * slots, heads, width)
+
+    flat(padded)[packing.places] = rotate(q, turn)
+    flat(keys)[packing.places] = rotate(k, turn)
+    flat(values)[packing.places] = v
+    return flat(F.scaled_dot_product_attention(padded, keys, values, is_causal=True))[packing.places]
+
 
 def attend_new(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Tensor:
     """Writes k and v (B, H, 1, K) to slot `at` (B,) of keys and values (B, H, S, K), and attends from q to the slots
     up to there: (B, H, 1, K)."""
-    if q.is_cuda and q.shape[-1].bit_count() == 1:  # the kernel's tiles are powers of two
-        from spvla.policy.attend_gpu import attend_new as on_gpu
+    if on_gpu(q):
+        from spvla.policy import attend_gpu
 
-        return on_gpu(q, k, v, keys, values, at)
+        return attend_gpu.attend_new(q, k, v, keys, values, at)
     rows = torch.arange(len(at), device=at.device)
     keys[rows, :, at] = k[:, :, 0]
     values[rows, :, at] = v[:, :, 0]
     seen = torch.arange(keys.shape[2], device=at.device) <= at[:, None]  # (B, S)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """(..., K) -> same, each pair (i, i + K / 2) turned by its position's angle (arxiv.org/abs/2104.09864)."""
+    cos, sin = rope
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((-right, left), -1) * sin
+
+
+def on_gpu(q: Tensor) -> bool:
+    width = q.shape[-1]
+    return q.is_cuda and width >= 32 and width.bit_count() == 1  # the kernels' tiles are powers of two

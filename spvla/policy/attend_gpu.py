@@ -1,21 +1,28 @@
-"""attend.py's kernel for a GPU, in Triton: one program for each row and head reads its keys and values once.
+"""attend.py's kernels for a GPU, in Triton: one program reads what a tile of queries of one row and head attends to.
 
-The softmax is taken on the way (arxiv.org/abs/1805.02867). On an H200, 64 rows of 32 heads and 293 slots of 128 take
-79 us; reading that much at the rate of a plain copy would take 74.
+The softmax is taken on the way (arxiv.org/abs/1805.02867). On an H200, a new token for each of 64 rows, with 32 heads
+and 293 slots of 128, takes 79 us; reading that much at the rate of a plain copy would take 74.
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 32, 1  # slots at a time; the quickest of those tried on an H200, or near it, for 16 to 64 rows
+# The quickest of those tried on an H200, or near it, for 16 to 64 rows.
+BLOCK, WARPS = 32, 1  # slots at a time, for a new token
+TILE, TILE_SLOTS, TILE_WARPS, TILE_STAGES = 64, 32, 4, 3  # queries, slots at a time, for prompts
+TOKEN_WARPS = 4
+
+LOG2_E = math.log2(math.e)  # exp(x) = exp2(x LOG2_E), which is what the card computes
 
 
 @triton.jit
 def _attend_new(
     q, k, v, keys, values, at, out,
-    q_row, q_head, k_row, k_head, v_row, v_head, cache_row, cache_head,
+    q_row, q_head, k_row, k_head, v_row, v_head, cache_row, cache_head, cache_slot,
     scale, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) // HEADS
@@ -26,15 +33,15 @@ def _attend_new(
     value = tl.load(v + row * v_row + head * v_head + dims)
     cache = row * cache_row + head * cache_head
     new = tl.load(at + row)
-    tl.store(keys + cache + new * WIDTH + dims, key)
-    tl.store(values + cache + new * WIDTH + dims, value)
+    tl.store(keys + cache + new * cache_slot + dims, key)
+    tl.store(values + cache + new * cache_slot + dims, value)
     best = tl.sum(query * key.to(tl.float32), 0)
     total = 1.0
     sums = value.to(tl.float32)
     for start in range(0, new, BLOCK):
         slots = start + tl.arange(0, BLOCK)
         there = slots < new
-        where = cache + slots[:, None] * WIDTH + dims[None, :]
+        where = cache + slots[:, None] * cache_slot + dims[None, :]
         old_keys = tl.load(keys + where, mask=there[:, None], other=0.0).to(tl.float32)
         old_values = tl.load(values + where, mask=there[:, None], other=0.0).to(tl.float32)
         scores = tl.where(there, tl.sum(query[None, :] * old_keys, 1), -float("inf"))
@@ -50,10 +57,127 @@ def _attend_new(
 def attend_new(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Tensor:
     """As attend.attend_new, on a GPU. Head widths are powers of two; the last dimension of everything is dense."""
     batch, heads, _, width = q.shape
-    assert keys.stride() == values.stride() and keys.stride(2) == width
+    assert keys.stride() == values.stride() and keys.stride(3) == 1
     out = torch.empty(batch, heads, 1, width, dtype=q.dtype, device=q.device)
-    strides = [s for t in (q, k, v, keys) for s in t.stride()[:2]]
+    strides = [s for t in (q, k, v) for s in t.stride()[:2]] + [*keys.stride()[:3]]
     _attend_new[(batch * heads,)](
         q, k, v, keys, values, at, out, *strides, width**-0.5, heads, width, BLOCK, num_warps=WARPS
     )
+    return out
+
+
+@triton.jit
+def _turned(x, there, cos, sin, angle, dims, HALF: tl.constexpr):
+    """Loads vectors (..., 2 HALF) at `x` and turns them by the angles at `angle`: see attend.rotate. Float32."""
+    own = tl.load(x, mask=there, other=0.0).to(tl.float32)
+    other = tl.load(x + tl.where(dims < HALF, HALF, -HALF), mask=there, other=0.0).to(tl.float32)
+    c = tl.load(cos + angle, mask=there, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=there, other=0.0).to(tl.float32)
+    return own * c + tl.where(dims < HALF, -other, other) * s
+
+
+@triton.jit
+def _keep(
+    k, v, cos, sin, places, keys, values,
+    k_token, v_token, cache_row, cache_head, cache_slot, slots,
+    HEADS: tl.constexpr, MANY: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """One token's key, turned, and value to their slot of the cache; MANY: HEADS or the next power of two."""
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.load(places + token)
+    at = place % slots
+    heads = tl.arange(0, MANY)[:, None]
+    dims = tl.arange(0, 2 * HALF)[None, :]
+    there = heads < HEADS
+    here = heads * 2 * HALF + dims
+    key = _turned(k + token * k_token + here, there, cos, sin, at * 2 * HALF + heads * 0 + dims, dims, HALF)
+    slot = place // slots * cache_row + at * cache_slot + heads * cache_head + dims
+    tl.store(keys + slot, key.to(keys.dtype.element_ty), mask=there)
+    tl.store(values + slot, tl.load(v + token * v_token + here, mask=there), mask=there)
+
+
+@triton.jit
+def _take_in(
+    query, keys, values, cache, cache_slot, at, slot, tokens, best, total, sums,
+    scale, MASKED: tl.constexpr, WIDTH: tl.constexpr, TILE_SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The softmax of a tile of queries at positions `at`, over TILE_SLOTS more slots from `slot` on."""
+    slots = slot + tl.arange(0, TILE_SLOTS)
+    where = cache + slots[:, None] * cache_slot + tl.arange(0, WIDTH)[None, :]
+    if MASKED:
+        there = (slots < tokens)[:, None]
+        key = tl.load(keys + where, mask=there, other=0.0)
+        value = tl.load(values + where, mask=there, other=0.0)
+    else:
+        key = tl.load(keys + where)
+        value = tl.load(values + where)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    if MASKED:
+        scores = tl.where(slots[None, :] <= at[:, None], scores, -float("inf"))
+    highest = tl.maximum(best, tl.max(scores, 1))
+    weights = tl.exp2(scores - highest[:, None])
+    shrink = tl.exp2(best - highest)
+    total = total * shrink + tl.sum(weights, 1)
+    sums = tl.dot(weights.to(value.dtype), value, sums * shrink[:, None], input_precision=PRECISION)
+    return highest, total, sums
+
+
+@triton.jit
+def _attend_prompts(
+    q, cos, sin, starts, keys, values, out,
+    q_token, cache_row, cache_head, cache_slot, scale,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, TILE_SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64) // HEADS
+    head = tl.program_id(1) % HEADS
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE  # the longest sums begin first
+    start = tl.load(starts + row).to(tl.int64)
+    tokens = (tl.load(starts + row + 1) - start).to(tl.int32)
+    if first < tokens:
+        at = first + tl.arange(0, TILE)
+        there = (at < tokens)[:, None]
+        dims = tl.arange(0, WIDTH)[None, :]
+        here = (start + at)[:, None] * q_token + head * WIDTH + dims
+        query = _turned(q + here, there, cos, sin, at[:, None] * WIDTH + dims, dims, WIDTH // 2)
+        query = query.to(keys.dtype.element_ty)
+        cache = row * cache_row + head * cache_head
+        best = tl.full((TILE,), -float("inf"), tl.float32)
+        total = tl.zeros((TILE,), tl.float32)
+        sums = tl.zeros((TILE, WIDTH), tl.float32)
+        for slot in range(0, first, TILE_SLOTS):
+            best, total, sums = _take_in(
+                query, keys, values, cache, cache_slot, at, slot, tokens, best, total, sums,
+                scale, False, WIDTH, TILE_SLOTS, PRECISION,
+            )  # fmt: skip
+        for slot in range(first, tl.minimum(first + TILE, tokens), TILE_SLOTS):
+            best, total, sums = _take_in(
+                query, keys, values, cache, cache_slot, at, slot, tokens, best, total, sums,
+                scale, True, WIDTH, TILE_SLOTS, PRECISION,
+            )  # fmt: skip
+        done = ((start + at) * HEADS + head)[:, None] * WIDTH + dims
+        tl.store(out + done, (sums / total[:, None]).to(out.dtype.element_ty), mask=there)
+
+
+def attend_prompts(
+    q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor],
+    keys: Tensor, values: Tensor, starts: Tensor, places: Tensor,
+) -> Tensor:  # fmt: skip
+    """As attend.attend_prompts, on a GPU. Head widths are powers of two, from 32 on; a token's heads lie together."""
+    tokens, heads, width = q.shape
+    slots = keys.shape[2]
+    assert all(t.stride()[1:] == (width, 1) for t in (q, k, v))
+    assert keys.stride() == values.stride() and keys.stride(3) == 1
+    assert all(t.is_contiguous() and t.shape == (slots, width) for t in rope)
+    cache = keys.stride()[:3]
+    many = triton.next_power_of_2(heads)
+    _keep[(tokens,)](
+        k, v, *rope, places, keys, values, k.stride(0), v.stride(0), *cache, slots,
+        heads, many, width // 2, num_warps=TOKEN_WARPS,
+    )  # fmt: skip
+    out = torch.empty(tokens, heads, width, dtype=q.dtype, device=q.device)
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    _attend_prompts[(triton.cdiv(slots, TILE), len(keys) * heads)](
+        q, *rope, starts, keys, values, out, q.stride(0), *cache, width**-0.5 * LOG2_E,
+        heads, width, TILE, TILE_SLOTS, precision, num_warps=TILE_WARPS, num_stages=TILE_STAGES,
+    )  # fmt: skip
     return out

@@ -1,14 +1,15 @@
 """Seven action tokens for a batch of images and prompts: one prefill, six cached steps.
 
-Prompts of different lengths share a batch: they are padded on the right, where causal attention never looks, and a
-row's generated tokens are written into the cache over its padding. So the prefill needs no mask (the fastest attention
-there is), every row has the positions it would have alone, and its tokens equal those of a batch of one.
+Prompts of different lengths share a batch. The prefill takes them packed, one after another, so that no product is
+spent on padding; attention keeps them apart, and a row's generated tokens follow its prompt in the cache. So every row
+has the positions it would have alone, and its tokens equal those of a batch of one.
 
 On a GPU the whole of it, from pixels to seven tokens, is one CUDA graph with static buffers, its steps compiled once
-for all layers. A decoder has a fixed batch size and prompt length, its bucket: smaller batches are filled up, larger
-ones split. The same kernels then run whoever shares the batch, and so a request's result does not depend on it.
+for all layers. A decoder has a fixed batch size, its bucket: smaller batches are filled up, larger ones split. The same
+kernels then run whoever shares the batch, and so a request's result does not depend on it. What does vary is the number
+of packed tokens: there is a graph for each step of it, taken into use only if it gives the very bits of the largest.
 
-Legend: B bucket, T prompt tokens, A action tokens (7), V vocabulary.
+Legend: B bucket, T prompt tokens, N packed tokens, S cache slots a row, A action tokens (7), V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spvla.errors import UserError
+from spvla.policy.attend import Packing
 from spvla.policy.graphs import record
 from spvla.policy.linear import Rows
 from spvla.policy.llama import EAGER, Cache, Kernels, LlamaLayer
@@ -29,6 +32,8 @@ from spvla.policy.transfer import Landing, to_device
 from spvla.policy.vision import NUM_PATCHES, Block
 from spvla.types import ACTION_DIM, IMAGE_SIZE
 
+Graph = tuple[torch.cuda.CUDAGraph, "Decoded"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
@@ -37,6 +42,8 @@ class Inputs:
     pixel_values: Tensor  # (B, 6, 224, 224)
     prompts: Tensor  # (B, T) int64, right-padded
     lengths: Tensor  # (B,) int64, tokens of each prompt
+    starts: Tensor  # (B + 1,) int32: where each packed prompt begins, patches counted
+    places: Tensor  # (B (256 + T),) int64, of which a pass takes the first N: see Packing
     temperatures: Tensor  # (B,) float32, 0: greedy
     uniforms: Tensor  # (B, A) float64 in [0, 1): what sampling draws, one number a token
     slots: Tensor  # (B,) int64: each row's resident adapter, 0 the base
@@ -48,6 +55,10 @@ class Inputs:
         self.pixel_values[n:].copy_(pixel_values[:1])
         for name, value in other.items():
             getattr(self, name).copy_(to_device(value, self.lengths.device))
+
+    def take_places(self, places: Tensor, starts: Tensor) -> None:
+        self.places[: len(places)].copy_(to_device(places, self.places.device))
+        self.starts.copy_(to_device(starts, self.starts.device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +80,31 @@ class Pending:
 
 
 @torch.inference_mode()
-def generate(model: OpenVLA, inputs: Inputs, kv: Cache, kernels: Kernels = EAGER, *, sampled: bool = True) -> Decoded:
-    """The whole decoding as a function of tensors. `kv` needs T + 256 + 6 slots. Unless `sampled`, all are greedy."""
-    x = with_patches(model.embed(inputs.prompts), model.patches(inputs.pixel_values, kernels))
-    last = inputs.lengths + NUM_PATCHES - 1
-    kv.at = None
-    hidden = model.hidden(x, cache=kv, last=last, kernels=kernels)  # (B, 1, D)
+def generate(
+    model: OpenVLA,
+    inputs: Inputs,
+    cache: Cache,
+    kernels: Kernels = EAGER,
+    *,
+    tokens: int,
+    rows: Rows,
+    sampled: bool = True,
+) -> Decoded:
+    """The whole decoding as a function of tensors, `tokens` of them in the prompts. Unless `sampled`, all are greedy.
+
+    `rows` learns which resident adapter each row or token of the coming products uses.
+    """
+    llama, places = model.language_model.model, inputs.places[:tokens]
+    packing = Packing(starts=inputs.starts, places=places)
+    row, at = places // cache.slots, places % cache.slots
+    rows.slots, rows.owners = inputs.slots, row
+    x = with_patches(model.embed(inputs.prompts), model.patches(inputs.pixel_values, kernels))  # (B, P + T, D)
+    last = inputs.lengths + NUM_PATCHES - 1  # (B,) in the cache
+    hidden = llama.read(x[row, at][None], packing, inputs.starts[:-1] + last, cache, kernels)  # (B, 1, D)
     ids, every = [], []
     for step in range(ACTION_DIM):
         if step:
-            kv.at = last + step
-            hidden = model.hidden(model.embed(ids[-1][:, None]), None, kv.at[:, None], cache=kv, kernels=kernels)
+            hidden = llama.step(model.embed(ids[-1][:, None]), last + step, cache, kernels)
         logits = model.logits(hidden)[:, 0].float()
         drawn = choose(logits, inputs.temperatures, inputs.uniforms[:, step]) if sampled else logits.argmax(-1)
         ids.append(drawn)
@@ -118,10 +143,12 @@ class Decoder:
     ) -> None:
         self.model, self.batch_size, self.max_prompt = model, batch_size, max_prompt
         self.rows = rows or Rows()
+        self.most = batch_size * (NUM_PATCHES + max_prompt)  # tokens of the prompts, at most
         slots = NUM_PATCHES + max_prompt + ACTION_DIM - 1
-        self.kv = Cache(model.config.llm, batch_size, slots, dtype=model.dtype, device=model.device)
+        self.cache = Cache(model.config.llm, batch_size, slots, dtype=model.dtype, device=model.device)
         self.inputs = self._buffers()
-        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Decoded]] = {}  # by whether any request is sampled
+        self.graphs: dict[tuple[int, bool], Graph] = {}  # by packed tokens, and whether any request is sampled
+        self.trusted = {self.most: self.most}  # packed tokens of a batch -> those of the graph that it gets
         self.kernels = EAGER
         if model.device.type == "cuda" if cuda_graphs is None else cuda_graphs:
             self._capture()
@@ -151,20 +178,53 @@ class Decoder:
         heat = [float(temperature)] * n if isinstance(temperature, int | float) else list(temperature)
         self._check(pixel_values, prompts, heat, seeds)
         self.inputs.take(pixel_values, self._padded(prompts, heat, seeds or [0] * n, slots or [0] * n))
-        out = self._replay(any(heat)) if self.graphs else self._run(any(heat))
+        lengths = [len(p) for p in prompts] + [len(prompts[0])] * (self.batch_size - n)
+        out = self._play(lengths, self._trust(lengths), any(heat)) if self.graphs else self._run(lengths, any(heat))
         return Pending(out.ids[:n], out.logits[:n] if logits else None)
 
-    def _run(self, sampled: bool) -> Decoded:
-        self.rows.slots = self.inputs.slots
-        return generate(self.model, self.inputs, self.kv, self.kernels, sampled=sampled)
+    def _run(self, lengths: Sequence[int], sampled: bool) -> Decoded:
+        tokens = self._place(lengths, sum(lengths) + NUM_PATCHES * self.batch_size)
+        return self._generate(tokens, sampled)
 
-    def _replay(self, sampled: bool) -> Decoded:
-        """Sampling takes a graph of its own, recorded when it is first asked for, in the same memory."""
-        if sampled not in self.graphs:
-            self.graphs[sampled] = record(lambda: self._run(sampled), pool=self.graphs[False][0].pool())
-        graph, out = self.graphs[sampled]
+    def _generate(self, tokens: int, sampled: bool) -> Decoded:
+        kind = {"tokens": tokens, "rows": self.rows, "sampled": sampled}
+        return generate(self.model, self.inputs, self.cache, self.kernels, **kind)
+
+    def _play(self, lengths: Sequence[int], tokens: int, sampled: bool) -> Decoded:
+        """By the graph of so many packed tokens. It is recorded when first asked for, in the memory of the others."""
+        key = (self._place(lengths, tokens), sampled)
+        if key not in self.graphs:
+            pool = self.graphs[self.most, False][0].pool()
+            self.graphs[key] = record(lambda: self._generate(*key), pool=pool)
+        graph, out = self.graphs[key]
         graph.replay()
         return out
+
+    def _trust(self, lengths: Sequence[int]) -> int:
+        """Packed tokens of the graph for a batch: its own, in steps of a token a row, or the largest.
+
+        A matrix product may run another kernel for another number of rows. So the first batch of a step is decoded both
+        ways, and unless both give the same bits the step is not used.
+        """
+        tokens = (NUM_PATCHES + -(-sum(lengths) // self.batch_size)) * self.batch_size
+        if tokens not in self.trusted:
+            packed = self._play(lengths, tokens, False).logits.clone()
+            same = torch.equal(packed, self._play(lengths, self.most, False).logits)
+            self.trusted[tokens] = tokens if same else self.most
+        return self.trusted[tokens]
+
+    def _place(self, lengths: Sequence[int], tokens: int) -> int:
+        """Packs prompts of these lengths into `tokens`, which it returns; what is left over pads the first rows."""
+        left = tokens - sum(lengths) - NUM_PATCHES * self.batch_size
+        sizes = []
+        for length in lengths:
+            padding = min(left, self.max_prompt - length)
+            sizes.append(NUM_PATCHES + length + padding)
+            left -= padding
+        rows = [np.arange(size) + row * self.cache.slots for row, size in enumerate(sizes)]
+        starts = np.cumsum([0, *sizes], dtype=np.int32)
+        self.inputs.take_places(torch.from_numpy(np.concatenate(rows)), torch.from_numpy(starts))
+        return tokens
 
     def _check(
         self, pixel_values: Tensor, prompts: Sequence[Sequence[int]], heat: Sequence[float], seeds: Sequence[int] | None
@@ -203,27 +263,33 @@ class Decoder:
             pixel_values=torch.zeros(b, 6, IMAGE_SIZE, IMAGE_SIZE, dtype=self.model.dtype, device=device),
             prompts=torch.full((b, self.max_prompt), PAD, device=device),
             lengths=torch.full((b,), self.max_prompt, device=device),
+            starts=torch.zeros(b + 1, dtype=torch.int32, device=device),
+            places=torch.zeros(self.most, dtype=torch.int64, device=device),
             temperatures=torch.zeros(b, device=device),
             uniforms=torch.zeros(b, ACTION_DIM, dtype=torch.float64, device=device),
             slots=torch.zeros(b, dtype=torch.int64, device=device),
         )
 
     def _capture(self) -> None:
-        """Compiles the steps of a layer, then records one whole pass."""
+        """Compiles the steps of a layer, then records the largest pass."""
         self.model.language_model.pack()
         self.kernels = compiled_kernels()
-        self.graphs[False] = record(lambda: self._run(False))
+        key = (self._place([self.max_prompt] * self.batch_size, self.most), False)
+        self.graphs[key] = record(lambda: self._generate(*key))
 
 
 @cache
 def compiled_kernels(backend: str = "inductor") -> Kernels:
-    """Each step compiled once for each shape, and shared by all layers and decoders of the process."""
+    """Each step compiled once for each shape, and shared by all layers and decoders of the process.
+
+    Steps that packed prompts pass are compiled for any number of tokens.
+    """
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(64, limit)  # a few shapes for each bucket of the process
-    options = {"dynamic": False, "fullgraph": True, "backend": backend}
+    options = {"fullgraph": True, "backend": backend}
     return Kernels(
-        run_block=torch.compile(Block.forward, **options),
-        project=torch.compile(LlamaLayer.project, **options),
-        fill=torch.compile(LlamaLayer.fill, **options),
-        open=torch.compile(LlamaLayer.open, **options),
+        run_block=torch.compile(Block.forward, dynamic=False, **options),
+        project=torch.compile(LlamaLayer.project, dynamic=False, **options),
+        read=torch.compile(LlamaLayer.read, dynamic=True, **options),
+        open=torch.compile(LlamaLayer.open, dynamic=True, **options),
     )

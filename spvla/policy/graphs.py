@@ -13,7 +13,8 @@ Out = TypeVar("Out")
 def record(run: Callable[[], Out], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Out]:
     """Records `run`, which reads and writes the same tensors each time. Its result is filled by every replay.
 
-    On a stream of its own. pool: the memory of another graph, which then never runs at the same time.
+    On a stream of its own; other threads may go on meanwhile. pool: the memory of another graph, which then never runs
+    at the same time.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -22,6 +23,6 @@ def record(run: Callable[[], Out], pool: Any = None) -> tuple[torch.cuda.CUDAGra
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         out = run()
     return graph, out

@@ -6,11 +6,12 @@ matrix products joined where several maps read the same input.
 
 A layer is three steps, so that each can be compiled by itself. The last map of attention and that of the MLP stand
 after theirs, because with a cache their products are added in the residual stream's own memory:
-    project  residual stream -> rotated q, k, and v (`fill`: k and v go into a cache)
-    attend   with a causal mask, a given one, or one new token against a cache; then `o_proj`, added
+    project  residual stream -> q, k rotated, and v (`read`: not yet rotated, for prompts that go into a cache)
+    attend   with a causal mask, a given one, or into a cache: packed prompts, one new token; then `o_proj`, added
     open     residual stream -> gated MLP up to its last map; then `down_proj`, added
 
-Legend: B batch, T tokens, S cache slots, H heads, K head width, D width, F hidden width, V vocabulary.
+Legend: B batch, T tokens, N tokens of packed prompts, S cache slots, H heads, K head width, D width, F hidden width,
+V vocabulary.
 """
 
 from collections.abc import Callable
@@ -20,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spvla.policy.attend import attend_new
-from spvla.policy.linear import Linear, add_to, pack, plus, together
+from spvla.policy.attend import Packing, Rope, attend_new, attend_prompts, rotate
+from spvla.policy.linear import Linear, add_to, pack, together
 from spvla.policy.vision import Block, RunBlock
 
 
@@ -36,9 +37,6 @@ class LlamaConfig:
     vocab_size: int = 32064
     rms_norm_eps: float = 1e-6  # not Llama-2's 1e-5: the original's config falls back to transformers' default
     rope_theta: float = 10_000.0
-
-
-Rope = tuple[Tensor, Tensor]  # cos and sin, each (1 or B, 1, T, K)
 
 
 class RmsNorm(nn.Module):
@@ -61,10 +59,14 @@ class LlamaAttention(nn.Module):
         )
         self.packed: Tensor | None = None  # q, k, v in one tensor, while decoding
 
+    def heads(self, x: Tensor) -> list[Tensor]:
+        """(B, T, D) -> q, k, v, each (B, T, H, K)."""
+        maps = [self.q_proj, self.k_proj, self.v_proj]
+        return [y.unflatten(-1, (self.num_heads, -1)) for y in together(x, maps, self.packed)]
+
     def forward(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, D) -> q, k rotated, and v, each (B, H, T, K)."""
-        maps = [self.q_proj, self.k_proj, self.v_proj]
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in together(x, maps, self.packed))
+        q, k, v = (y.transpose(1, 2) for y in self.heads(x))
         return rotate(q, rope), rotate(k, rope), v
 
 
@@ -93,12 +95,9 @@ class LlamaLayer(nn.Module):
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn(self.input_layernorm(x), rope)
 
-    def fill(self, x: Tensor, rope: Rope, keys: Tensor, values: Tensor) -> Tensor:
-        """As `project`, k and v going into `keys` and `values` (B, H, T, K), parts of a cache; returns q."""
-        q, k, v = self.project(x, rope)
-        keys.copy_(k)
-        values.copy_(v)
-        return q
+    def read(self, x: Tensor) -> list[Tensor]:
+        """(B, T, D) -> q, k, v, not yet rotated, each (B, T, H, K)."""
+        return self.self_attn.heads(self.input_layernorm(x))
 
     def open(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, F), what `down_proj` takes."""
@@ -111,7 +110,7 @@ class Kernels:
 
     run_block: RunBlock = Block.__call__
     project: Callable[[LlamaLayer, Tensor, Rope], tuple[Tensor, Tensor, Tensor]] = LlamaLayer.project
-    fill: Callable[[LlamaLayer, Tensor, Rope, Tensor, Tensor], Tensor] = LlamaLayer.fill
+    read: Callable[[LlamaLayer, Tensor], list[Tensor]] = LlamaLayer.read
     open: Callable[[LlamaLayer, Tensor], Tensor] = LlamaLayer.open
 
 
@@ -119,21 +118,17 @@ EAGER = Kernels()
 
 
 class Cache:
-    """Keys and values of every layer, for B rows of up to S tokens each, without gaps: a row's next token is written
-    over its padding. `at` (B,) is where the coming token of each row goes; None while the prompts are read."""
+    """Keys and values of every layer, for B rows of up to S tokens each, without gaps."""
 
     def __init__(
         self, config: LlamaConfig, batch: int, slots: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (batch, config.num_heads, slots, config.width // config.num_heads)
-        self.keys, self.values = (  # one tensor a layer: compiled code that writes to one wants no aliases
-            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.depth)] for _ in range(2)
+        self.slots = slots
+        shape = (batch, slots, config.num_heads, config.width // config.num_heads)
+        self.keys, self.values = (  # each (B, H, S, K); a token's heads lie together
+            [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(config.depth)]
+            for _ in range(2)
         )
-        self.at: Tensor | None = None
-
-    def layer(self, i: int, tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first tokens, or of all slots: each (B, H, tokens, K)."""
-        return self.keys[i][:, :, :tokens], self.values[i][:, :, :tokens]
 
 
 class LlamaModel(nn.Module):
@@ -144,41 +139,43 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.depth))
         self.norm = RmsNorm(config.width, config.rms_norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        cache: Cache | None = None,
-        last: Tensor | None = None,
-        kernels: Kernels = EAGER,
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Embeddings (B, T, D) -> final hidden states (B, T, D).
 
-        mask: (B or 1, 1, T, T) bool (True attends) or added to the scores; None is causal. With a cache there is none.
-        positions: (B or 1, T); None counts from 0. last: (B,) the one token of each row to go on with after the last
-        layer's attention, for an output (B, 1, D); for prompts read into a cache. A cache also makes x scratch memory.
+        mask: (B or 1, 1, T, T) bool (True attends) or added to the scores; None is causal.
+        positions: (B or 1, T); None counts from 0.
         """
-        add = plus if cache is None else add_to
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         rope = rotary(positions, self.config, x.dtype)
-        for i, layer in enumerate(self.layers):
-            if cache is None:
-                attended = attend(*kernels.project(layer, x, rope), mask)
-            elif cache.at is not None:
-                attended = attend_new(*kernels.project(layer, x, rope), *cache.layer(i), cache.at)
-            else:
-                keys, values = cache.layer(i, x.shape[1])
-                q = kernels.fill(layer, x, rope, keys, values)
-                if last is not None and i == self.config.depth - 1:
-                    x, q, k, v = take(x, last), *(take_head_rows(t, last) for t in (q, keys, values))
-                    attended = attend_new(q, k, v, *cache.layer(i), last)
-                else:
-                    attended = attend(q, keys, values)
-            x = add(x, attended.transpose(1, 2).flatten(2), layer.self_attn.o_proj)
-            x = add(x, kernels.open(layer, x), layer.mlp.down_proj)
+        for layer in self.layers:
+            attended = attend(*layer.project(x, rope), mask)
+            x = x + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+            x = x + layer.mlp.down_proj(layer.open(x))
+        return self.norm(x)
+
+    def read(self, x: Tensor, packing: Packing, last: Tensor, cache: Cache, kernels: Kernels = EAGER) -> Tensor:
+        """Packed prompts (1, N, D) into the cache -> hidden states (B, 1, D) of the tokens `last` (B,) of the N.
+
+        x is scratch memory. Only those tokens go on after the last layer's attention.
+        """
+        cos, sin = rotary(torch.arange(cache.slots, device=x.device)[None], self.config, x.dtype)
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            q, k, v = (t[0] for t in kernels.read(layer, x))
+            attended = attend_prompts(q, k, v, (cos[0, 0], sin[0, 0]), keys, values, packing).flatten(1)[None]
+            if layer is self.layers[-1]:
+                x, attended = x[0, last, None], attended[0, last, None]
+            x = add_to(x, attended, layer.self_attn.o_proj)
+            x = add_to(x, kernels.open(layer, x), layer.mlp.down_proj)
+        return self.norm(x)
+
+    def step(self, x: Tensor, at: Tensor, cache: Cache, kernels: Kernels = EAGER) -> Tensor:
+        """One token further for each row, into slot `at` (B,): (B, 1, D) -> (B, 1, D). x is scratch memory."""
+        rope = rotary(at[:, None], self.config, x.dtype)
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            attended = attend_new(*kernels.project(layer, x, rope), keys, values, at)
+            x = add_to(x, attended.transpose(1, 2).flatten(2), layer.self_attn.o_proj)
+            x = add_to(x, kernels.open(layer, x), layer.mlp.down_proj)
         return self.norm(x)
 
 
@@ -220,20 +217,3 @@ def rotary(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Rope:
     angles = positions[:, None, :, None].float() * config.rope_theta**-exponents
     angles = torch.cat((angles, angles), -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """(B, H, T, K) -> same, each pair (i, i + K / 2) turned by its position's angle."""
-    cos, sin = rope
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat((-right, left), -1) * sin
-
-
-def take(x: Tensor, rows: Tensor) -> Tensor:
-    """(B, T, D), (B,) -> (B, 1, D)."""
-    return x.gather(1, rows[:, None, None].expand(-1, -1, x.shape[-1]))
-
-
-def take_head_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """(B, H, T, K), (B,) -> (B, H, 1, K)."""
-    return x.gather(2, rows[:, None, None, None].expand(-1, x.shape[1], -1, x.shape[-1]))

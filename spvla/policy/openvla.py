@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from spvla.errors import CheckpointError
 from spvla.policy.linear import Linear
-from spvla.policy.llama import EAGER, Cache, Kernels, Llama, LlamaConfig
+from spvla.policy.llama import EAGER, Kernels, Llama, LlamaConfig
 from spvla.policy.vision import NUM_PATCHES, TowerConfig, VisionBackbone
 
 IGNORED = -100  # label of a position that has no loss
@@ -103,16 +103,9 @@ class OpenVLA(nn.Module):
         return self.language_model.model.embed_tokens(input_ids)
 
     def hidden(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        *,
-        cache: Cache | None = None,
-        last: Tensor | None = None,
-        kernels: Kernels = EAGER,
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Embeddings (B, T, D) -> hidden states after the final norm, (B, T, D), or (B, 1, D) of tokens `last` (B,).
+        """Embeddings (B, T, D) -> hidden states after the final norm, (B, T, D).
 
         attention_mask: None is causal; (B, T) hides keys where 0, on top of causal; (B or 1, 1, T, T) bool (True
         attends) or float (added to the scores) is taken as it is. position_ids: (B or 1, T), from 0 on by default.
@@ -121,9 +114,7 @@ class OpenVLA(nn.Module):
             tokens = attention_mask.shape[1]
             causal = torch.ones(tokens, tokens, dtype=torch.bool, device=attention_mask.device).tril()
             attention_mask = causal & attention_mask.bool()[:, None, None]
-        return self.language_model.model(
-            inputs_embeds, mask=attention_mask, positions=position_ids, cache=cache, last=last, kernels=kernels
-        )
+        return self.language_model.model(inputs_embeds, mask=attention_mask, positions=position_ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""

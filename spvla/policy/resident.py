@@ -1,4 +1,4 @@
-"""Many LoRA versions beside one base: each gets a slot in every map's stack; slot 0 is the base itself.
+"""Many LoRA versions beside one base: each gets a slot in every map's stack, from 1 on; 0 means the base alone.
 
 Adding a version copies its A and B into a free slot and moves nothing else. When slots or rank run out the stacks grow,
 and `version` tells holders of CUDA graphs that the tensors they recorded are gone.
@@ -18,8 +18,6 @@ from spvla.policy.linear import Linear, PatchConv, Rows, Stack
 from spvla.policy.openvla import OpenVLA
 from spvla.policy.weights import read_json
 
-FIRST_SLOTS = 2  # the base and one adapter; doubled when full
-
 
 class Residents:
     def __init__(self, model: OpenVLA) -> None:
@@ -38,15 +36,16 @@ class Residents:
         adapter.require_base({f"{n}.weight": map_shape(m) for n, m in maps.items()})
         used = {*self.slots.values()}
         slot = self.slots.get(name) or next(i for i in range(1, len(used) + 2) if i not in used)
-        if slot >= self.capacity or adapter.rank > self.rank:
-            self._grow(maps, max(self.capacity * 2, FIRST_SLOTS), max(self.rank, adapter.rank))
+        capacity = self.capacity if slot <= self.capacity else max(1, 2 * self.capacity)
+        if capacity > self.capacity or adapter.rank > self.rank:
+            self._grow(maps, capacity, max(self.rank, adapter.rank))
         for module in maps.values():
-            module.lora.a[slot] = 0
-            module.lora.b[slot] = 0
+            module.lora.a[slot - 1] = 0
+            module.lora.b[slot - 1] = 0
         for key, a, b in adapter.pairs():
             stack = maps[key].lora
-            stack.a[slot, : adapter.rank] = a
-            stack.b[slot, :, : adapter.rank] = adapter.scale * b.float()
+            stack.a[slot - 1, : adapter.rank] = a
+            stack.b[slot - 1, : adapter.rank] = adapter.scale * b.float().T
         self.slots[name] = slot
 
     def remove(self, name: str) -> None:
@@ -80,11 +79,11 @@ class Residents:
             old = module.lora
             outputs, inputs = map_shape(module)
             like = {"dtype": self.model.dtype, "device": self.model.device}
-            a, b = torch.zeros(capacity, rank, inputs, **like), torch.zeros(capacity, outputs, rank, **like)
+            a, b = torch.zeros(capacity, rank, inputs, **like), torch.zeros(capacity, rank, outputs, **like)
             new = Stack(a=a, b=b, rows=self.rows)
             if old is not None:
                 new.a[: len(old.a), : old.a.shape[1]] = old.a
-                new.b[: len(old.b), :, : old.b.shape[2]] = old.b
+                new.b[: len(old.b), : old.b.shape[1]] = old.b
             module.lora = new
         self.capacity, self.rank, self.version = capacity, rank, self.version + 1
 
