@@ -39,18 +39,22 @@ def preset(name: str) -> OpenVLAConfig:
 
 def create_tiny(folder: Path, *, seed: int = 0) -> Path:
     """Writes a tiny checkpoint with random weights in the Hugging Face layout; equal seeds give equal bytes."""
-    config = preset("tiny")
-    model = OpenVLA(config)
+    model = OpenVLA(preset("tiny"))
     initialise(model, seed)
     with new_folder(folder) as new:
-        state = model.state_dict()
-        write_weights([(name, lambda t=t: t, t.nbytes) for name, t in sorted(state.items())], new)
-        save_tokenizer(build_tiny_tokenizer(), new)
-        write_json(new / "preprocessor_config.json", processor_json())
-        write_json(new / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD})
-        write_json(new / TOWER_FILE, towers_json(config))
-        write_json(new / "config.json", config_json(config))
+        write_model(model, new)
+        write_json(new / TOWER_FILE, towers_json(model.config))
     return folder
+
+
+def write_model(model: OpenVLA, folder: Path, *, norm_stats: dict[str, Any] | None = None) -> None:
+    """A checkpoint's files into an empty folder; its tokenizer knows LIBERO's words and spells others."""
+    state = model.state_dict()
+    write_weights([(name, lambda t=t: t, t.nbytes) for name, t in sorted(state.items())], folder)
+    save_tokenizer(build_tiny_tokenizer(), folder)
+    write_json(folder / "preprocessor_config.json", processor_json())
+    write_json(folder / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD})
+    write_json(folder / "config.json", config_json(model.config, norm_stats))
 
 
 @torch.no_grad()
