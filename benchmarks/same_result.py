@@ -40,13 +40,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num_trials_per_task", default="2")
     parser.add_argument("--max_steps", default="40")
     parser.add_argument("--decode_batch_size", default="16")
+    parser.add_argument("--repeatable", default="True", help="False shows what the fixed bucket prevents")
     args = parser.parse_args()
     args.workers = [int(n) for n in args.workers.split(",")]
     return args
 
 
 def evaluate(args: argparse.Namespace, workers: int, folder: Path) -> Table:
-    names = ("task_suite_name", "tasks", "num_trials_per_task", "max_steps", "decode_batch_size")
+    names = ("task_suite_name", "tasks", "num_trials_per_task", "max_steps", "decode_batch_size", "repeatable")
     flags = {name: getattr(args, name) for name in names if getattr(args, name) != "[]"}
     flags |= {"pretrained_checkpoint": args.checkpoints, "num_envs": workers, "local_log_dir": folder}
     flags |= {"num_videos": 0, "max_failure_videos": 0}

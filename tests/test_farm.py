@@ -172,6 +172,27 @@ def test_a_disk_that_takes_no_video_costs_no_outcome(tmp_path: Path) -> None:
     assert any(line.startswith("no video of libero_object task 0") for line in said)
 
 
+def test_a_machine_without_an_encoder_costs_no_outcome(tmp_path: Path) -> None:
+    def env(suite: str, task: int, assets: object) -> FakeEnv:
+        from spvla.farm import actors
+
+        def no_encoder(frames: list[np.ndarray]) -> bytes:
+            raise ModuleNotFoundError("No module named 'imageio'")
+
+        actors.encode_mp4 = no_encoder
+        return FakeEnv()
+
+    wanted = trials(tasks=1, init_states=3)
+    with (
+        open_ledger(tmp_path, wanted) as ledger,
+        fake_farm(tmp_path, quiet(num_videos=1), open_env=env) as (farm, said),
+    ):
+        Run(farm, job(wanted), ledger).play()
+        rows = ledger.trials()
+    assert [(r.status, r.video, r.errors) for r in rows] == [("success", "", 0)] * 3
+    assert any("No module named 'imageio'" in line for line in said)
+
+
 def test_trials_of_another_driver_are_left_to_it(tmp_path: Path) -> None:
     wanted = trials(tasks=1, init_states=4)
     theirs = Outcome(status=Status.FAILURE, steps=1, seconds=0.1, state_digest="theirs")

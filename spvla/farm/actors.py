@@ -228,8 +228,13 @@ class EnvWorker:
             max_steps=self.settings.max_steps[trial.suite],
             on_frame=frames.append if order.film else None,
         )
-        video = encode_mp4(frames) if outcome.status in order.film and frames else None
-        return Report(outcome=outcome, video=video, rss_bytes=resident_bytes())
+        video, no_video = None, ""
+        if outcome.status in order.film and frames:
+            try:
+                video = encode_mp4(frames)
+            except Exception as e:  # no encoder on this machine, say: the outcome stands
+                no_video = f"{type(e).__name__}: {e}"
+        return Report(outcome=outcome, video=video, no_video=no_video, rss_bytes=resident_bytes())
 
     def _remote_act(self, order: Order, server: Any) -> Callable[[np.ndarray, str], np.ndarray]:
         def act(image: np.ndarray, instruction: str) -> np.ndarray:

@@ -117,4 +117,5 @@ class Report:
     outcome: Outcome | None = None
     fault: Fault | None = None
     video: bytes | None = None
+    no_video: str = ""  # why one that was wanted could not be encoded
     rss_bytes: int = 0

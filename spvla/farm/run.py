@@ -147,6 +147,8 @@ class Run:
         work = self.work.pop(slot.name)
         trial = self.scheduler.done(slot.name)
         video = self._keep_video(trial, outcome.status, report.video) if report.video else ""
+        if report.no_video:
+            self._say_no_video(trial, report.no_video)
         self.made += self.ledger.record(self.job.protocol, trial, outcome, video=video, worker=slot.name)
         self.quota.end(trial, work.order.film, outcome.status if video else None)
         slot.deaths = 0
@@ -216,11 +218,14 @@ class Run:
             whole.parent.mkdir(parents=True, exist_ok=True)
             whole.write_bytes(video)
         except OSError as e:
-            self.farm.say(f"no video of {trial.suite} task {trial.task}, init state {trial.init_state}: {e}")
+            self._say_no_video(trial, str(e))
             with suppress(OSError):
                 whole.unlink()
             return ""
         return str(path)
+
+    def _say_no_video(self, trial: Trial, why: str) -> None:
+        self.farm.say(f"no video of {trial.suite} task {trial.task}, init state {trial.init_state}: {first_line(why)}")
 
     def _watch(self) -> None:
         """Asks the policy servers whom they heard lately; ends whoever hangs. Keeps the ledger's claims."""
