@@ -170,9 +170,9 @@ class Decoder:
     ) -> Pending:
         """(n, 6, 224, 224) and n <= batch_size prompts -> n rows. Seeds, one a request, are needed to sample.
 
-        On a GPU it only enqueues, on the current stream: batches run in the order of their starts, which must come
-        from one thread at a time. slots: of the resident adapter of each request; by default all use the base.
-        Raises UserError.
+        On a GPU it only enqueues, on the current stream, but for the first batch of so many tokens: see `_trust`.
+        Batches run in the order of their starts, which must come from one thread at a time. slots: of the resident
+        adapter of each request; by default all use the base. Raises UserError.
         """
         n = len(prompts)
         heat = [float(temperature)] * n if isinstance(temperature, int | float) else list(temperature)
