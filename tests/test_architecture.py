@@ -35,6 +35,7 @@ FLOORS = {
     "spvla.policy.llama": 2,
     "spvla.policy.weights": 2,
     "spvla.policy.convert": 3,
+    "spvla.policy.hopper": 3,
     "spvla.policy.openvla": 3,
     "spvla.policy.quantised": 3,
     "spvla.policy.adapters": 4,

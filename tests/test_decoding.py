@@ -185,8 +185,8 @@ def test_steps_are_compiled_once_for_all_layers(model: OpenVLA, policy: OpenVLAP
     before = counters["stats"]["unique_graphs"]
     out = decoder.decode(to_pixel_values(np.stack(images)), prompts)
     assert np.array_equal(out.ids.numpy(), alone[0][:2])
-    # blocks of two towers; read for prompts, project for single tokens, open for either
-    assert counters["stats"]["unique_graphs"] - before == 6
+    # blocks of two towers; read for prompts, with queries and without, project for single tokens, open for either
+    assert counters["stats"]["unique_graphs"] - before == 7
 
 
 def test_joined_weights_decode_alike_and_are_no_second_copy(policy: OpenVLAPolicy, alone) -> None:

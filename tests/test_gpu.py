@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from copy import deepcopy
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from spvla.policy.openvla import OpenVLA
 from spvla.policy.policy import OpenVLAPolicy
 from spvla.policy.presets import initialise, preset
 from spvla.policy.prompt import build_tiny_tokenizer
+from spvla.policy.vision import Block, TowerConfig
 from spvla.selfplay.step import Learner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -122,6 +124,41 @@ def test_a_requests_bits_do_not_depend_on_the_padding_that_its_batch_leaves_out(
     ]
     assert len(policy._decoder.trusted) > 2  # graphs of several sizes took part
     assert all(np.array_equal(logits, seen[0]) for logits in seen[1:])
+
+
+@pytest.fixture
+def hopper() -> ModuleType:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    pytest.importorskip("quack", reason="needs the extra 'hopper'")
+    from spvla.policy import hopper
+
+    return hopper
+
+
+def far(ours: Tensor, wanted: Tensor) -> float:
+    return ((ours.float() - wanted.float()).norm() / wanted.float().norm()).item()
+
+
+def test_a_gate_finished_in_its_product_is_the_gate_of_a_products_result(hopper: ModuleType) -> None:
+    torch.manual_seed(0)
+    x, packed = torch.randn(1500, 512).cuda(), torch.randn(2 * 344, 512).cuda() / 16
+    gate, up = torch.nn.functional.linear(x, packed).chunk(2, -1)
+    ours = hopper.gated(x.bfloat16(), packed.bfloat16())
+    assert far(ours, torch.nn.functional.silu(gate) * up) < 1e-2
+    assert torch.equal(hopper.gated(x[200:1300].bfloat16(), packed.bfloat16()), ours[200:1300])  # whoever is beside it
+
+
+@pytest.mark.parametrize("layer_scale", [True, False])
+def test_a_towers_block_is_the_same_fused(hopper: ModuleType, layer_scale: bool) -> None:
+    torch.manual_seed(0)
+    config = TowerConfig(width=72, depth=1, num_heads=2, mlp_hidden=200, layer_scale=layer_scale)
+    block = Block(config).requires_grad_(False).cuda()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(5, 261, 72).cuda()
+    ours = hopper.run_block(deepcopy(block).bfloat16(), x.bfloat16())
+    assert far(ours - x.bfloat16(), block(x) - x) < 2e-2
 
 
 @pytest.mark.parametrize("heat", [0.0, 2.0])

@@ -32,22 +32,36 @@ def attend_prompts(
 
     Writes rotated k, and v, to keys and values (B, H, S, K). rope: of the positions 0 to S - 1, each (S, K).
     """
+    keep_prompts(k, v, rope, keys, values, packing)
     if on_gpu(q):
         from spvla.policy import attend_gpu
 
-        return attend_gpu.attend_prompts(q, k, v, rope, keys, values, packing.starts, packing.places)
-    batch, heads, slots, width = keys.shape
-    turn = [t[packing.places % slots, None] for t in rope]  # each (N, 1, K)
+        return attend_gpu.attend_prompts(q, rope, keys, values, packing.starts)
     padded = torch.zeros_like(keys)
+    _tokens(padded)[packing.places] = rotate(q, _turn(rope, keys, packing))
+    return _tokens(F.scaled_dot_product_attention(padded, keys, values, is_causal=True))[packing.places]
 
-    def flat(t: Tensor) -> Tensor:
-        """(B, H, S, K) -> (B S, H, K), the same memory where it lies so, as a cache's does."""
-        return t.transpose(1, 2).reshape(batch * slots, heads, width)
 
-    flat(padded)[packing.places] = rotate(q, turn)
-    flat(keys)[packing.places] = rotate(k, turn)
-    flat(values)[packing.places] = v
-    return flat(F.scaled_dot_product_attention(padded, keys, values, is_causal=True))[packing.places]
+def keep_prompts(k: Tensor, v: Tensor, rope: Rope, keys: Tensor, values: Tensor, packing: Packing) -> None:
+    """Writes packed k (N, H, K), rotated, and v to keys and values (B, H, S, K)."""
+    if on_gpu(k):
+        from spvla.policy import attend_gpu
+
+        attend_gpu.keep_prompts(k, v, rope, keys, values, packing.places)
+        return
+    _tokens(keys)[packing.places] = rotate(k, _turn(rope, keys, packing))
+    _tokens(values)[packing.places] = v
+
+
+def _tokens(t: Tensor) -> Tensor:
+    """(B, H, S, K) -> (B S, H, K), the same memory where it lies so, as a cache's does."""
+    return t.transpose(1, 2).flatten(0, 1)
+
+
+def _turn(rope: Rope, keys: Tensor, packing: Packing) -> Rope:
+    """Each packed token's angles, (N, 1, K)."""
+    cos, sin = (t[packing.places % keys.shape[2], None] for t in rope)
+    return cos, sin
 
 
 def attend_new(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Tensor:

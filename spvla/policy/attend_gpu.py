@@ -166,26 +166,35 @@ def _attend_prompts(
         tl.store(out + done, (sums / total[:, None]).to(out.dtype.element_ty), mask=there)
 
 
-def attend_prompts(
-    q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor],
-    keys: Tensor, values: Tensor, starts: Tensor, places: Tensor,
-) -> Tensor:  # fmt: skip
-    """As attend.attend_prompts, on a GPU. Head widths are powers of two, from 32 on; a token's heads lie together."""
+def attend_prompts(q: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
+    """As attend.attend_prompts once keys and values are kept. Head widths are powers of two, from 32 on."""
     tokens, heads, width = q.shape
     slots = keys.shape[2]
-    assert all(t.stride()[1:] == (width, 1) for t in (q, k, v))
-    assert keys.stride() == values.stride() and keys.stride(3) == 1
-    assert all(t.is_contiguous() and t.shape == (slots, width) for t in rope)
-    cache = keys.stride()[:3]
-    many = triton.next_power_of_2(heads)
-    _keep[(tokens,)](
-        k, v, *rope, places, keys, values, k.stride(0), v.stride(0), *cache, slots,
-        heads, many, width // 2, num_warps=TOKEN_WARPS,
-    )  # fmt: skip
+    assert q.stride()[1:] == (width, 1)
+    _check_cache(rope, keys, values)
     out = torch.empty(tokens, heads, width, dtype=q.dtype, device=q.device)
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     _attend_prompts[(triton.cdiv(slots, TILE), len(keys) * heads)](
-        q, *rope, starts, keys, values, out, q.stride(0), *cache, width**-0.5 * LOG2_E,
+        q, *rope, starts, keys, values, out, q.stride(0), *keys.stride()[:3], width**-0.5 * LOG2_E,
         heads, width // 2, TILE, TILE_SLOTS, precision, num_warps=TILE_WARPS, num_stages=TILE_STAGES,
     )  # fmt: skip
     return out
+
+
+def keep_prompts(
+    k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, places: Tensor
+) -> None:
+    """As attend.keep_prompts, on a GPU. A token's heads lie together."""
+    tokens, heads, width = k.shape
+    slots = keys.shape[2]
+    assert all(t.stride()[1:] == (width, 1) for t in (k, v))
+    _check_cache(rope, keys, values)
+    _keep[(tokens,)](
+        k, v, *rope, places, keys, values, k.stride(0), v.stride(0), *keys.stride()[:3], slots,
+        heads, triton.next_power_of_2(heads), width // 2, num_warps=TOKEN_WARPS,
+    )  # fmt: skip
+
+
+def _check_cache(rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> None:
+    assert keys.stride() == values.stride() and keys.stride(3) == 1
+    assert all(t.is_contiguous() and t.shape == keys.shape[2:] for t in rope)

@@ -15,6 +15,7 @@ Legend: B bucket, T prompt tokens, N packed tokens, S cache slots a row, A actio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,8 @@ def generate(
     rows.slots, rows.owners = inputs.slots, row
     x = with_patches(model.embed(inputs.prompts), model.patches(inputs.pixel_values, kernels))  # (B, P + T, D)
     last = inputs.lengths + NUM_PATCHES - 1  # (B,) in the cache
-    hidden = llama.read(x[row, at][None], packing, inputs.starts[:-1] + last, cache, kernels)  # (B, 1, D)
+    packed = x.flatten(0, 1).index_select(0, row * x.shape[1] + at)[None]  # (1, N, D)
+    hidden = llama.read(packed, packing, last, cache, kernels)  # (B, 1, D)
     ids, every = [], []
     for step in range(ACTION_DIM):
         if step:
@@ -273,7 +275,7 @@ class Decoder:
     def _capture(self) -> None:
         """Compiles the steps of a layer, then records the largest pass."""
         self.model.language_model.pack()
-        self.kernels = compiled_kernels()
+        self.kernels = fused_kernels() if fuses(self.model) else compiled_kernels()
         key = (self._place([self.max_prompt] * self.batch_size, self.most), False)
         self.graphs[key] = record(lambda: self._generate(*key))
 
@@ -293,3 +295,15 @@ def compiled_kernels(backend: str = "inductor") -> Kernels:
         read=torch.compile(LlamaLayer.read, dynamic=True, **options),
         open=torch.compile(LlamaLayer.open, dynamic=True, **options),
     )
+
+
+def fuses(model: OpenVLA) -> bool:
+    """Whether the GPU and this installation have fused products (hopper.py) for the model."""
+    hopper = torch.cuda.get_device_capability(model.device) == (9, 0)
+    return hopper and model.dtype == torch.bfloat16 and find_spec("quack") is not None
+
+
+def fused_kernels() -> Kernels:
+    from spvla.policy.hopper import fused
+
+    return fused(compiled_kernels())

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spvla.policy.attend import Packing, Rope, attend_new, attend_prompts, rotate
+from spvla.policy.attend import Packing, Rope, attend_new, attend_prompts, keep_prompts, rotate
 from spvla.policy.linear import Linear, add_to, pack, together
 from spvla.policy.vision import Block, RunBlock
 
@@ -59,10 +59,12 @@ class LlamaAttention(nn.Module):
         )
         self.packed: Tensor | None = None  # q, k, v in one tensor, while decoding
 
-    def heads(self, x: Tensor) -> list[Tensor]:
-        """(B, T, D) -> q, k, v, each (B, T, H, K)."""
-        maps = [self.q_proj, self.k_proj, self.v_proj]
-        return [y.unflatten(-1, (self.num_heads, -1)) for y in together(x, maps, self.packed)]
+    def heads(self, x: Tensor, with_q: bool = True) -> list[Tensor]:
+        """(B, T, D) -> q (unless left out), k, v, each (B, T, H, K)."""
+        maps, packed = [self.q_proj, self.k_proj, self.v_proj], self.packed
+        if not with_q:
+            maps, packed = maps[1:], None if packed is None else packed[self.q_proj.out_features :]
+        return [y.unflatten(-1, (self.num_heads, -1)) for y in together(x, maps, packed)]
 
     def forward(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, D) -> q, k rotated, and v, each (B, H, T, K)."""
@@ -95,9 +97,9 @@ class LlamaLayer(nn.Module):
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn(self.input_layernorm(x), rope)
 
-    def read(self, x: Tensor) -> list[Tensor]:
-        """(B, T, D) -> q, k, v, not yet rotated, each (B, T, H, K)."""
-        return self.self_attn.heads(self.input_layernorm(x))
+    def read(self, x: Tensor, with_q: bool = True) -> list[Tensor]:
+        """(B, T, D) -> q (unless left out), k, v, not yet rotated, each (B, T, H, K)."""
+        return self.self_attn.heads(self.input_layernorm(x), with_q)
 
     def open(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, F), what `down_proj` takes."""
@@ -110,7 +112,7 @@ class Kernels:
 
     run_block: RunBlock = Block.__call__
     project: Callable[[LlamaLayer, Tensor, Rope], tuple[Tensor, Tensor, Tensor]] = LlamaLayer.project
-    read: Callable[[LlamaLayer, Tensor], list[Tensor]] = LlamaLayer.read
+    read: Callable[[LlamaLayer, Tensor, bool], list[Tensor]] = LlamaLayer.read
     open: Callable[[LlamaLayer, Tensor], Tensor] = LlamaLayer.open
 
 
@@ -155,28 +157,37 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
     def read(self, x: Tensor, packing: Packing, last: Tensor, cache: Cache, kernels: Kernels = EAGER) -> Tensor:
-        """Packed prompts (1, N, D) into the cache -> hidden states (B, 1, D) of the tokens `last` (B,) of the N.
+        """Packed prompts (1, N, D) into the cache -> hidden states (B, 1, D) of each prompt's last token.
 
-        x is scratch memory. Only those tokens go on after the last layer's attention.
+        last: (B,), the slot of that token. x is scratch memory. In the last layer the others leave only keys and
+        values, and the last tokens go on as new ones do.
         """
         cos, sin = rotary(torch.arange(cache.slots, device=x.device)[None], self.config, x.dtype)
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            q, k, v = (t[0] for t in kernels.read(layer, x))
-            attended = attend_prompts(q, k, v, (cos[0, 0], sin[0, 0]), keys, values, packing).flatten(1)[None]
-            if layer is self.layers[-1]:
-                x, attended = x[0, last, None], attended[0, last, None]
+        rope = cos[0, 0], sin[0, 0]
+        *before, (final, keys, values) = zip(self.layers, cache.keys, cache.values, strict=True)
+        for layer, *own in before:
+            q, k, v = (t[0] for t in kernels.read(layer, x, True))
+            attended = attend_prompts(q, k, v, rope, *own, packing).flatten(1)[None]
             x = add_to(x, attended, layer.self_attn.o_proj)
             x = add_to(x, kernels.open(layer, x), layer.mlp.down_proj)
-        return self.norm(x)
+        k, v = (t[0] for t in kernels.read(final, x, False))
+        keep_prompts(k, v, rope, keys, values, packing)
+        x, rope = x[0, packing.starts[:-1] + last, None], rotary(last[:, None], self.config, x.dtype)
+        return self.norm(self._advance(final, x, rope, keys, values, last, kernels))
 
     def step(self, x: Tensor, at: Tensor, cache: Cache, kernels: Kernels = EAGER) -> Tensor:
         """One token further for each row, into slot `at` (B,): (B, 1, D) -> (B, 1, D). x is scratch memory."""
         rope = rotary(at[:, None], self.config, x.dtype)
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            attended = attend_new(*kernels.project(layer, x, rope), keys, values, at)
-            x = add_to(x, attended.transpose(1, 2).flatten(2), layer.self_attn.o_proj)
-            x = add_to(x, kernels.open(layer, x), layer.mlp.down_proj)
+            x = self._advance(layer, x, rope, keys, values, at, kernels)
         return self.norm(x)
+
+    def _advance(
+        self, layer: LlamaLayer, x: Tensor, rope: Rope, keys: Tensor, values: Tensor, at: Tensor, kernels: Kernels
+    ) -> Tensor:
+        attended = attend_new(*kernels.project(layer, x, rope), keys, values, at)
+        x = add_to(x, attended.transpose(1, 2).flatten(2), layer.self_attn.o_proj)
+        return add_to(x, kernels.open(layer, x), layer.mlp.down_proj)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
