@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spvla.policy.adapters import StoredAdapter, lora_config
-from spvla.policy.decoding import Decoder
+from spvla.policy.decoding import Decoder, arithmetic
 from spvla.policy.images import to_pixel_values
 from spvla.policy.linear import Rows
 from spvla.policy.openvla import OpenVLA, with_patches
@@ -76,7 +76,7 @@ class Bench:
         self.prompts = [prompt_ids(tokenizer, INSTRUCTIONS[i % len(INSTRUCTIONS)]) for i in range(count)]
         self.max_prompt = max(map(len, self.prompts))
         self.rows = Rows()
-        self.result = Result(machine=machine(self.device))
+        self.result = Result(machine=machine(self.device, args.dtype))
         self.decoders: dict[int, Decoder] = {}
 
     def log(self, text: str) -> None:
@@ -368,10 +368,10 @@ def random_adapter(model: OpenVLA, rank: int) -> StoredAdapter:
     return StoredAdapter(folder=Path("random"), rank=rank, alpha=16, tensors=tensors)
 
 
-def machine(device: torch.device) -> dict[str, str]:
+def machine(device: torch.device, dtype: str) -> dict[str, str]:
     import transformers
 
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
+    name = arithmetic(device.type, dtype) if device.type == "cuda" else platform.processor() or "CPU"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"device": name, "python": platform.python_version(), **versions}
 

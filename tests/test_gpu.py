@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spvla.config import StepConfig
 from spvla.policy.attend import Packing, attend_new, attend_prompts
+from spvla.policy.decoding import quack_version
 from spvla.policy.llama import LlamaConfig, rotary
 from spvla.policy.openvla import OpenVLA
 from spvla.policy.policy import OpenVLAPolicy
@@ -128,9 +129,8 @@ def test_a_requests_bits_do_not_depend_on_the_padding_that_its_batch_leaves_out(
 
 @pytest.fixture
 def hopper() -> ModuleType:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
-    pytest.importorskip("quack", reason="needs the extra 'hopper'")
+    if quack_version(torch.bfloat16) is None:
+        pytest.skip("needs a Hopper GPU and the extra 'hopper'")
     from spvla.policy import hopper
 
     return hopper

@@ -111,7 +111,7 @@ class PolicyServer:
         return await asyncio.get_running_loop().run_in_executor(self.decoding, self._prepare, versions, adapters)
 
     def _prepare(self, versions: Sequence[Version], adapters: dict[str, list[ray.ObjectRef]]) -> ServerFacts:
-        import torch
+        from spvla.policy.decoding import arithmetic
 
         for version in versions:
             if version.digest not in self.versions:
@@ -119,8 +119,7 @@ class PolicyServer:
                 self.add(version, None if here else ray.get(adapters[version.digest][0]))
         for policy in self.policies.values():
             policy.prepare(every_instruction())
-        device = torch.cuda.get_device_name() if self.settings.device == "cuda" else "cpu"
-        return ServerFacts(device=device, pid=os.getpid())
+        return ServerFacts(device=arithmetic(self.settings.device, self.settings.dtype), pid=os.getpid())
 
     def add(self, version: Version, files: dict[str, bytes] | None = None) -> None:
         """Loads a base checkpoint, or an adapter beside its base: from its folder, or from `files`."""

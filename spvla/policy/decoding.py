@@ -15,7 +15,7 @@ Legend: B bucket, T prompt tokens, N packed tokens, S cache slots a row, A actio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.prompt import PAD
 from spvla.policy.transfer import Landing, to_device
 from spvla.policy.vision import NUM_PATCHES, Block
+from spvla.policy.weights import torch_dtype
 from spvla.types import ACTION_DIM, IMAGE_SIZE
 
 Graph = tuple[torch.cuda.CUDAGraph, "Decoded"]
@@ -275,7 +276,7 @@ class Decoder:
     def _capture(self) -> None:
         """Compiles the steps of a layer, then records the largest pass."""
         self.model.language_model.pack()
-        self.kernels = fused_kernels() if fuses(self.model) else compiled_kernels()
+        self.kernels = fused_kernels() if quack_version(self.model.dtype) else compiled_kernels()
         key = (self._place([self.max_prompt] * self.batch_size, self.most), False)
         self.graphs[key] = record(lambda: self._generate(*key))
 
@@ -297,13 +298,25 @@ def compiled_kernels(backend: str = "inductor") -> Kernels:
     )
 
 
-def fuses(model: OpenVLA) -> bool:
-    """Whether the GPU and this installation have fused products (hopper.py) for the model."""
-    hopper = torch.cuda.get_device_capability(model.device) == (9, 0)
-    return hopper and model.dtype == torch.bfloat16 and find_spec("quack") is not None
-
-
 def fused_kernels() -> Kernels:
     from spvla.policy.hopper import fused
 
     return fused(compiled_kernels())
+
+
+def quack_version(dtype: torch.dtype) -> str | None:
+    """Of the fused products (hopper.py), if this GPU and this installation have them for a model of that type."""
+    if torch.cuda.get_device_capability() != (9, 0) or dtype != torch.bfloat16:
+        return None
+    try:
+        return version("quack-kernels")
+    except PackageNotFoundError:
+        return None
+
+
+def arithmetic(device: str, dtype: str) -> str:
+    """What an action's last bits hang on: "cpu", or the GPU's name, and the fused products if it has them."""
+    if device == "cpu":
+        return device
+    quack = quack_version(torch_dtype(dtype))
+    return torch.cuda.get_device_name() + (f", quack {quack}" if quack else "")
