@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("checkpoints", help="folders, separated by commas")
     parser.add_argument("--workers", default="1,2,5", help="numbers of environments")
     parser.add_argument("--task_suite_name", default="libero_spatial")
-    parser.add_argument("--tasks", default="[]", help="as for spvla evaluate; all by default")
+    parser.add_argument("--tasks", help="as for spvla evaluate; all by default")
     parser.add_argument("--num_trials_per_task", default="2")
     parser.add_argument("--max_steps", default="40")
     parser.add_argument("--decode_batch_size", default="16")
@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
 
 def evaluate(args: argparse.Namespace, workers: int, folder: Path) -> Table:
     names = ("task_suite_name", "tasks", "num_trials_per_task", "max_steps", "decode_batch_size", "repeatable")
-    flags = {name: getattr(args, name) for name in names if getattr(args, name) != "[]"}
+    flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     flags |= {"pretrained_checkpoint": args.checkpoints, "num_envs": workers, "local_log_dir": folder}
     flags |= {"num_videos": 0, "max_failure_videos": 0}
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]

@@ -167,6 +167,22 @@ def test_every_request_names_its_adapter_and_gets_it(tmp_path) -> None:
     assert np.array_equal(policy.decode(images, instructions, logits=True)[1], base)
 
 
+def test_a_requests_bits_do_not_depend_on_what_else_is_resident(tmp_path, one_thread: None) -> None:
+    policy = spvla.load_policy("tiny")
+    images, instructions = requests(3)
+    base = policy.decode(images, instructions, logits=True)[1]
+    own = []
+    for i in range(3):  # the third makes the stacks grow, from two adapters to four
+        policy.add_adapter(f"v{i}", write_adapter(tmp_path / f"v{i}", seed=i))
+        own.append(policy.decode(images, instructions, logits=True, adapters=["v0"] * 3)[1])
+        assert np.array_equal(policy.decode(images, instructions, logits=True)[1], base)
+    policy.remove_adapter("v0")
+    policy.add_adapter("v3", write_adapter(tmp_path / "v3", seed=3))
+    policy.add_adapter("again", tmp_path / "v0")  # in another slot than before
+    own.append(policy.decode(images, instructions, logits=True, adapters=["again"] * 3)[1])
+    assert all(np.array_equal(logits, own[0]) for logits in own) and not np.array_equal(own[0], base)
+
+
 def test_swapping_a_version_in_moves_no_weight_of_the_base(tmp_path) -> None:
     policy = spvla.load_policy("tiny")
     places = {n: p.data_ptr() for n, p in policy.model.named_parameters()}

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Iterator
 from copy import deepcopy
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from policy_parts import reference_model, requests
+from policy_parts import reference_model, requests, write_adapter
 from selfplay_parts import ragged_batch, take_step, tiny_model
 from torch import Tensor
 
+import spvla
 from spvla.config import StepConfig
 from spvla.policy.attend import Packing, attend_new, attend_prompts
 from spvla.policy.decoding import quack_version
@@ -159,6 +161,17 @@ def test_a_towers_block_is_the_same_fused(hopper: ModuleType, layer_scale: bool)
     x = torch.randn(5, 261, 72).cuda()
     ours = hopper.run_block(deepcopy(block).bfloat16(), x.bfloat16())
     assert far(ours - x.bfloat16(), block(x) - x) < 2e-2
+
+
+def test_the_base_has_its_bits_beside_adapters_too(tmp_path: Path) -> None:
+    policy = spvla.load_policy("tiny", device="cuda", dtype="bfloat16", decode_batch_size=4)
+    images, instructions = requests(4)
+    policy.prepare(instructions)
+    base = policy.decode(images, instructions, logits=True)[1]
+    policy.add_adapter("v0", write_adapter(tmp_path / "v0"))
+    mixed = policy.decode(images, instructions, logits=True, adapters=[None, "v0", None, "v0"])[1]
+    assert np.array_equal(mixed[[0, 2]], base[[0, 2]])
+    assert not np.array_equal(mixed[[1, 3]], base[[1, 3]])
 
 
 @pytest.mark.parametrize("heat", [0.0, 2.0])

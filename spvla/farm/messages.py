@@ -46,7 +46,7 @@ class ServerSettings:
 class ServerFacts:
     """What the protocol must know of a policy server."""
 
-    device: str  # "cpu", or the GPU's name, and the version of the fused products that it decodes with
+    device: str  # "cpu", or the GPU's name, and the version of the fused products that it has
     pid: int
 
     def differences(self, other: "ServerFacts") -> list[str]:

@@ -30,7 +30,7 @@ class Protocol:
     center_crop: bool
     unnorm_key: str | None = None  # None: the suite's name, or that + "_no_noops"
     seed: int
-    device: str  # "cpu", or the GPU's name, and the version of the fused products that it decodes with
+    device: str  # "cpu", or the GPU's name, and the version of the fused products that it has
     dtype: str
     quantization: str = "none"  # "none", "8bit", "4bit"
     decode_batch_size: int  # 0: batches of any size, so the load may show in the last bits

@@ -29,8 +29,8 @@ class Rows:
 class Stack:
     """The resident adapters of one map: y += B[slot] A[slot] x. Scale is folded into B.
 
-    Two products for all adapters at once, of which a mask leaves each token its own: more multiplications, by n r over
-    the map's width, than a product for each row would do, and far fewer bytes.
+    Each adapter goes by products of its own, for all tokens, of which a mask leaves those that ask for it. So no shape,
+    and with it no bit of a result, depends on how many adapters are resident, or which is in what slot.
     """
 
     a: Tensor  # (n, r, in): of slots 1 to n
@@ -39,10 +39,10 @@ class Stack:
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Adds to y, in its memory: (B, T, in), (B, T, out) -> (B, T, out)."""
-        slots = torch.arange(1, len(self.a) + 1, device=x.device)
-        own = self.rows.of(x)[..., None] == slots  # (B, 1, n) or (1, N, n)
-        narrow = F.linear(x, self.a.flatten(0, 1)).unflatten(-1, self.a.shape[:2]) * own[..., None]
-        y.view(-1, y.shape[-1]).addmm_(narrow.flatten(2).flatten(0, 1), self.b.flatten(0, 1))
+        owners = self.rows.of(x)[..., None]  # (B, 1, 1) or (1, N, 1)
+        for slot, (a, b) in enumerate(zip(self.a, self.b, strict=True), start=1):
+            narrow = F.linear(x, a) * (owners == slot)  # (B, T, r)
+            y.view(-1, y.shape[-1]).addmm_(narrow.flatten(0, 1), b)
         return y
 
 
