@@ -31,7 +31,7 @@ from spvla.policy.openvla import OpenVLA, OpenVLAConfig
 from spvla.policy.policy import OpenVLAPolicy
 from spvla.policy.presets import TOWER_FILE, create_tiny
 from spvla.policy.prompt import load_tokenizer
-from spvla.policy.quantised import quantise
+from spvla.policy.quantised import quantise, require_quantiser
 from spvla.policy.weights import Weights, open_weights, read_json, require_shapes, torch_dtype, write_weights
 
 __all__ = [
@@ -104,7 +104,9 @@ def load_model(
     if load_in_8bit and load_in_4bit:
         raise UserError("load_in_8bit and load_in_4bit", expected="one of the two", remedy="Leave one out.")
     if load_in_8bit or load_in_4bit:
-        quantise(model, bits=8 if load_in_8bit else 4, dtype=wanted, device=device)
+        bits = 8 if load_in_8bit else 4
+        require_quantiser(bits=bits, device=device)
+        quantise(model, bits=bits, dtype=wanted)
     _read_into(model, weights, device, wanted)
     return model.eval().requires_grad_(False).to(device)
 

@@ -4,6 +4,9 @@ As in transformers, every linear map but lm_head is quantised while it is loaded
 convolutions keep their type. Maps still carry resident LoRA versions, in the model's own type.
 """
 
+from collections.abc import Callable
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor, nn
 
@@ -13,69 +16,61 @@ from spvla.policy.linear import Linear, Stack
 KEPT = ("lm_head",)
 
 
-def quantise(model: nn.Module, *, bits: int, dtype: torch.dtype, device: str) -> None:
-    """Replaces the linear maps of a model on the meta device by quantised ones, to be filled by their `place`."""
+def require_quantiser(*, bits: int, device: str) -> None:
+    """Raises UserError where weights of so many bits cannot be had."""
     flag = f"load_in_{bits}bit"
     if not device.startswith("cuda"):
         raise UserError(f"{flag} on {device}", expected="a GPU", remedy=f"Give device='cuda', or leave {flag} out.")
-    try:
-        import bitsandbytes as bnb
-    except ImportError as e:
+    if find_spec("bitsandbytes") is None:
         raise UserError(
             f"{flag} without bitsandbytes",
             expected="the extra 'quantized'",
             remedy="Run: pip install 'spvla[quantized]'",
-        ) from e
-    make = _eight_bit(bnb) if bits == 8 else _four_bit(bnb, dtype)
+        )
+
+
+def quantise(model: nn.Module, *, bits: int, dtype: torch.dtype) -> None:
+    """Replaces the linear maps of a model on the meta device by quantised ones, to be filled by their `place`."""
+    make = _maker(bits, dtype)
     for name, module in list(model.named_modules()):
         parent, _, leaf = name.rpartition(".")
         if type(module) is Linear and leaf not in KEPT:
-            setattr(model.get_submodule(parent), leaf, make(module))
+            with torch.device("meta"):
+                setattr(model.get_submodule(parent), leaf, make(module))
 
 
-def _eight_bit(bnb):  # type: ignore[no-untyped-def]
-    class Linear8bit(bnb.nn.Linear8bitLt):
+def _maker(bits: int, dtype: torch.dtype) -> Callable[[Linear], nn.Module]:
+    import bitsandbytes as bnb
+
+    class Served:
+        """What a decoder and a checkpoint's reader ask of either kind of map."""
+
+        lora: Stack | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y if self.lora is None else self.lora.add(x, y)
+
+        def place(self, leaf: str, value: Tensor, device: str) -> nn.Parameter:
+            """The parameter `leaf`, "weight" or "bias", from a checkpoint's tensor."""
+            if leaf == "bias":
+                return nn.Parameter(value.to(device), requires_grad=False)
+            return self.quantised(value).to(device)
+
+    class Linear8bit(Served, bnb.nn.Linear8bitLt):
         """LLM.int8 (arxiv.org/abs/2208.07339)."""
 
-        lora: Stack | None = None
+        def quantised(self, weight: Tensor) -> nn.Parameter:
+            return bnb.nn.Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False)
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = super().forward(x)
-            return y if self.lora is None else self.lora.add(x, y)
-
-        def place(self, leaf: str, value: Tensor, device: str) -> nn.Parameter:
-            if leaf == "bias":
-                return nn.Parameter(value.to(device), requires_grad=False)
-            return bnb.nn.Int8Params(value.half(), requires_grad=False, has_fp16_weights=False).to(device)
-
-    def make(old: Linear) -> nn.Module:
-        with torch.device("meta"):
-            return Linear8bit(
-                old.in_features, old.out_features, old.bias is not None, has_fp16_weights=False, threshold=6.0
-            )
-
-    return make
-
-
-def _four_bit(bnb, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    class Linear4bit(bnb.nn.Linear4bit):
+    class Linear4bit(Served, bnb.nn.Linear4bit):
         """Blocks of 4-bit floats (arxiv.org/abs/2305.14314); products in the model's type."""
 
-        lora: Stack | None = None
+        def quantised(self, weight: Tensor) -> nn.Parameter:
+            return bnb.nn.Params4bit(weight, requires_grad=False, quant_type="fp4", module=self)
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = super().forward(x)
-            return y if self.lora is None else self.lora.add(x, y)
-
-        def place(self, leaf: str, value: Tensor, device: str) -> nn.Parameter:
-            if leaf == "bias":
-                return nn.Parameter(value.to(device), requires_grad=False)
-            return bnb.nn.Params4bit(value, requires_grad=False, quant_type="fp4", module=self).to(device)
-
-    def make(old: Linear) -> nn.Module:
-        with torch.device("meta"):
-            return Linear4bit(
-                old.in_features, old.out_features, old.bias is not None, compute_dtype=dtype, quant_type="fp4"
-            )
-
-    return make
+    kind, options = {
+        8: (Linear8bit, {"has_fp16_weights": False, "threshold": 6.0}),
+        4: (Linear4bit, {"compute_dtype": dtype, "quant_type": "fp4"}),
+    }[bits]
+    return lambda old: kind(old.in_features, old.out_features, old.bias is not None, **options)
