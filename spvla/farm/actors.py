@@ -90,6 +90,7 @@ class PolicyServer:
         self.settings = settings
         self.policies: dict[str, Any] = {}  # base path -> OpenVLAPolicy
         self.versions: dict[str, Version] = {}
+        self.changing = asyncio.Lock()
         self.depth = 2 if settings.device == "cuda" else 1
         self.decoding = ThreadPoolExecutor(self.depth, "decode", initializer=self._prepare_thread)
         self.batcher: Batcher[Request, np.ndarray] = Batcher(
@@ -107,8 +108,10 @@ class PolicyServer:
             torch.set_num_threads(1)  # a sum's order, and so its last bit, follows the number of threads
 
     async def prepare(self, versions: Sequence[Version], adapters: dict[str, list[ray.ObjectRef]]) -> ServerFacts:
-        """Makes versions resident. `adapters` holds, by digest, the files of one whose folder is elsewhere."""
-        return await asyncio.get_running_loop().run_in_executor(self.decoding, self._prepare, versions, adapters)
+        """Makes these versions resident, and no others. `adapters` holds, by digest, the files of one whose folder is
+        elsewhere. Calls wait for one another: two at once would load a base twice, or drop what the other needs."""
+        async with self.changing:
+            return await asyncio.get_running_loop().run_in_executor(self.decoding, self._prepare, versions, adapters)
 
     def _prepare(self, versions: Sequence[Version], adapters: dict[str, list[ray.ObjectRef]]) -> ServerFacts:
         from spvla.policy.decoding import arithmetic
@@ -117,6 +120,8 @@ class PolicyServer:
             if version.digest not in self.versions:
                 here = not version.is_adapter or Path(version.path).is_dir()
                 self.add(version, None if here else ray.get(adapters[version.digest][0]))
+        for digest in self.versions.keys() - {v.digest for v in versions}:  # after: a base that both need stays
+            self.remove(digest)
         for policy in self.policies.values():
             policy.prepare(every_instruction())
         return ServerFacts(device=arithmetic(self.settings.device, self.settings.dtype), pid=os.getpid())
@@ -130,14 +135,9 @@ class PolicyServer:
                 self.policies[version.base].add_adapter(version.digest, folder)
         self.versions[version.digest] = version
 
-    async def remove(self, digest: str) -> None:
+    def remove(self, digest: str) -> None:
         """Forgets a version, and its base when no other version needs it."""
-        await asyncio.get_running_loop().run_in_executor(self.decoding, self._remove, digest)
-
-    def _remove(self, digest: str) -> None:
-        version = self.versions.pop(digest, None)
-        if version is None:
-            return
+        version = self.versions.pop(digest)
         if version.is_adapter:
             self.policies[version.base].remove_adapter(digest)
         if not any(v.base == version.base for v in self.versions.values()):

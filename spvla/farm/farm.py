@@ -65,15 +65,12 @@ class Farm:
 
     def use(self, versions: Sequence[Version]) -> None:
         """The policies that every server holds from now on. Adapters are moved as their few files only."""
-        gone = [v.digest for v in self.versions if v not in versions]
         self.versions = list(versions)
         if grows() or sum(node["Alive"] for node in ray.nodes()) > 1:
             self.adapters = {v.digest: [ray.put(files_of(Path(v.path)))] for v in versions if v.is_adapter}
         for slot in [s for s in self.servers.slots if s.ready or s.starting is not None]:
             slot.facts, slot.starting = None, self._start_server(slot.actor)
             slot.since_s = time.monotonic()
-            for digest in gone:  # after the new ones are in: a base that both need stays
-                slot.actor.remove.remote(digest)
 
     def tend(self) -> None:
         """Fills empty places, welcomes who has started, and grows with the cluster. Raises when nobody is left."""
