@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,32 @@ def new_folder(path: Path) -> Iterator[Path]:
             beside.replace(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def create_once(path: Path, write: Callable[[Path], object]) -> Path:
+    """`path`, filled by `write` where it is missing. Of several processes that come at once, the first one's stays."""
+    if path.is_dir():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        write(beside)
+        beside.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return path
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder that others may read: renamed first, so that they find it whole or not at all."""
+    gone = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    folder.replace(gone)
+    shutil.rmtree(gone)
 
 
 def require_writable(folder: Path, *, flag: str) -> Path:

@@ -4,11 +4,12 @@ A checkpoint is first pinned, by hard links beside the ledger: training may dele
 policy actor that dies needs it again. Newest first, so that the curve's end is never far behind; then those skipped.
 """
 
+import hashlib
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,13 +31,19 @@ def follow(config: EvaluateConfig) -> None:
     assert run is not None
     last_step = steps_of(run)
     with session(config) as opened:
-        pins, say = opened.folder / PINNED / run.resolve().name, opened.console.say
+        pins, say = pins_of(run, opened.folder), opened.console.say
         for step, checkpoint in checkpoints_to_come(run, pins, last_step, say):
             say(f"follow  step {step}: {checkpoint}")
             for s in opened.run([checkpoint], step=step):
                 if s.task is None:
                     say(f"follow  step {step}: {s.suite} {s.successes}/{s.done} = {s.rate:.1%}")
         print(table([s for s in summarise(opened.ledger.trials()) if s.task is None]))
+
+
+def pins_of(run: Path, folder: Path) -> Path:
+    """Runs of one name lie in different places; the last part is the name that tables give their policies."""
+    place = run.resolve()
+    return folder / PINNED / hashlib.sha256(str(place).encode()).hexdigest()[:8] / place.name
 
 
 def steps_of(run: Path) -> int:
@@ -108,17 +115,33 @@ def pinning(run: Path, pins: Path) -> Iterator[Callable[[], None]]:
 
 
 def pin_new(run: Path, pins: Path) -> None:
-    """Links each whole checkpoint that is not pinned yet into `pins`, without its training state."""
+    """Links each whole checkpoint that is not pinned yet into `pins`, without its training state.
+
+    Raises UserError where one that is pinned has been trained anew.
+    """
     for _, folder in runs.checkpoints(run):
         kept = pins / runs.CHECKPOINTS / folder.name
-        if kept.exists():
-            continue
         try:
+            names = [name for name in os.listdir(folder) if not name.startswith("training_state")]
+            if kept.exists():
+                require_same(folder, kept, names)
+                continue
             with new_folder(kept) as fresh:
-                for file in (f for f in folder.iterdir() if f.is_file() and not f.name.startswith("training_state")):
-                    link_or_copy(file, fresh / file.name)
+                for name in names:
+                    link_or_copy(folder / name, fresh / name)
         except FileNotFoundError:
             continue  # training has deleted it meanwhile
+
+
+def require_same(folder: Path, kept: Path, names: Sequence[str]) -> None:
+    for name in names:
+        ours, theirs = ((place / name).stat() for place in (kept, folder))
+        if (ours.st_size, ours.st_mtime_ns) != (theirs.st_size, theirs.st_mtime_ns):
+            raise UserError(
+                f"{folder} is not the checkpoint that was followed under this name before",
+                expected="the run that this --local_log_dir has followed",
+                remedy="It was trained anew: give another --local_log_dir.",
+            )
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -127,4 +150,4 @@ def link_or_copy(source: Path, target: Path) -> None:
     except FileNotFoundError:
         raise
     except OSError:  # another file system
-        shutil.copyfile(source, target)
+        shutil.copy2(source, target)

@@ -61,7 +61,9 @@ class Merger:
         try:
             with new_folder(held) as folder:
                 shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(f"{STATE}*"))
-        except FileNotFoundError:
+        except OSError:
+            if checkpoint.exists():
+                raise
             return  # a newer checkpoint has taken its place
         merged = self.run / runs.MERGED / checkpoint.name
         with new_folder(merged) as folder:

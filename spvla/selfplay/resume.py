@@ -7,6 +7,7 @@ run goes on, whatever was killed in between.
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from spvla import runs
 from spvla.errors import CheckpointError
-from spvla.files import new_folder, write_json
+from spvla.files import discard, new_folder, write_json
 
 STATE = "training_state"
 
@@ -57,7 +58,8 @@ def prune(folder: Path, *, keep: Path) -> None:
     """Removes every step_* folder but one, oldest first."""
     for other in sorted(folder.glob("step_*")):
         if other != keep:
-            shutil.rmtree(other, ignore_errors=True)
+            with suppress(OSError):  # it is only in the way; `sweep_out` tries again
+                discard(other)
 
 
 def sweep_out(run: Path) -> None:
