@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from spvla.errors import UserError
-from spvla.sim import assets
+from spvla.sim import assets, suites
 from spvla.sim.assets import FOLDERS, resolve
 
 
@@ -64,3 +64,23 @@ def test_the_digest_follows_content_and_names_but_not_the_place(tmp_path: Path) 
 
 def test_real_assets_are_recognised(real_assets: Path) -> None:
     assert resolve(real_assets).name == real_assets.name
+
+
+def test_folders_that_are_links_count_with_their_content(tmp_path: Path) -> None:
+    digests = set()
+    for content in ("<mujoco/>", "<mujoco />"):
+        real, linked = asset_folder(tmp_path / f"real{len(content)}", content), tmp_path / f"linked{len(content)}"
+        linked.mkdir()
+        for name in FOLDERS:
+            (linked / name).symlink_to(real / name)
+        assert resolve(linked).digest == resolve(real).digest
+        digests.add(resolve(linked).digest)
+    assert len(digests) == 2
+
+
+def test_the_primitives_have_every_model_of_the_four_suites_and_name_those_of_libero_90_that_they_lack() -> None:
+    own = assets._primitives()
+    own.require(task for suite in suites.SUITES if suite != "libero_90" for task in suites.tasks(suite))
+    own.require([suites.task_info("libero_90", 0)])
+    with pytest.raises(UserError, match="libero_90 task 86 needs .*, which the primitives assets lack"):
+        own.require(suites.tasks("libero_90")[86:])

@@ -5,8 +5,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from farm_parts import PROTOCOL
@@ -110,6 +112,26 @@ def test_a_driver_that_lost_its_claim_cannot_write(tmp_path: Path, monkeypatch: 
         assert quick.claim(P, TRIALS[0])
         assert not slow.record(P, TRIALS[0], LOST)
         assert quick.record(P, TRIALS[0], WON)
+
+
+def test_drivers_that_start_at_once_make_one_ledger(tmp_path: Path) -> None:
+    for i in range(15):
+        together = Barrier(8)
+
+        def start(path: Path = tmp_path / str(i) / "ledger.sqlite", together: Barrier = together) -> None:
+            together.wait()
+            Ledger.create(path).close()
+
+        with ThreadPoolExecutor(8) as threads:
+            for started in [threads.submit(start) for _ in range(8)]:
+                started.result()
+
+
+def test_policies_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    with planned(tmp_path) as ledger:
+        ledger.add_policy("0123456789", name="tiny", path="/elsewhere/tiny")
+        ledger.add_policy("0123456789", name="tiny", path="/elsewhere/tiny")
+        assert [p.name for p in ledger.policies()] == ["tiny", "tiny@01234567"]
 
 
 def test_errors_stand_beside_the_trial_and_not_in_it(tmp_path: Path) -> None:

@@ -130,9 +130,9 @@ class Ledger:
 
     def _prepare(self) -> None:
         """Makes the tables in an empty file; refuses anything that is not a sound ledger of this schema."""
+        empty = not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()  # first: another may fill it now
         schema = self._db.execute("PRAGMA user_version").fetchone()[0]
         mark = self._db.execute("PRAGMA application_id").fetchone()[0]
-        empty = not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
         if not empty and mark != APPLICATION_ID:
             raise LedgerError(
                 f"{self.path} is an SQLite file of something else",
@@ -148,7 +148,7 @@ class Ledger:
         if not empty and (found := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(found)
         if os.access(self.path.parent, os.W_OK):
-            self._db.execute("PRAGMA journal_mode = WAL")
+            self._journal()
             self._db.execute("PRAGMA synchronous = FULL")
         if empty:
             with self._transaction():  # another process may be making the tables at this moment
@@ -157,6 +157,18 @@ class Ledger:
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                     self._db.execute(f"PRAGMA user_version = {SCHEMA}")
+
+    def _journal(self) -> None:
+        """Two that change to a write-ahead log at once do not wait for each other by themselves."""
+        deadline_s = time.monotonic() + BUSY_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as e:
+                if "locked" not in str(e) or time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.02)
 
     def close(self) -> None:
         """Gives unfinished claims back and closes the file."""
@@ -204,8 +216,11 @@ class Ledger:
             self._db.execute("INSERT OR IGNORE INTO protocols VALUES (?, ?, ?)", values)
 
     def add_policy(self, digest: str, *, name: str, path: str) -> None:
+        """A policy keeps the name that it came with first; a name that another policy has gets a part of the digest."""
         with self._transaction():
-            self._db.execute("INSERT OR IGNORE INTO policies VALUES (?, ?, ?, ?)", (digest, name, path, time.time()))
+            taken = self._db.execute("SELECT 1 FROM policies WHERE name = ? AND digest != ?", (name, digest)).fetchone()
+            values = (digest, f"{name}@{digest[:8]}" if taken else name, path, time.time())
+            self._db.execute("INSERT OR IGNORE INTO policies VALUES (?, ?, ?, ?)", values)
 
     def add_tasks(self, instructions: Mapping[tuple[str, int], str]) -> None:
         """(suite, task) -> instruction."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from spvla.errors import CheckpointError, UserError
-from spvla.files import cache_dir, new_folder, write_json, write_text
+from spvla.files import cache_dir, create_once, new_folder, write_json, write_text
 from spvla.policy.adapters import (
     ADAPTER_CONFIG,
     STATISTICS,
@@ -123,8 +123,7 @@ def require_device(device: str) -> None:
 def resolve(path: str | Path) -> Path:
     """The folder of a path, of the preset "tiny", or of a Hugging Face name in the local cache."""
     if str(path) == "tiny":
-        folder = cache_dir() / "presets" / f"tiny-{_TINY_VERSION}"
-        return folder if folder.exists() else _create_once(folder)
+        return create_once(cache_dir() / "presets" / f"tiny-{_TINY_VERSION}", create_tiny)
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -143,16 +142,6 @@ def resolve(path: str | Path) -> Path:
         expected="a checkpoint or adapter folder, a Hugging Face name in the local cache, or 'tiny'",
         remedy=remedy,
     )
-
-
-def _create_once(folder: Path) -> Path:
-    """Several processes may come at once; each makes the same bytes, and one's folder takes the name."""
-    try:
-        return create_tiny(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        return folder
 
 
 def base_of(path: str | Path) -> tuple[Path, Path | None]:

@@ -8,12 +8,14 @@ success rate means nothing without them.
 import hashlib
 import importlib.util
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from spvla.errors import UserError
-from spvla.files import cache_dir, new_folder
+from spvla.files import cache_dir, create_once
 from spvla.sim import primitives
+from spvla.sim.suites import TaskInfo
 
 # Every LIBERO scene reads from these.
 FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "turbosquid_objects")
@@ -26,6 +28,18 @@ class AssetSet:
     name: str  # "primitives", "libero", or the given folder's own name
     path: Path
     digest: str  # sha256 of every file's path and bytes
+
+    def require(self, tasks: Iterable[TaskInfo]) -> None:
+        """Raises UserError where a task's scene needs a model that is not among these."""
+        there = {Path(name).stem for _, _, names in os.walk(self.path, followlinks=True) for name in names}
+        for task in tasks:
+            if missing := task.models - there:
+                names = ", ".join(sorted(missing))
+                raise UserError(
+                    f"{task.suite} task {task.id} needs {names}, which the {self.name} assets lack",
+                    expected="assets with every model of the task",
+                    remedy="Give LIBERO's own with --libero_assets, or choose other --tasks.",
+                )
 
 
 def resolve(flag: Path | None = None) -> AssetSet:
@@ -65,17 +79,15 @@ def _libero_places() -> list[Path]:
 
 
 def _primitives() -> AssetSet:
-    folder = cache_dir() / "assets" / f"primitives-{primitives.DIGEST[:16]}"
-    if not folder.is_dir():
-        with new_folder(folder) as fresh:
-            primitives.write(fresh)
+    folder = create_once(cache_dir() / "assets" / f"primitives-{primitives.DIGEST[:16]}", primitives.write)
     return AssetSet(name="primitives", path=folder, digest=primitives.DIGEST)
 
 
 def _digest(folder: Path) -> str:
-    """sha256 over sorted relative paths and contents; a tenth of a second for LIBERO's own set."""
+    """sha256 over sorted relative paths and contents, links followed; a tenth of a second for LIBERO's own set."""
     total = hashlib.sha256()
-    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+    found = (Path(at) / name for at, _, names in os.walk(folder, followlinks=True) for name in names)
+    for file in sorted(f for f in found if f.is_file()):
         total.update(str(file.relative_to(folder)).encode())
         with file.open("rb") as opened:
             total.update(hashlib.file_digest(opened, "sha256").digest())

@@ -1,6 +1,7 @@
 """LIBERO's suites and tasks, read from its files without importing it (which takes a second and 150 MB)."""
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,14 @@ class TaskInfo:
     @property
     def init_file(self) -> Path:
         return package("libero") / "libero/init_files" / self.suite / f"{self.name}.pruned_init"
+
+    @property
+    def models(self) -> set[str]:
+        """The scene's objects and furniture, as an asset set calls them; tables and floors belong to no one task."""
+        lists = re.search(r"\(:fixtures(.*?)\)\s*\(:objects(.*?)\)", self.bddl_file.read_text(), re.DOTALL)
+        assert lists is not None, self.bddl_file
+        kinds = re.findall(r"- (\w+)", lists[1] + lists[2])
+        return {kind for kind in kinds if not kind.endswith(("table", "floor"))}
 
 
 def tasks(suite: str) -> list[TaskInfo]:
