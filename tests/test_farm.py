@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from spvla.errors import InfrastructureError
 from spvla.farm.actors import PolicyServer, load_checkpoint
 from spvla.farm.messages import ServerSettings
 from spvla.farm.plan import describe
+from spvla.farm.pool import Crew
 from spvla.farm.run import Run
 from spvla.types import Outcome, Status
 
@@ -214,6 +216,44 @@ def test_trials_of_another_driver_are_left_to_it(tmp_path: Path) -> None:
     assert rows[0].state_digest == "theirs"
 
 
+def test_a_trial_whose_claim_lapsed_is_played_unless_the_other_driver_ends_it(tmp_path: Path) -> None:
+    wanted = trials(tasks=1, init_states=1)
+    with (
+        open_ledger(tmp_path, wanted) as ledger,
+        open_ledger(tmp_path, wanted) as other,
+        fake_farm(tmp_path, quiet(num_envs=1)) as (farm, _),
+    ):
+        run, record = Run(farm, job(wanted), ledger), ledger.record
+
+        def stolen(*trial: object, **outcome: object) -> bool:
+            ledger.release(PROTOCOL.digest, wanted[0])  # as a heartbeat that stopped for a minute does
+            assert other.claim(PROTOCOL.digest, wanted[0])
+            ledger.record = record
+            recorded = record(*trial, **outcome)
+            other.release(PROTOCOL.digest, wanted[0])
+            return recorded
+
+        ledger.record = stolen
+        run.play()
+        assert [r.status for r in ledger.trials()] == ["success"]
+
+
+def test_a_crew_that_was_idle_for_long_is_not_stranded_the_moment_it_asks(ray_cluster: None) -> None:
+    class Worker:
+        pass
+
+    nowhere = ray.remote(resources={"nowhere": 1})(Worker)
+    crew = Crew("env", launch=lambda name: nowhere.remote(), start=lambda actor: actor, start_timeout_s=60)
+    crew.grow_to(1)
+    crew.housed_at_s -= 1000
+    crew.fill(1)
+    assert crew.waiting() and not crew.stranded(900)
+    crew.housed_at_s -= 1000
+    crew.fill(1)
+    assert crew.stranded(900)
+    crew.close()
+
+
 def test_a_new_version_moves_its_adapter_and_leaves_the_base_where_it_is(tmp_path: Path) -> None:
     base = tiny_with_statistics(tmp_path / "tiny")
     first, second = (describe(str(adapter_of(base, tmp_path / f"step{seed}", seed=seed))) for seed in (1, 2))
@@ -224,16 +264,16 @@ def test_a_new_version_moves_its_adapter_and_leaves_the_base_where_it_is(tmp_pat
         return load_checkpoint(path, settings)
 
     async def follow(server: PolicyServer) -> None:
-        await server.prepare([first], {})
         files = {path.name: path.read_bytes() for path in Path(second.path).iterdir()}
         shutil.rmtree(second.path)  # as if on another machine
-        await server.prepare([second], {second.digest: [ray.put(files)]})
-        await server.remove(first.digest)
+        held = {second.digest: [ray.put(files)]}
+        await asyncio.gather(server.prepare([first], {}), server.prepare([second], held))  # the second does not wait
 
     options = {"device": "cpu", "dtype": "float32", "load_in_8bit": False, "load_in_4bit": False, "wait_ms": None}
     server = PolicyServer(
         "policy-0", ServerSettings(**options, decode_batch_size=1, max_batch=1, log_folder=None, load=load)
     )
+    server.decoding = ThreadPoolExecutor(2)  # as with a GPU
     asyncio.run(follow(server))
     assert loaded == [str(base)] and server.policies[str(base)].adapters == [second.digest]
 

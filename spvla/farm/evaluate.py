@@ -6,18 +6,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from spvla import runs
 from spvla.config import EvaluateConfig
 from spvla.farm.session import session
 from spvla.farm.summary import Summary, table
-from spvla.files import require_writable
 
 
 def evaluate(config: EvaluateConfig) -> None:
     """The command. Its table goes to stdout, everything else to stderr."""
-    folder = require_writable(config.local_log_dir, flag="--local_log_dir")
-    if not (folder / runs.CONFIG).exists():  # another command's folder keeps its own
-        runs.write_config(folder, "evaluate", config)
     if config.follow is not None:
         from spvla.farm.follow import follow
 

@@ -4,18 +4,33 @@ The original plays one trial after another and prints as it goes. A farm ends th
 from the ledger, in the original's order, when the run ends or is interrupted.
 """
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from spvla.farm.ledger import TrialRow
 from spvla.files import safe_name, write_text
+from spvla.types import MAX_STEPS
+
+TIME = "%Y_%m_%d-%H_%M_%S"
+NAME_PART = 60  # characters of a policy's name
 
 
 def log_name(suite: str, *, at: datetime, note: str | None) -> str:
     """EVAL-libero_spatial-openvla-2026_01_31-12_00_00--note.txt"""
-    name = f"EVAL-{suite}-openvla-{at:%Y_%m_%d-%H_%M_%S}"
+    name = f"EVAL-{suite}-openvla-{at:{TIME}}"
     return safe_name(f"{name}--{note}.txt" if note else f"{name}.txt", what="run_id_note")
+
+
+def name_part(text: str) -> str:
+    """A policy's name as the end of a note: whatever its folder is called."""
+    return re.sub(r"[^A-Za-z0-9._+=-]|\.\.+", "-", text)[-NAME_PART:]
+
+
+def refuse_note(note: str | None) -> None:
+    """Raises UserError where some log of an evaluation could not be named so."""
+    log_name(max(MAX_STEPS, key=len), at=datetime.now(), note=f"{note or ''}--{'x' * NAME_PART}")
 
 
 def log_text(rows: Sequence[TrialRow]) -> str:
@@ -36,6 +51,11 @@ def log_text(rows: Sequence[TrialRow]) -> str:
 
 
 def write_log(folder: Path, rows: Sequence[TrialRow], *, at: datetime, note: str | None) -> Path:
+    """The log of outcomes, unless one that was written after the last of them is there: that one is returned."""
     path = folder / log_name(rows[0].suite, at=at, note=note)
+    stamp = f"{at:{TIME}}"
+    for older in folder.glob(path.name.replace(stamp, "?" * len(stamp))):
+        if older.stat().st_mtime >= max(row.done_at or 0 for row in rows):
+            return older
     write_text(path, log_text(rows))
     return path

@@ -82,6 +82,8 @@ class Crew(Generic[Facts]):
     def fill(self, wanted: int) -> None:
         """Asks for actors in empty slots, up to `wanted` in all; who still waits for a place beyond that is let go."""
         now = time.monotonic()
+        if not any(s.actor is not None for s in self.slots):
+            self.housed_at_s = now  # nobody has asked yet
         surplus = sum(s.actor is not None for s in self.slots) - wanted
         for slot in self.waiting()[::-1][: max(0, surplus)]:
             self.retire(slot)

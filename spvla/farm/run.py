@@ -149,7 +149,10 @@ class Run:
         video = self._keep_video(trial, outcome.status, report.video) if report.video else ""
         if report.no_video:
             self._say_no_video(trial, report.no_video)
-        self.made += self.ledger.record(self.job.protocol, trial, outcome, video=video, worker=slot.name)
+        if self.ledger.record(self.job.protocol, trial, outcome, video=video, worker=slot.name):
+            self.made += 1
+        else:
+            self.elsewhere.append(trial)  # our claim had lapsed: whoever took it may yet give it back
         self.quota.end(trial, work.order.film, outcome.status if video else None)
         slot.deaths = 0
         for server in self.farm.servers.slots:

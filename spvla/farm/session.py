@@ -14,14 +14,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from spvla import runs
 from spvla.cluster import connection
 from spvla.config import EvaluateConfig
+from spvla.errors import UserError
 from spvla.farm.actors import load_checkpoint, open_libero
 from spvla.farm.console import Console, Tally, View
 from spvla.farm.exports import Wandb, export
 from spvla.farm.farm import Farm, cluster_sizes
 from spvla.farm.ledger import Ledger, TrialRow
-from spvla.farm.logfile import log_name, write_log
+from spvla.farm.logfile import name_part, refuse_note, write_log
 from spvla.farm.messages import ServerFacts, ServerSettings, WorkerFacts, WorkerSettings
 from spvla.farm.plan import Plan, make_plan
 from spvla.farm.protocol import Protocol, require_same
@@ -30,8 +32,7 @@ from spvla.farm.settle import pairs_of, verdict
 from spvla.farm.sizing import decode_batch_size
 from spvla.farm.summary import Summary, summarise
 from spvla.files import require_writable, writing_to
-from spvla.runs import LEDGER
-from spvla.sim import assets
+from spvla.sim import assets, suites
 from spvla.types import MAX_STEPS, Trial
 
 WORKER_LOGS = "workers"
@@ -43,9 +44,9 @@ PACKAGES = {"mujoco": "mujoco", "robosuite": "robosuite", "libero": "hf-libero"}
 @contextmanager
 def session(config: EvaluateConfig) -> Iterator["Session"]:
     """Opens the ledger in --local_log_dir. Raises UserError if it cannot be used."""
-    log_name("suite", at=datetime.now(), note=config.run_id_note)  # refused now, not when hours of trials are done
+    refuse_note(config.run_id_note)  # now, not when hours of trials are done
     folder = require_writable(config.local_log_dir, flag="--local_log_dir")
-    with Ledger.create(folder / LEDGER) as ledger, Console() as console, ExitStack() as stack:
+    with Ledger.create(folder / runs.LEDGER) as ledger, Console() as console, ExitStack() as stack:
         yield Session(config, ledger, console, stack)
 
 
@@ -67,31 +68,42 @@ class Session:
         step: of the training run that a checkpoint is from.
         """
         plan = make_plan(self.config, checkpoints)
+        self.asset_set.require(suites.task_info(*task) for task in plan.instructions)
         self._require_known_protocol()
+        self._keep_config()
         done = {row.trial for row in self.ledger.outcomes()}
         missing = [t for t in plan.trials if t not in done]
-        if not missing:
-            self.console.say(f"evaluate  nothing is missing: {len(plan.trials)} trials are in {self.ledger.path}")
-            return summarise(self._rows(plan))
-        if self.config.stop_when_settled and (words := settled(plan, self._rows(plan))):
-            self.console.say(f"evaluate  {words}; {len(missing)} trials stay left out")
-            return summarise(self._rows(plan))
+        if idle := self._nothing_to_play(plan, missing):
+            self.console.say(f"evaluate  {idle}")
         if self.config.use_wandb and self.wandb is None:
             self.wandb = self._open_wandb()
         try:
-            self._play(plan, missing)
+            if not idle:
+                self._play(plan, missing)
         finally:
             with writing_to(self.folder):
                 self._write(plan, step)
         return summarise(self._rows(plan))
 
+    def _keep_config(self) -> None:
+        """The flags of the latest evaluation, for reports; another command's folder keeps its own."""
+        there = (self.folder / runs.CONFIG).exists()
+        if not there or runs.read_config(self.folder)["command"] == "evaluate":
+            runs.write_config(self.folder, "evaluate", self.config)
+
+    def _nothing_to_play(self, plan: Plan, missing: Sequence[Trial]) -> str:
+        """Why no farm is needed, or nothing."""
+        if not missing:
+            return f"nothing is missing: {len(plan.trials)} trials are in {self.ledger.path}"
+        if self.config.stop_when_settled and (words := settled(plan, self._rows(plan))):
+            return f"{words}; {len(missing)} trials stay left out"
+        return ""
+
     def _require_known_protocol(self) -> None:
         """Refuses at once what the flags alone show to be another protocol than the ledger's."""
         if (old := self.ledger.protocol()) is None:
             return
-        known = replace(old, **self._known())
-        if self.config.decode_batch_size or not self.config.repeatable:
-            known = replace(known, decode_batch_size=self._batch_size(1))
+        known = replace(old, **self._known(), decode_batch_size=self._batch_size(1))
         require_same(old, known, where=str(self.ledger.path))
 
     def _known(self) -> dict[str, Any]:
@@ -167,13 +179,17 @@ class Session:
 
     def _protocol(self, worker: WorkerFacts, server: ServerFacts) -> Protocol:
         serving = self.farm.serving
+        if worker.assets_digest != self.asset_set.digest:
+            raise UserError(
+                f"the {self.asset_set.name} assets here, {worker.assets} where environments run",
+                expected="one set of assets on all machines, the driver's included",
+                remedy="Give a folder that every machine sees with --libero_assets, or set LIBERO_ASSETS on each.",
+            )
         measured = {name: worker.versions[package] for name, package in PACKAGES.items()}
         return Protocol(
             **self._known()
             | measured
             | {
-                "assets": worker.assets,
-                "assets_digest": worker.assets_digest,
                 "renderer": worker.renderer,
                 "device": server.device,
                 "dtype": serving.dtype,
@@ -206,7 +222,7 @@ class Session:
             return
         for (_, _, name), of_one in groupby(rows, key=lambda r: (r.policy, r.suite, r.policy_name)):
             note = [self.config.run_id_note] if self.config.run_id_note else []
-            note += [name.replace("/", "-")] if len(plan.versions) > 1 or step is not None else []
+            note += [name_part(name)] if len(plan.versions) > 1 or step is not None else []
             path = write_log(self.folder, list(of_one), at=self.began, note="--".join(note) or None)
             self.console.say(f"evaluate  log: {path}")
         for path in export(self.ledger):

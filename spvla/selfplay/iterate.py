@@ -74,7 +74,7 @@ def baseline(config: SelfplayConfig, run: Path) -> Iteration:
     """
     start = start_policy(config, run)
     able = unnorm_key(config) in norm_stats_of(start)
-    rows = evaluate_on_farm(config, run, [start]) if able else []
+    rows = evaluate_on_farm(config, run, start, name=BASELINE) if able else []
     return Iteration(
         name=BASELINE,
         checkpoint=start,
@@ -103,7 +103,7 @@ def iterate(config: SelfplayConfig, run: Path, k: int, best: Iteration) -> Itera
     flags = replace(plain(config), vla_path=best.checkpoint, run_root_dir=run, run_id=name, seed=config.seed + k)
     trained = train(flags, label=name)
     checkpoint, digest = str(trained.checkpoint), policy_digest(str(trained.checkpoint))
-    rows = evaluate_on_farm(config, run, [checkpoint])
+    rows = evaluate_on_farm(config, run, checkpoint, name=name)
     iteration = judge(rows, name, checkpoint, digest, best, config.promote_level)
     print(f"{name}  {line(iteration)}", file=sys.stderr)
     return iteration
@@ -128,10 +128,10 @@ def judge(
     )
 
 
-def evaluate_on_farm(config: SelfplayConfig, run: Path, checkpoints: Sequence[str]) -> list[TrialRow]:
-    """Makes the trials that the run's ledger misses, and returns all that it holds."""
+def evaluate_on_farm(config: SelfplayConfig, run: Path, checkpoint: str, *, name: str) -> list[TrialRow]:
+    """Makes the trials that the run's ledger misses, and returns all that it holds. `name` tells the logs apart."""
     farm = EvaluateConfig(
-        pretrained_checkpoint=checkpoints[0],
+        pretrained_checkpoint=checkpoint,
         task_suite_name=config.task_suite_name,
         tasks=config.tasks,
         num_trials_per_task=config.num_trials_per_task,
@@ -144,8 +144,9 @@ def evaluate_on_farm(config: SelfplayConfig, run: Path, checkpoints: Sequence[st
         max_steps=config.max_trial_steps,
         seed=config.seed,
         local_log_dir=run,
+        run_id_note=name,
     )
-    run_evaluation(farm, checkpoints=checkpoints)
+    run_evaluation(farm, checkpoints=[checkpoint])
     with Ledger.open(run / runs.LEDGER) as ledger:
         return ledger.outcomes()
 

@@ -15,10 +15,11 @@ from spvla.config import EvaluateConfig, TrainConfig
 from spvla.errors import UserError
 from spvla.farm import session as farm_session
 from spvla.farm.evaluate import run_evaluation
-from spvla.farm.follow import checkpoints_to_come, pin_new, steps_of
+from spvla.farm.follow import checkpoints_to_come, pin_new, pins_of, steps_of
 from spvla.farm.ledger import Ledger
 from spvla.farm.plan import describe, make_plan
 from spvla.farm.sizing import Sizes
+from spvla.files import discard
 from spvla.policy.checkpoint import load_policy
 from spvla.sim import assets
 from spvla.sim.episode import run_trial
@@ -129,8 +130,12 @@ def test_a_real_evaluation_equals_the_same_trials_played_one_by_one(
     assert (tmp_path / video).stat().st_size > 1000 and video.endswith(".mp4")
     assert (tmp_path / "results.json").exists() and (tmp_path / "trials.csv").exists()
 
+    log.unlink(), (tmp_path / "results.json").unlink()  # as if killed before they were written
     capsys.readouterr()
     again = run_evaluation(wanted, checkpoints=[tiny])
+    assert len(list(tmp_path.glob("EVAL-*"))) == 1 and (tmp_path / "results.json").exists()
+    run_evaluation(wanted, checkpoints=[tiny])
+    assert len(list(tmp_path.glob("EVAL-*"))) == 1  # it is there
     assert again == [task, total]
     assert "nothing is missing" in capsys.readouterr().err
     with pytest.raises(UserError, match="num_steps_wait: 2 -> 3"):
@@ -192,6 +197,21 @@ def test_a_pin_is_a_link_and_not_a_copy(tiny: Path, tmp_path: Path) -> None:
     pin_new(run, tmp_path / "pins")
     pinned = tmp_path / "pins/checkpoints/step_000010/adapter_model.safetensors"
     assert os.path.samefile(pinned, folder / "adapter_model.safetensors")
+
+
+def test_runs_of_one_name_are_followed_apart(tmp_path: Path) -> None:
+    pins = [pins_of(tmp_path / experiment / "it-0", tmp_path / "logs") for experiment in ("a", "b")]
+    assert pins[0] != pins[1] and {p.name for p in pins} == {"it-0"}
+
+
+def test_a_run_that_was_trained_anew_is_not_taken_for_the_old_one(tiny: Path, tmp_path: Path) -> None:
+    run, pins = training_run(tmp_path / "run", max_steps=10), tmp_path / "pins"
+    adapter_of(tiny, run / "checkpoints/step_000010", seed=1)
+    pin_new(run, pins), pin_new(run, pins)
+    discard(run / "checkpoints/step_000010")
+    adapter_of(tiny, run / "checkpoints/step_000010", seed=2)
+    with pytest.raises(UserError, match="step_000010 is not the checkpoint that was followed"):
+        pin_new(run, pins)
 
 
 def test_only_a_training_run_can_be_followed(tmp_path: Path) -> None:
