@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spvla.policy.adapters import StoredAdapter, lora_config
-from spvla.policy.decoding import Decoder, arithmetic
+from spvla.policy.decoding import Decoder
 from spvla.policy.images import to_pixel_values
+from spvla.policy.kernels import arithmetic
 from spvla.policy.linear import Rows
 from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.presets import preset

@@ -12,8 +12,9 @@ import spvla
 from spvla.errors import UserError
 from spvla.policy.actions import ActionStats, decode
 from spvla.policy.checkpoint import OpenVLAPolicy
-from spvla.policy.decoding import Decoder, choose, compiled_kernels
+from spvla.policy.decoding import Decoder, choose
 from spvla.policy.images import to_pixel_values
+from spvla.policy.kernels import compiled_kernels
 from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.prompt import build_tiny_tokenizer, prompt_ids
 

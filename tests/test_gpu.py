@@ -16,7 +16,7 @@ from torch import Tensor
 import spvla
 from spvla.config import StepConfig
 from spvla.policy.attend import Packing, attend_new, attend_prompts
-from spvla.policy.decoding import quack_version
+from spvla.policy.kernels import quack_version
 from spvla.policy.llama import LlamaConfig, rotary
 from spvla.policy.openvla import OpenVLA
 from spvla.policy.policy import OpenVLAPolicy

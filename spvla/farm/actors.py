@@ -114,7 +114,7 @@ class PolicyServer:
             return await asyncio.get_running_loop().run_in_executor(self.decoding, self._prepare, versions, adapters)
 
     def _prepare(self, versions: Sequence[Version], adapters: dict[str, list[ray.ObjectRef]]) -> ServerFacts:
-        from spvla.policy.decoding import arithmetic
+        from spvla.policy.kernels import arithmetic
 
         for version in versions:
             if version.digest not in self.versions:

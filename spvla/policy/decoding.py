@@ -14,8 +14,6 @@ Legend: B bucket, T prompt tokens, N packed tokens, S cache slots a row, A actio
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -25,13 +23,13 @@ from torch import Tensor
 from spvla.errors import UserError
 from spvla.policy.attend import Packing
 from spvla.policy.graphs import record
+from spvla.policy.kernels import gpu_kernels
 from spvla.policy.linear import Rows
-from spvla.policy.llama import EAGER, Cache, Kernels, LlamaLayer
+from spvla.policy.llama import EAGER, Cache, Kernels
 from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.prompt import PAD
 from spvla.policy.transfer import Landing, to_device
-from spvla.policy.vision import NUM_PATCHES, Block
-from spvla.policy.weights import torch_dtype
+from spvla.policy.vision import NUM_PATCHES
 from spvla.types import ACTION_DIM, IMAGE_SIZE
 
 Graph = tuple[torch.cuda.CUDAGraph, "Decoded"]
@@ -276,47 +274,6 @@ class Decoder:
     def _capture(self) -> None:
         """Compiles the steps of a layer, then records the largest pass."""
         self.model.language_model.pack()
-        self.kernels = fused_kernels() if quack_version(self.model.dtype) else compiled_kernels()
+        self.kernels = gpu_kernels(self.model.dtype)
         key = (self._place([self.max_prompt] * self.batch_size, self.most), False)
         self.graphs[key] = record(lambda: self._generate(*key))
-
-
-@cache
-def compiled_kernels(backend: str = "inductor") -> Kernels:
-    """Each step compiled once for each shape, and shared by all layers and decoders of the process.
-
-    Steps that packed prompts pass are compiled for any number of tokens.
-    """
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(64, limit)  # a few shapes for each bucket of the process
-    options = {"fullgraph": True, "backend": backend}
-    return Kernels(
-        run_block=torch.compile(Block.forward, dynamic=False, **options),
-        project=torch.compile(LlamaLayer.project, dynamic=False, **options),
-        read=torch.compile(LlamaLayer.read, dynamic=True, **options),
-        open=torch.compile(LlamaLayer.open, dynamic=True, **options),
-    )
-
-
-def fused_kernels() -> Kernels:
-    from spvla.policy.hopper import fused
-
-    return fused(compiled_kernels())
-
-
-def quack_version(dtype: torch.dtype) -> str | None:
-    """Of the fused products (hopper.py), if this GPU and this installation have them for a model of that type."""
-    if torch.cuda.get_device_capability() != (9, 0) or dtype != torch.bfloat16:
-        return None
-    try:
-        return version("quack-kernels")
-    except PackageNotFoundError:
-        return None
-
-
-def arithmetic(device: str, dtype: str) -> str:
-    """What an action's last bits hang on: "cpu", or the GPU's name, and the fused products if it has them."""
-    if device == "cpu":
-        return device
-    quack = quack_version(torch_dtype(dtype))
-    return torch.cuda.get_device_name() + (f", quack {quack}" if quack else "")
