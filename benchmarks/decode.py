@@ -5,12 +5,11 @@
 
 Everything is measured in one process, one after another: the card's rate at a matrix product of the model's own shape,
 the baseline, this project's decoder at several batch sizes, whether a request's tokens depend on who shares its batch,
-and what resident adapters cost. Prints a short table last; writes decode.json into $OUT where that is set.
+and what resident adapters cost. Prints a short table last.
 """
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import time
@@ -281,8 +280,8 @@ class Bench:
     def report(self) -> None:
         r = self.result
         r.batches.sort(key=lambda b: b["batch"])
-        if out := os.environ.get("OUT"):
-            (Path(out) / "decode.json").write_text(json.dumps(asdict(r), indent=2))
+        if self.args.out:
+            self.args.out.write_text(json.dumps(asdict(r), indent=2))
         print(f"\n{self.args.preset} {self.args.dtype} on {r.machine['device']}, torch {r.machine['torch']}")
         print(
             f"matrix product {r.matmul_tflops:.0f} TFLOP/s, {r.action_tflop:.2f} TFLOP an action: "
@@ -385,6 +384,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32,64", help="the largest is used for flips and adapters")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--budget_s", type=float, default=240.0, help="later parts are left out when it runs short")
+    parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     args.batches = [int(b) for b in args.batches.split(",")]
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")

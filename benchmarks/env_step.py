@@ -4,12 +4,11 @@
 
 One round: LIBERO's evaluation environment (two cameras of 256 x 256, rendered at every step) and ours (one camera,
 rendered when the policy looks) each reset, settle for 10 steps, and take --steps steps with a picture. Checks on the
-way that both end in the same state and picture, prints a table last, and writes OUT/env_step.json where OUT is set.
+way that both end in the same state and picture, and prints a table last.
 """
 
 import argparse
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,10 +143,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--libero_assets", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     result = measure(args.suite, args.task, args.rounds, args.steps, args.libero_assets)
-    if out := os.environ.get("OUT"):
-        Path(out, "env_step.json").write_text(json.dumps(result, indent=2) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"{args.suite} task {args.task}, {result['assets']} assets, {result['renderer']}, medians of {args.rounds}")
     print(f"{'':<22}{'stock ms':>10}{'ours ms':>10}{'ratio':>9}{'CPU time':>10}")
     for name, row in result["rows"].items():

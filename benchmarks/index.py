@@ -4,13 +4,11 @@
 
 Each step runs in a process of its own, which reports its peak of private memory (RssAnon; mapped files are the page
 cache's) above what it held after its imports and a small piece of the same work. Frames are real 256 x 256 JPEGs,
-two cameras; 1,000 episodes of 30 steps are 1.6 GB and need 3.3 GB of disk beside. Prints a table last, and writes
-OUT/index.json where OUT is set.
+two cameras; 1,000 episodes of 30 steps are 1.6 GB and need 3.3 GB of disk beside. Prints a table last.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -84,6 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     if args.step:
         measure(args.step, args.folder, args.episodes[0], args.steps)
@@ -101,8 +100,8 @@ def main() -> None:
     print("        " + "".join(f"{count:>8} episodes    " for count in args.episodes))
     for step, sizes in result.items():
         print(f"{step:8}" + "".join(f"{mib:8.0f} MiB {s:6.1f} s " for mib, s in sizes.values()))
-    if out := os.environ.get("OUT"):
-        (Path(out) / "index.json").write_text(json.dumps(result, indent=2) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

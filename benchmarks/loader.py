@@ -5,7 +5,7 @@
 Both read the same data set of 256 x 256 JPEG frames (made here, textured so that a frame has about 27 KB), decode them,
 resize them to 224 by Lanczos, augment them (crop, brightness, contrast, saturation, hue) and batch them by 16. Ours
 also shuffles exactly and makes the token ids; tf.data shuffles a buffer of 1,000 frames. They take turns, so that a
-busy machine slows both. Prints a table last, and writes OUT/loader.json where OUT is set.
+busy machine slows both. Prints a table last.
 """
 
 import argparse
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     from spvla.data.rlds import write_dataset
@@ -148,8 +149,8 @@ def main() -> None:
     print(f"spvla    {ours_s:6.0f} augmented frames/s  {ours_ms:5.2f} CPU ms a frame")
     print(f"tf.data  {theirs_s:6.0f}                     {theirs_ms:5.2f}")
     print(f"ratio    {result['ratio']:6.2f}  (median of the rounds' own)")
-    if out := os.environ.get("OUT"):
-        (Path(out) / "loader.json").write_text(json.dumps(result, indent=2) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Samples a second of one self-play step, in four ways, on one GPU.
 
     python benchmarks/train_step.py                               # one H200, OpenVLA 7B at random weights: 5 minutes
-    python benchmarks/train_step.py --preset tiny --device cpu    # smoke test of the benchmark itself
+    python benchmarks/train_step.py --preset tiny --device cpu --batch 2 --steps 1    # a smoke test, one minute
 
 a  the fork's step: a second copy of the model as opponent, each model's own argmax, logits at every position
 b  the textbook SPIN step: generate with transformers, then both sequences through policy and opponent; at batch 8,

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("objective", ["spin", "spvla", "sft"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_steps_asked_together_are_answered_as_if_asked_one_by_one(objective: str, temperature: float) -> None:
-    """Three steps of two micro-batches of unlike widths; what is sampled hangs on the step alone."""
+    """Three steps of two micro-batches of unlike widths; what is sampled depends on the step alone."""
     config = StepConfig(objective=objective, opponent_temperature=temperature)
     learner = Learner(tiny_model("policy", "opponent"), config)
     coming = [[ragged_batch(2, seed=2 * i), ragged_batch(2, seed=2 * i + 1)] for i in range(3)]

@@ -265,7 +265,7 @@ def test_a_resumed_run_is_bit_equal(config: StepConfig) -> None:
     first, second = learner(), learner()
     trained(first, 2)
     second.load_state_dict(first.state_dict())
-    torch.manual_seed(1)  # nothing may hang on the global generator
+    torch.manual_seed(1)  # nothing may depend on the global generator
     assert torch.equal(trained(second, 2, start=2), expected)
     assert second.steps == 4
     if second.average is not None:

@@ -52,7 +52,7 @@ class Asker:
     def ask(self, coming: Sequence[Sequence[Batch]], step: int) -> list[list[Question]]:
         """`coming` are the micro-batches of step number `step`, of the next, and so on; the answer's form is the same.
 
-        What is sampled hangs on the step in which it is used, not on when it was asked.
+        What is sampled depends on the step in which it is used, not on when it was asked.
         """
         batches = [batch for micro in coming for batch in micro]
         steps = [step + i for i, micro in enumerate(coming) for _ in micro]
