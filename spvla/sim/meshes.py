@@ -6,7 +6,7 @@ therefore differ where it meets a shape that should have come later, at the very
 counts such samples, and where there are any, MuJoCo draws the whole picture itself.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,23 +15,12 @@ import mujoco
 import numpy as np
 
 from spvla.sim.corners import Mesh, read_mesh
-from spvla.sim.opengl import OpenGL
+from spvla.sim.painting import OPAQUE, Painter, Shape
 from spvla.sim.triangles import blank, project, reach, select
 
-OPAQUE = 0.995  # what is less, MuJoCo draws translucently
 ENDLESS = 1e6  # metres
 GEOM = int(mujoco.mjtObj.mjOBJ_GEOM)
 COLOUR = int(mujoco.mjtTextureRole.mjTEXROLE_RGB)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A mesh in a scene."""
-
-    geom: mujoco.MjvGeom
-    mesh: Mesh
-    kept: np.ndarray  # (K, 3) those of the mesh's faces that may touch a sample
-    contested: np.ndarray  # (C, 3) those of them near a later shape
 
 
 @dataclass(frozen=True)
@@ -84,22 +73,35 @@ class Boxes:
         return kept[found] if alone or not found.any() else kept
 
 
+@dataclass
+class FineMesh:
+    """A shape of the model that is a mesh."""
+
+    mesh: Mesh
+    buffer: int  # the renderer's
+    texture: int | None  # the renderer's
+    room: np.ndarray  # (F, 3), for the faces that a picture needs
+    kept: np.ndarray | None = None  # (K, 3) those that the last one needed
+    seen: tuple = ()  # how it stood before the camera then
+
+
 class FineMeshes:
     """Those of a model's shapes that are meshes. Needs its OpenGL context, where `device` has its textures."""
 
     def __init__(self, model: mujoco.MjModel, device: mujoco.MjrContext) -> None:
-        self.model = model
-        self.numbers = {g: int(model.geom_dataid[g]) for g in range(model.ngeom) if _is_fine(model, g)}
-        self.textures = {g: int(device.texture[t]) for g in self.numbers if (t := _texture(model, g)) >= 0}
-        textured = {self.numbers[g] for g in self.textures}
-        self.meshes = {n: read_mesh(model, n, textured=n in textured) for n in set(self.numbers.values())}
-        self.kept = {g: np.empty_like(self.meshes[number].faces) for g, number in self.numbers.items()}
-        most = max((len(m.places) for m in self.meshes.values()), default=0)
-        self.pixels, self.sides = np.empty((most, 2)), np.empty(most, np.uint8)
-        self.before: dict[int, tuple[tuple, np.ndarray]] = {}  # what was seen last, and what of it was kept
+        self.model, self.painter = model, Painter()
+        numbers = {g: int(model.geom_dataid[g]) for g in range(model.ngeom) if _is_fine(model, g)}
+        textures = {g: int(device.texture[t]) for g in numbers if (t := _texture(model, g)) >= 0}
+        textured = {numbers[g] for g in textures}
+        meshes = {n: read_mesh(model, n, textured=n in textured) for n in set(numbers.values())}
+        buffers = {n: self.painter.upload(mesh) for n, mesh in meshes.items()}
+        self.of_geom = {
+            g: FineMesh(meshes[n], buffers[n], textures.get(g), np.empty_like(meshes[n].faces))
+            for g, n in numbers.items()
+        }
+        most = max((len(mesh.places) for mesh in meshes.values()), default=0)
+        self.pixels, self.sides = np.empty((most, 2)), np.empty(most, np.uint8)  # room for any mesh's places
         self.samples = _sample_places()
-        self.gl = OpenGL()
-        self.corners = {n: self.gl.upload(_laid_out(mesh)) for n, mesh in self.meshes.items()}
 
     @contextmanager
     def left_out(
@@ -112,7 +114,7 @@ class FineMeshes:
         """
         geoms = [scene.geoms[i] for i in range(scene.ngeom)]
         ids = np.array([geom.objid if geom.objtype == GEOM else -1 for geom in geoms])
-        fine = [i for i, g in enumerate(ids.tolist()) if g in self.numbers and not mirrored[g]]
+        fine = [i for i, g in enumerate(ids.tolist()) if g in self.of_geom and not mirrored[g]]
         seen_through = [i for i, geom in enumerate(geoms) if _is_translucent(geom, view.eye)]
         if len(seen_through) > 1 or not set(seen_through) <= set(fine):
             yield []
@@ -120,39 +122,23 @@ class FineMeshes:
         fine.sort(key=lambda i: i in seen_through)
         turns = view.axes.T @ data.geom_xmat[ids[fine]].reshape(-1, 3, 3)
         shifts = (data.geom_xpos[ids[fine]] - view.eye) @ view.axes
-        found = [self._kept(*where, view) for where in zip(ids[fine].tolist(), turns, shifts, strict=True)]
+        meshes = [self.of_geom[g] for g in ids[fine].tolist()]
+        found = [self._kept(*where, view) for where in zip(meshes, turns, shifts, strict=True)]
         boxes = self._boxes(geoms, ids, data)
-        meshes = [self.meshes[self.numbers[g]] for g in ids[fine].tolist()]
         later = boxes.later(fine)
         later[len(fine) - len(seen_through) :] = False  # MuJoCo draws it last as well
-        parts = zip(fine, meshes, found, later, strict=True)
-        shapes = [Shape(geoms[i], mesh, kept, boxes.contested(i, mesh, kept, later)) for i, mesh, kept, later in parts]
+        shapes = [
+            Shape(
+                **{"geom": geoms[i], "mesh": own.mesh, "buffer": own.buffer, "texture": own.texture},
+                **{"kept": kept, "contested": boxes.contested(i, own.mesh, kept, after)},
+            )
+            for i, own, kept, after in zip(fine, meshes, found, later, strict=True)
+        ]
         for shape in shapes:
             shape.geom.type = mujoco.mjtGeom.mjGEOM_NONE
         yield shapes
         for shape in shapes:
             shape.geom.type = mujoco.mjtGeom.mjGEOM_MESH
-
-    def draw(self, shapes: list[Shape], lights: int) -> Callable[[], bool]:
-        """Call after `mjr_render`; what it returns says, after the pixels are read, whether the picture is right."""
-        gl = self.gl
-        contested = [shape for shape in shapes if len(shape.contested)]
-        gl.glEnableClientState(gl.VERTEX_ARRAY)
-        gl.glEnableClientState(gl.NORMAL_ARRAY)
-        ties = gl.samples_at_depth(lambda: [self._draw(s, s.contested) for s in contested]) if contested else None
-        for light in range(lights):
-            gl.glEnable(gl.LIGHT0 + light)
-        for shape in shapes:
-            self._paint(shape.geom)
-            with self._textured(shape):
-                draw = self._draw if shape.geom.rgba[3] >= OPAQUE else self._blend
-                draw(shape, shape.kept)
-        for light in range(lights):
-            gl.glDisable(gl.LIGHT0 + light)
-        gl.glBindBuffer(gl.ARRAY_BUFFER, 0)
-        gl.glDisableClientState(gl.NORMAL_ARRAY)
-        gl.glDisableClientState(gl.VERTEX_ARRAY)
-        return lambda: ties is None or gl.result(ties) == 0
 
     def _boxes(self, geoms: list[mujoco.MjvGeom], ids: np.ndarray, data: mujoco.MjData) -> "Boxes":
         around, turns = self.model.geom_aabb[ids], data.geom_xmat[ids].reshape(-1, 3, 3)
@@ -162,71 +148,18 @@ class FineMeshes:
             turns[i], origins[i], shifts[i], halves[i] = np.eye(3), geoms[i].pos, 0, geoms[i].size.sum()
         return Boxes(turns=turns, origins=origins, centres=origins + _turned(turns, shifts), halves=halves + 1e-4)
 
-    def _kept(self, geom: int, turn: np.ndarray, shift: np.ndarray, view: View) -> np.ndarray:
+    def _kept(self, own: FineMesh, turn: np.ndarray, shift: np.ndarray, view: View) -> np.ndarray:
         """(K, 3) the faces of a mesh that may touch a sample."""
-        mesh, kept = self.meshes[self.numbers[geom]], self.kept[geom]
         seen = turn.tobytes(), shift.tobytes(), view.lens
-        if geom in self.before and self.before[geom][0] == seen:
-            return self.before[geom][1]  # neither it nor the camera moved
-        pixels, sides = self.pixels, self.sides
+        if own.kept is not None and own.seen == seen:
+            return own.kept  # neither it nor the camera moved
+        mesh, kept, pixels, sides = own.mesh, own.room, self.pixels, self.sides
         if project(mesh.places, turn, shift, view.slope, view.size, view.near_m, view.far_m, pixels, sides):
             kept = kept[: select(mesh.triangles, pixels, self.samples, mesh.faces, kept)]
         else:
             blank(mesh.triangles, pixels, sides, self.samples, mesh.faces, kept)
-        self.before[geom] = seen, kept
+        own.seen, own.kept = seen, kept
         return kept
-
-    def _paint(self, geom: mujoco.MjvGeom) -> None:
-        gl, rgba = self.gl, geom.rgba
-        glow = np.append(np.float32(geom.emission) * rgba[:3], np.float32(1))
-        gl.glMaterialfv(gl.FRONT_AND_BACK, gl.EMISSION, glow.tobytes())
-        gl.glColor4fv(rgba.tobytes())
-        gl.glMaterialf(gl.FRONT_AND_BACK, gl.SHININESS, geom.shininess * 128)
-        gl.glMaterialfv(gl.FRONT_AND_BACK, gl.SPECULAR, np.float32([geom.specular] * 3 + [1]).tobytes())
-
-    def _blend(self, shape: Shape, faces: np.ndarray) -> None:
-        """Over what is drawn. MuJoCo draws what is translucent front to back, and then again back to front."""
-        gl = self.gl
-        gl.glDepthMask(0)
-        gl.glEnable(gl.BLEND)
-        gl.glBlendFunc(gl.SRC_ALPHA, gl.ONE_MINUS_SRC_ALPHA)
-        self._draw(shape, faces)
-        self._draw(shape, faces)
-        gl.glDisable(gl.BLEND)
-        gl.glDepthMask(1)
-
-    @contextmanager
-    def _textured(self, shape: Shape) -> Iterator[None]:
-        gl, texture = self.gl, self.textures.get(shape.geom.objid)
-        if texture is None:
-            yield
-            return
-        gl.glActiveTexture(gl.TEXTURE0)
-        gl.glEnable(gl.TEXTURE_2D)
-        gl.glBindTexture(gl.TEXTURE_2D, texture)
-        gl.glEnableClientState(gl.TEXTURE_COORD_ARRAY)
-        gl.glBindBuffer(gl.ARRAY_BUFFER, self.corners[self.numbers[shape.geom.objid]])
-        gl.glTexCoordPointer(2, gl.FLOAT, 0, shape.mesh.points.nbytes + shape.mesh.normals.nbytes)
-        yield
-        gl.glDisableClientState(gl.TEXTURE_COORD_ARRAY)
-        gl.glDisable(gl.TEXTURE_2D)
-
-    def _draw(self, shape: Shape, faces: np.ndarray) -> None:
-        gl, turn = self.gl, np.eye(4, dtype=np.float32)
-        turn[:3, :3] = shape.geom.mat.T  # OpenGL's matrices go column by column
-        gl.glPushMatrix()
-        gl.glTranslatef(*shape.geom.pos)
-        gl.glMultMatrixf(turn.tobytes())
-        gl.glBindBuffer(gl.ARRAY_BUFFER, self.corners[self.numbers[shape.geom.objid]])
-        gl.glVertexPointer(3, gl.FLOAT, 0, 0)
-        gl.glNormalPointer(gl.FLOAT, 0, shape.mesh.points.nbytes)
-        gl.glDrawElements(gl.TRIANGLES, faces.size, gl.UNSIGNED_INT, faces.ctypes.data)
-        gl.glPopMatrix()
-
-
-def _laid_out(mesh: Mesh) -> bytes:
-    """Points, normals and texture coordinates, one after the other."""
-    return mesh.points.tobytes() + mesh.normals.tobytes() + mesh.texture.tobytes()
 
 
 def _is_fine(model: mujoco.MjModel, geom: int) -> bool:

@@ -125,7 +125,7 @@ class Renderer:
         mirrored = self.visibility.mirrored(data, self.camera.fixedcamid)
         with self.fine.left_out(self.scene, data, self._view(data), mirrored) as shapes:
             mujoco.mjr_render(self.viewport, self.scene, self.device)
-        right = self.fine.draw(shapes, self.scene.nlight)
+        right = self.fine.painter.paint(shapes, self.scene.nlight)
         image = self._pixels()
         if not right():
             mujoco.mjr_render(self.viewport, self.scene, self.device)

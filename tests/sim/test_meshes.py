@@ -148,7 +148,8 @@ def drawn_afterwards(later: str, cube: str = RED) -> list[str]:
     """The names of the meshes that MuJoCo does not draw."""
     with renderer_of(later, cube) as (renderer, data):
         drawn = []
-        with patch.object(renderer.fine, "draw", lambda shapes, _: drawn.extend(s.geom.objid for s in shapes) or bool):
+        painter = renderer.fine.painter
+        with patch.object(painter, "paint", lambda shapes, _: drawn.extend(s.geom.objid for s in shapes) or bool):
             renderer.render(data, "eye")
         return [renderer.model.geom(g).name for g in drawn]
 
