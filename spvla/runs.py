@@ -29,7 +29,7 @@ CONFIG, METRICS, LEDGER, HISTORY, SWEEP, REPORT = (
     "report.html",
 )
 CHECKPOINTS, MERGED, VIDEOS = "checkpoints", "merged", "videos"
-_STEP = re.compile(r"step_(\d+)")
+_STEP, _ITERATION = re.compile(r"step_(\d+)"), re.compile(r"it-(\d+)")
 
 
 def checkpoint_name(step: int) -> str:
@@ -46,6 +46,12 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 def latest_checkpoint(run: Path) -> Path | None:
     every = checkpoints(run)
     return every[-1][1] if every else None
+
+
+def iterations(run: Path) -> list[Path]:
+    """RUN/it-0, RUN/it-1, ... in the order of their numbers."""
+    found = [(int(m[1]), p) for p in run.glob("it-*") if (m := _ITERATION.fullmatch(p.name))]
+    return [p for _, p in sorted(found)]
 
 
 def write_config(run: Path, command: str, config: Any) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from spvla import runs
 from spvla.config import StatusConfig
 from spvla.farm.ledger import Ledger
+from spvla.farm.summary import summarise
 from spvla.progress import format_seconds
-from spvla.types import Status
 
 
 def status(config: StatusConfig) -> None:
@@ -24,7 +24,7 @@ def describe(run: Path) -> Iterator[str]:
     yield f"{run.resolve()}  (spvla {written['command']})"
     flags = written["config"]
     max_steps = flags.get("train", flags).get("max_steps")  # a sweep's are under "train"
-    for folder in (run, *sorted(run.glob("it-*")), *sorted(run.glob("trials/*/"))):
+    for folder in (run, *runs.iterations(run), *sorted(run.glob("trials/*/"))):
         if rows := list(runs.read_metrics(folder)):
             yield training_line(folder, rows[-1], max_steps)
     if (run / runs.LEDGER).exists():
@@ -43,13 +43,13 @@ def training_line(folder: Path, last: dict[str, Any], max_steps: int | None) -> 
 
 def evaluation_lines(path: Path) -> Iterator[str]:
     with Ledger.open(path) as ledger:
-        rows = ledger.trials()
-        for policy, suite in dict.fromkeys((r.policy_name, r.suite) for r in rows):
-            mine = [r for r in rows if (r.policy_name, r.suite) == (policy, suite)]
-            done = sum(r.status is not None for r in mine)
-            won = sum(r.status == Status.SUCCESS for r in mine)
-            rate = f"{100 * won / done:.1f}%" if done else "-"
-            yield f"evaluation  {policy}  {suite}  {done}/{len(mine)} trials done, {won} successes ({rate})"
+        for s in summarise(ledger.trials()):
+            if s.task is not None:
+                continue
+            rate = f"{s.rate:.1%}" if s.done else "-"
+            lost = f", {s.errors} lost to errors" if s.errors else ""
+            done = f"{s.done}/{s.planned} trials done, {s.successes} successes ({rate}){lost}"
+            yield f"evaluation  {s.policy_name}  {s.suite}  {done}"
 
 
 def iteration_rows(run: Path) -> Iterator[str]:
@@ -67,4 +67,5 @@ def sweep_rows(run: Path) -> Iterator[str]:
     told = json.loads(path.read_text())
     for row in told["trials"]:
         objective = "-" if row["objective"] is None else f"{row['objective']:.4f}"
-        yield f"trial  {row['name']}  {told['metric']} {objective} at step {row['step']}  {row['status']}"
+        status = f"{row['status']}: {row['error']}" if row["error"] else row["status"]
+        yield f"trial  {row['name']}  {told['metric']} {objective} at step {row['step']}  {status}"

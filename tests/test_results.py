@@ -18,7 +18,7 @@ from spvla.farm.batcher import BatchStats
 from spvla.farm.console import Console, Tally, View, rich_table
 from spvla.farm.exports import Wandb, export
 from spvla.farm.ledger import Ledger
-from spvla.farm.logfile import log_name, log_text
+from spvla.farm.logfile import log_name, log_text, name_part, refuse_note
 from spvla.farm.settle import Pairs, pairs_of
 from spvla.farm.summary import summarise, table
 from spvla.farm.videos import FilmQuota, encode_mp4, video_name
@@ -72,6 +72,14 @@ def test_the_log_is_named_as_the_originals() -> None:
         log_name("libero_goal", at=at, note="../../etc")
 
 
+def test_any_policys_name_can_end_a_logs_name() -> None:
+    assert name_part("runs/my adapter (2)@0123") == "runs-my-adapter--2--0123"
+    log_name("libero_spatial", at=datetime(2026, 1, 31), note=f"X--{name_part('../' + 'x' * 300)}")
+    refuse_note("x" * 80)
+    with pytest.raises(UserError, match="run_id_note"):
+        refuse_note("x" * 120)
+
+
 def test_exports_hold_every_trial_result_and_error(ledger: Ledger) -> None:
     results, trial_table = (path.read_text() for path in export(ledger))
     rows = list(csv.DictReader(io.StringIO(trial_table)))
@@ -116,16 +124,25 @@ def test_without_a_terminal_progress_is_plain_lines() -> None:
         console.show(view())  # too soon for another
     lines = out.getvalue().splitlines()
     assert len(lines) == 2 and "\x1b" not in out.getvalue()
-    for part in ("4/10 trials", "success 75.0%", "errors 1", "batch fill 75%", "trials/min", "2 envs", "left"):
+    for part in ("4/10 trials", "success 75.0%", "errors 1", "trials/min", "batch fill 75%", "30 actions", "2 envs"):
         assert part in lines[0]
+    assert lines[0].endswith(" left")
 
 
-def test_on_a_terminal_each_task_has_a_row() -> None:
+@pytest.mark.parametrize("width", [80, 120])
+def test_on_a_terminal_the_headline_is_first_and_each_task_has_one_row(width: int) -> None:
     from rich.console import Console as RichConsole
 
+    shown = view()
+    long = "put the white mug on the left plate and put the yellow and white mug on the right plate [both]"
+    shown.tallies[SUITE, 1] = Tally(long, 10, 0, 0, 0)
     out = io.StringIO()
-    RichConsole(file=out, width=120, force_terminal=True).print(rich_table(view()))
-    assert "pick the soup" in out.getvalue() and "4/10" in out.getvalue()
+    RichConsole(file=out, width=width).print(rich_table(shown))
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("evaluate  4/20 trials") and "30 actions" in " ".join(lines[:2])
+    counts = [line.split()[-3:] for line in lines[-3:]]
+    assert counts == [["done", "success", "errors"], ["4/10", "3", "1"], ["0/10", "0", "0"]]
+    assert "pick the soup" in lines[-2] and "…" in lines[-1] and max(map(len, lines)) <= width
 
 
 def test_a_video_is_an_mp4_of_thirty_frames_a_second(tmp_path: Path) -> None:

@@ -3,12 +3,10 @@
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
 from spvla.farm.batcher import BatchStats
-from spvla.farm.summary import shorten
 from spvla.progress import format_seconds
 
 REDRAW_S = 0.5
@@ -60,7 +58,8 @@ class View:
         fill = min(1.0, self.batches.mean_size / self.batch_size)
         return (
             f"{self.label}  {done}/{planned} trials  success {rate}  errors {errors}  {self.per_minute:.1f} trials/min"
-            f"  batch fill {fill:.0%}  {self.workers} envs, {self.servers} policy actors  {left} left"
+            f"  batch fill {fill:.0%}  {self.batches.requests} actions"
+            f"  {self.workers} envs, {self.servers} policy actors  {left} left"
         )
 
 
@@ -105,15 +104,17 @@ class Console:
 
 
 def rich_table(view: View) -> object:
+    """The headline first: what does not fit on a terminal is cut off below."""
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(caption=view.headline(), caption_justify="left", box=None, pad_edge=False)
-    for name, justify in (("task", "left"), ("done", "right"), ("success", "right"), ("errors", "right")):
-        table.add_column(name, justify=justify)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("task")
+    for name in ("done", "success", "errors"):
+        table.add_column(name, justify="right", no_wrap=True)
     for (suite, task), t in sorted(view.tallies.items()):
-        table.add_row(*row_of(f"{suite} {task} {t.instruction}", t))
-    return table
-
-
-def row_of(name: str, t: Tally) -> Sequence[str]:
-    return shorten(name, 72), f"{t.done}/{t.planned}", str(t.successes), str(t.errors)
+        # no_wrap of the text, not of its column: rich narrows those that may wrap, and leaves the counts whole
+        name = Text(f"{suite} {task} {t.instruction}", no_wrap=True, overflow="ellipsis")
+        table.add_row(name, f"{t.done}/{t.planned}", str(t.successes), str(t.errors))
+    return Group(Text(view.headline()), table)

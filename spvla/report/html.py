@@ -6,7 +6,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from spvla.config import ReportConfig
 from spvla.files import write_text
-from spvla.report.story import Story, tell
+from spvla.report.story import Story, interval, percent, task_label, tell
 from spvla.runs import REPORT
 
 
@@ -21,4 +21,5 @@ def report(config: ReportConfig) -> Path:
 def render(story: Story) -> str:
     """The page as text. Everything a run can contain is escaped; only the plots drawn here are inserted as they are."""
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    pages.filters |= {"percent": percent, "interval": interval, "task_label": task_label}
     return pages.get_template("template.html").render(story=story)

@@ -1,6 +1,7 @@
 """Plots as inline SVG text, drawn by matplotlib in one calm style."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ import matplotlib
 matplotlib.use("svg")  # no window system, and no other backend is ever needed
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 INK, FAINT = "#1d2733", "#c9d1d9"
+MARKERS = "osD^v"  # the next one once the colours are used up
 COLOURS = ("#2f6fb3", "#d1603d", "#3a8f6b", "#8a5fb0", "#b8892b", "#6b7785")
 _STYLE = {
     "font.family": "sans-serif",
@@ -30,6 +33,7 @@ _STYLE = {
     "svg.hashsalt": "spvla",  # equal data gives equal bytes
     "svg.fonttype": "none",
 }
+Rate = tuple[float, float, float]  # rate, low, high
 Series = Mapping[str, Sequence[tuple[float, float]]]  # label -> (x, y) points
 
 
@@ -47,19 +51,29 @@ def curves(title: str, series: Series, *, x_label: str = "optimiser step") -> st
         return _svg(figure)
 
 
-def intervals(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
-    """Horizontal success rates in percent with their intervals: (label, rate, low, high), each in [0, 1]."""
+def intervals(title: str, rows: Sequence[str], series: Sequence[tuple[str, Sequence[Rate | None]]]) -> str:
+    """Success rates with their intervals: one row a task and, within it, one line a policy; a legend if several."""
+    line, space = 0.13, 0.14  # inches
+    row = len(series) * line + space
+    legend = [textwrap.fill(label, 130, break_on_hyphens=False) for label, _ in series] if len(series) > 1 else []
+    height = 0.8 + len(rows) * row + 0.18 * sum(1 + text.count("\n") for text in legend)
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(title, width=9.4, height=0.8 + 0.28 * len(rows))
-        for y, (_, rate, low, high) in enumerate(rows):
-            axes.plot(
-                [100 * low, 100 * high], [y, y], color=COLOURS[0], alpha=0.35, linewidth=6, solid_capstyle="round"
-            )
-            axes.plot(100 * rate, y, "o", color=COLOURS[0], markersize=5)
-        axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
-        axes.invert_yaxis()
-        axes.set_xlim(-2, 102)
-        axes.set_xlabel("success, % (95% Wilson interval)")
+        figure, axes = _figure(title, width=9.4, height=height)
+        for n, (_, rates) in enumerate(series):
+            colour, marker = COLOURS[n % len(COLOURS)], MARKERS[n // len(COLOURS) % len(MARKERS)]
+            from_middle = (n - (len(series) - 1) / 2) * line / row
+            there = [(y + from_middle, *rate) for y, rate in enumerate(rates) if rate is not None]
+            ys, means, lows, highs = zip(*there, strict=True)
+            axes.hlines(ys, lows, highs, color=colour, alpha=0.35, linewidth=5, capstyle="round")
+            axes.plot(means, ys, marker, color=colour, markersize=4.5)
+        axes.grid(False, axis="y")
+        axes.hlines([y + 0.5 for y in range(len(rows) - 1)], -0.02, 1.02, color=FAINT, linewidth=0.5)
+        axes.tick_params("y", length=0)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel="success (95% Wilson interval)")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        if legend:
+            figure.legend(axes.lines, legend, loc="outside lower left", fontsize=8)
         return _svg(figure)
 
 
@@ -91,8 +105,9 @@ def heat_map(title: str, x: Scale, y: Scale, values: Sequence[float]) -> str:
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(title, width=4.6, height=3.2)
         drawn = axes.scatter(x.numbers, y.numbers, c=values, s=420, cmap="viridis", marker="s", edgecolors="white")
-        for left, up, v in zip(x.numbers, y.numbers, values, strict=True):
-            axes.annotate(f"{v:.2f}", (left, up), ha="center", va="center", fontsize=7, color="white")
+        for left, up, v, fill in zip(x.numbers, y.numbers, values, drawn.to_rgba(values), strict=True):
+            ink = _ink_on(fill)
+            axes.annotate(f"{v:.2f}", (left, up), ha="center", va="center", fontsize=7, color=ink)
         for axis, scale in (("x", x), ("y", y)):
             low, high = scale.ends
             if scale.words:
@@ -125,6 +140,12 @@ def parallel_coordinates(title: str, scales: Sequence[Scale]) -> str:
                 axes.annotate(scale.says(high), (i, 1.04), ha="center", fontsize=7)
         axes.set_ylim(-0.12, 1.12)
         return _svg(figure)
+
+
+def _ink_on(fill: Sequence[float]) -> str:
+    """What can be read on a colour (r, g, b, ...), by its luminance (Rec. 601)."""
+    r, g, b, *_ = fill
+    return "white" if 0.299 * r + 0.587 * g + 0.114 * b < 0.5 else INK
 
 
 def _figure(title: str, *, width: float, height: float) -> tuple[Figure, Axes]:

@@ -2,16 +2,18 @@
 
 import base64
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
 from spvla import runs
 from spvla.farm.ledger import ErrorRow, Ledger, TrialRow
+from spvla.farm.summary import Summary, shorten, summarise
 from spvla.report import plots
-from spvla.statistics import paired, wilson
+from spvla.statistics import paired
 from spvla.types import Status
 
 MAX_VIDEOS = 24
@@ -42,31 +44,6 @@ class Tile:
     label: str
     value: str
     detail: str = ""
-
-
-@dataclass(frozen=True)
-class TaskRow:
-    task: str
-    successes: int
-    trials: int
-    errors: int
-
-    @property
-    def rate(self) -> str:
-        return percent(self.successes / self.trials) if self.trials else "-"
-
-    @property
-    def interval(self) -> str:
-        return interval(*wilson(self.successes, self.trials)) if self.trials else "-"
-
-
-@dataclass(frozen=True)
-class EvaluationTable:
-    """One policy on one suite; the last row sums up."""
-
-    policy: str
-    suite: str
-    rows: list[TaskRow]
 
 
 @dataclass(frozen=True)
@@ -132,8 +109,8 @@ class Story:
     tiles: list[Tile]
     notes: list[str]
     history: list[IterationRow]
-    evaluations: list[EvaluationTable]
-    success_plot: str
+    evaluations: list[list[Summary]]  # one for each policy and suite, its total last
+    success_plots: list[str]
     comparisons: list[Comparison]
     sweep: SweepSection | None
     curves: list[CurveSection]
@@ -146,8 +123,17 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def interval(low: float, high: float) -> str:
+def interval(ends: tuple[float, float]) -> str:
+    low, high = ends
     return f"{100 * low:.1f} to {100 * high:.1f}%"
+
+
+def points(difference: float) -> str:
+    return f"{100 * difference:+.1f}"
+
+
+def counted(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def tell(run: Path) -> Story:
@@ -160,17 +146,17 @@ def tell(run: Path) -> Story:
         with Ledger.open(run / runs.LEDGER) as ledger:
             trials, errors = ledger.trials(), ledger.errors()
             protocol = [(k, str(v)) for manifest in ledger.protocols() for k, v in asdict(manifest).items()]
-    tables = evaluation_tables(trials)
+    tables = tables_of(summarise(trials))
     return Story(
         title=run.resolve().name,
         subtitle=written["config"].get("dataset_name") or written["config"].get("task_suite_name") or "",
         command=written["command"],
         config=json.dumps(written["config"], indent=2),
         tiles=[*success_tiles(tables), *training_tiles(run)],
-        notes=notes(protocol, errors),
+        notes=notes(protocol, tables, errors),
         history=history(run),
         evaluations=tables,
-        success_plot=success_plot(tables),
+        success_plots=success_plots(tables),
         comparisons=comparisons(trials),
         sweep=sweep_section(run),
         curves=[c for folder in training_folders(run) if (c := curve_section(folder, run))],
@@ -180,26 +166,13 @@ def tell(run: Path) -> Story:
     )
 
 
-def evaluation_tables(trials: Sequence[TrialRow]) -> list[EvaluationTable]:
-    """One table per (policy, suite), in the order in which they were first met; the last row is the total."""
-    tables = []
-    for policy, suite in dict.fromkeys((t.policy_name, t.suite) for t in trials):
-        mine = [t for t in trials if (t.policy_name, t.suite) == (policy, suite)]
-        rows = [
-            task_row(f"{task}  {name}", [t for t in mine if t.task == task])
-            for task, name in sorted({(t.task, t.instruction) for t in mine})
-        ]
-        tables.append(EvaluationTable(policy, suite, [*rows, task_row("total", mine)]))
-    return tables
+def tables_of(summaries: Sequence[Summary]) -> list[list[Summary]]:
+    """One table for each policy and suite; its last row is the total."""
+    return [list(rows) for _, rows in groupby(summaries, key=lambda s: (s.policy, s.suite))]
 
 
-def task_row(label: str, trials: Sequence[TrialRow]) -> TaskRow:
-    return TaskRow(
-        task=label,
-        successes=sum(t.status == Status.SUCCESS for t in trials),
-        trials=sum(t.status is not None for t in trials),
-        errors=sum(t.errors for t in trials),
-    )
+def task_label(summary: Summary) -> str:
+    return "all tasks" if summary.task is None else f"{summary.task}  {summary.instruction}"
 
 
 def error_entry(error: ErrorRow) -> ErrorEntry:
@@ -207,42 +180,44 @@ def error_entry(error: ErrorRow) -> ErrorEntry:
     return ErrorEntry(where, error.message, error.traceback)
 
 
-def success_plot(tables: Sequence[EvaluationTable]) -> str:
-    rows = [
-        (f"{row.task[:60]}  [{table.policy}]" if len(tables) > 1 else row.task[:64], row)
-        for table in tables
-        for row in table.rows
-        if row.trials
-    ]
-    points = [(label, r.successes / r.trials, *wilson(r.successes, r.trials)) for label, r in rows]
-    return plots.intervals("Success by task", points) if points else ""
+def success_plots(tables: Sequence[Sequence[Summary]]) -> list[str]:
+    """One for each suite: a row a task, in which all policies stand together. Only what has an outcome is drawn."""
+    drawn = []
+    for suite in dict.fromkeys(rows[0].suite for rows in tables):
+        done = [rows for rows in tables if rows[0].suite == suite and rows[-1].done]
+        labels = {s.task: shorten(task_label(s), 60) for rows in done for s in rows if s.done}
+        tasks = sorted(labels, key=lambda task: (task is None, task))  # the total last
+        series = []
+        for rows in done:
+            rates = {s.task: (s.rate, *s.interval) for s in rows if s.done}
+            series.append((rows[0].policy_name, [rates.get(task) for task in tasks]))
+        if series:
+            drawn.append(plots.intervals(f"Success by task, {suite}", [labels[task] for task in tasks], series))
+    return drawn
 
 
 def comparisons(trials: Sequence[TrialRow]) -> list[Comparison]:
-    """Every two policies that ran the same init states of a suite."""
+    """Every two policies that ran the same init states of a suite: the later minus the earlier, as iterations are."""
+    names = {t.policy: t.policy_name for t in trials}
     found = []
     for suite in dict.fromkeys(t.suite for t in trials):
-        won = {
-            name: {
-                (t.task, t.init_state): t.status == Status.SUCCESS
-                for t in trials
-                if (t.policy_name, t.suite) == (name, suite) and t.status is not None
-            }
-            for name in dict.fromkeys(t.policy_name for t in trials if t.suite == suite)
-        }
-        for first, second in combinations(won, 2):
-            both = sorted(won[first].keys() & won[second].keys())
+        won: dict[str, dict[tuple[int, int], bool]] = defaultdict(dict)
+        for t in trials:
+            if t.suite == suite and t.status is not None:
+                won[t.policy][t.task, t.init_state] = t.status == Status.SUCCESS
+        for earlier, later in combinations(won, 2):
+            both = sorted(won[later].keys() & won[earlier].keys())
             if not both:
                 continue
-            p = paired([won[first][k] for k in both], [won[second][k] for k in both])
+            p = paired([won[later][k] for k in both], [won[earlier][k] for k in both])
             found.append(
                 Comparison(
-                    first=first,
-                    second=second,
+                    first=names[later],
+                    second=names[earlier],
                     suite=suite,
                     pairs=len(both),
-                    difference=f"{100 * p.difference:+.1f}",
-                    interval=interval(p.low, p.high),
+                    difference=points(p.difference),
+                    interval=f"{points(p.low)} to {points(p.high)}",
                     only_first=p.only_a,
                     only_second=p.only_b,
                     p_value=f"{p.p_value:.3f}",
@@ -251,27 +226,30 @@ def comparisons(trials: Sequence[TrialRow]) -> list[Comparison]:
     return found
 
 
-def success_tiles(tables: Sequence[EvaluationTable]) -> list[Tile]:
-    return [
-        Tile(f"{t.policy}, {t.suite}", t.rows[-1].rate, f"{t.rows[-1].successes} of {t.rows[-1].trials} trials")
-        for t in tables[-3:]
-    ]
+def success_tiles(tables: Sequence[Sequence[Summary]]) -> list[Tile]:
+    return [success_tile(rows[-1]) for rows in tables[-3:]]
+
+
+def success_tile(total: Summary) -> Tile:
+    missing = f", {total.planned - total.done} missing" if total.done < total.planned else ""
+    rate = percent(total.rate) if total.done else "-"
+    return Tile(f"{total.policy_name}, {total.suite}", rate, f"{total.successes} of {total.done} trials{missing}")
 
 
 def training_tiles(run: Path) -> list[Tile]:
-    rows = [row for folder in training_folders(run) for row in runs.read_metrics(folder)]
-    if not rows:
+    lasts = [rows[-1] for folder in training_folders(run) if (rows := list(runs.read_metrics(folder)))]
+    if not lasts:
         return []
-    last = rows[-1]
-    tiles = [Tile("optimiser steps", f"{last['step']}", f"in {len(training_folders(run))} training run(s)")]
-    if "action_accuracy" in last:
-        tiles.append(Tile("action accuracy", percent(last["action_accuracy"]), "tokens, last logged step"))
+    steps = sum(last["step"] for last in lasts)
+    tiles = [Tile("optimiser steps", f"{steps}", f"in {counted(len(lasts), 'training run')}")]
+    if "action_accuracy" in lasts[-1]:
+        tiles.append(Tile("action accuracy", percent(lasts[-1]["action_accuracy"]), "tokens, last logged step"))
     return tiles
 
 
 def training_folders(run: Path) -> list[Path]:
     """The run itself, or its iterations: every folder with metrics."""
-    return [f for f in (run, *sorted(run.glob("it-*"))) if (f / runs.METRICS).exists()]
+    return [f for f in (run, *runs.iterations(run)) if (f / runs.METRICS).exists()]
 
 
 def curve_section(folder: Path, run: Path) -> CurveSection | None:
@@ -296,7 +274,7 @@ def history(run: Path) -> list[IterationRow]:
         IterationRow(
             name=row["name"],
             success=f"{row['successes']}/{row['trials']}",
-            difference=f"{100 * row['difference']:+.1f}" if row.get("difference") is not None else "",
+            difference=points(row["difference"]) if row.get("difference") is not None else "",
             p_value=f"{row['p_value']:.3f}" if row.get("p_value") is not None else "",
             verdict=row["verdict"],
         )
@@ -309,8 +287,8 @@ def shown(value: Any) -> str:
 
 
 def sweep_section(run: Path) -> SweepSection | None:
-    """From RUN/trials.json: {"metric": name, "trials": [{"parameters": {...}, "objective": x, "status": ...}]}."""
-    path = run / "trials.json"
+    """From {"metric": name, "trials": [{"parameters": {...}, "objective": x, "status": ..., "error": ...}]}."""
+    path = run / runs.SWEEP
     if not path.exists():
         return None
     sweep = json.loads(path.read_text())
@@ -318,7 +296,7 @@ def sweep_section(run: Path) -> SweepSection | None:
     names = list(trials[0]["parameters"]) if trials else []
     rows = [
         [*(shown(t["parameters"][n]) for n in names), "-" if t["objective"] is None else f"{t['objective']:.4f}"]
-        + [t["status"], t.get("checkpoint") or ""]
+        + [f"{t['status']}: {t['error']}" if t["error"] else t["status"], t["checkpoint"]]
         for t in trials
     ]
     done = [t for t in trials if t["objective"] is not None]
@@ -352,13 +330,20 @@ def videos(run: Path, trials: Sequence[TrialRow]) -> Iterator[Video]:
         yield Video(base64.b64encode(data).decode(), t.status or "", label, t.init_state, t.steps or 0, t.note or "")
 
 
-def notes(protocol: Sequence[tuple[str, str]], errors: Sequence[ErrorRow]) -> list[str]:
+def notes(
+    protocol: Sequence[tuple[str, str]], tables: Sequence[Sequence[Summary]], errors: Sequence[ErrorRow]
+) -> list[str]:
+    totals = [rows[-1] for rows in tables]
+    planned, done = sum(s.planned for s in totals), sum(s.done for s in totals)
     found = []
     if any((name, value) == ("assets", "primitives") for name, value in protocol):
         found.append(
             "Rolled out with the embedded primitive geometry, not LIBERO's own meshes: "
             "these rates compare with each other, not with published ones."
         )
+    if done < planned:
+        found.append(f"{planned - done} of {planned} trials have no outcome yet: rates are of the others.")
     if errors:
-        found.append(f"{len(errors)} error(s) of the infrastructure were met; each trial was tried again elsewhere.")
+        lost = counted(sum(s.errors for s in totals), "trial")
+        found.append(f"{counted(len(errors), 'error')} of the infrastructure met, {lost} lost to them.")
     return found
