@@ -325,6 +325,9 @@ def test_broken_and_foreign_adapters_are_refused_and_change_nothing(tiny: Path, 
     save_file({n: t for n, t in weights.items() if n != name}, broken / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"projector\.fc1"):
         policy.add_adapter("x", broken)
+    save_file({n: t / 0 for n, t in weights.items()}, broken / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="NaN or infinity in .*lora_A"):
+        policy.add_adapter("x", broken)
     (broken / "adapter_model.safetensors").unlink()
     torch.save(weights, broken / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="pickle"):

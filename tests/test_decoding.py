@@ -173,8 +173,8 @@ def test_a_requests_bits_do_not_depend_on_what_else_is_resident(tmp_path, one_th
     images, instructions = requests(3)
     base = policy.decode(images, instructions, logits=True)[1]
     own = []
-    for i in range(3):  # the third makes the stacks grow, from two adapters to four
-        policy.add_adapter(f"v{i}", write_adapter(tmp_path / f"v{i}", seed=i))
+    for i, rank in enumerate((4, 4, 40, 200, 4)):  # the fourth and fifth make the stacks grow
+        policy.add_adapter(f"v{i}", write_adapter(tmp_path / f"v{i}", rank=rank, seed=i))
         own.append(policy.decode(images, instructions, logits=True, adapters=["v0"] * 3)[1])
         assert np.array_equal(policy.decode(images, instructions, logits=True)[1], base)
     policy.remove_adapter("v0")
@@ -188,10 +188,10 @@ def test_swapping_a_version_in_moves_no_weight_of_the_base(tmp_path) -> None:
     policy = spvla.load_policy("tiny")
     places = {n: p.data_ptr() for n, p in policy.model.named_parameters()}
     policy.add_adapter("a", write_adapter(tmp_path / "a"))
-    stacks = [m.lora.a.data_ptr() for m in policy.model.modules() if getattr(m, "lora", None)]
+    stacks = [m.lora.parts[0].a.data_ptr() for m in policy.model.modules() if getattr(m, "lora", None)]
     policy.add_adapter("a", write_adapter(tmp_path / "b", seed=1))  # replaced in place
     assert places == {n: p.data_ptr() for n, p in policy.model.named_parameters()}
-    assert stacks == [m.lora.a.data_ptr() for m in policy.model.modules() if getattr(m, "lora", None)]
+    assert stacks == [m.lora.parts[0].a.data_ptr() for m in policy.model.modules() if getattr(m, "lora", None)]
 
 
 def test_steps_are_compiled_once_for_all_layers(model: OpenVLA, policy: OpenVLAPolicy, alone) -> None:

@@ -193,7 +193,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
-    """Raises CheckpointError on anything but a whole LoRA adapter in safetensors."""
+    """Raises CheckpointError on anything but a whole LoRA adapter in safetensors.
+
+    Its numbers must be finite: 0 times NaN is NaN, so others would spoil the policies that are resident beside it.
+    """
     config = read_adapter_config(folder)
     path = folder / ADAPTER_WEIGHTS
     if not path.exists():
@@ -201,6 +204,9 @@ def read_adapter(folder: Path) -> StoredAdapter:
         raise CheckpointError(
             f"{folder} holds no {ADAPTER_WEIGHTS}", expected="an adapter as peft saves it", remedy="Copy it again."
         )
-    return StoredAdapter(
-        folder=folder, rank=config["r"], alpha=config["lora_alpha"], tensors=dict(read_headers([path]))
-    )
+    tensors = dict(read_headers([path]))
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            got = f"{path} holds NaN or infinity in {name}"
+            raise CheckpointError(got, expected="finite numbers", remedy="Take another checkpoint.")
+    return StoredAdapter(folder=folder, rank=config["r"], alpha=config["lora_alpha"], tensors=tensors)

@@ -28,6 +28,7 @@ from spvla.policy.linear import Rows
 from spvla.policy.llama import EAGER, Cache, Kernels
 from spvla.policy.openvla import OpenVLA, with_patches
 from spvla.policy.prompt import PAD
+from spvla.policy.quantised import is_quantised
 from spvla.policy.transfer import Landing, to_device
 from spvla.policy.vision import NUM_PATCHES
 from spvla.types import ACTION_DIM, IMAGE_SIZE
@@ -149,9 +150,10 @@ class Decoder:
         self.cache = Cache(model.config.llm, batch_size, slots, dtype=model.dtype, device=model.device)
         self.inputs = self._buffers()
         self.graphs: dict[tuple[int, bool], Graph] = {}  # by packed tokens, and whether any request is sampled
-        self.trusted = {self.most: self.most}  # packed tokens of a batch -> those of the graph that it gets
+        self.trusted: dict[tuple[int, bool], int] = {}  # packed tokens, with adapters or without -> those of the graph
         self.kernels = EAGER
-        if model.device.type == "cuda" if cuda_graphs is None else cuda_graphs:
+        self.quantised = is_quantised(model)  # then nothing can be compiled or recorded
+        if model.device.type == "cuda" and not self.quantised if cuda_graphs is None else cuda_graphs:
             self._capture()
 
     def decode(self, pixel_values: Tensor, prompts: Sequence[Sequence[int]], **options: Any) -> Decoded:
@@ -180,12 +182,16 @@ class Decoder:
         self._check(pixel_values, prompts, heat, seeds)
         self.inputs.take(pixel_values, self._padded(prompts, heat, seeds or [0] * n, slots or [0] * n))
         lengths = [len(p) for p in prompts] + [len(prompts[0])] * (self.batch_size - n)
-        out = self._play(lengths, self._trust(lengths), any(heat)) if self.graphs else self._run(lengths, any(heat))
+        if self.graphs:
+            out = self._play(lengths, self._trust(lengths, max(slots or [0])), any(heat))
+        else:
+            out = self._run(lengths, any(heat))
         return Pending(out.ids[:n], out.logits[:n] if logits else None)
 
     def _run(self, lengths: Sequence[int], sampled: bool) -> Decoded:
-        tokens = self._place(lengths, sum(lengths) + NUM_PATCHES * self.batch_size)
-        return self._generate(tokens, sampled)
+        """With quantised maps at the bucket's full size: they run on a GPU, where a product's bits follow its shape."""
+        tokens = self.most if self.quantised else sum(lengths) + NUM_PATCHES * self.batch_size
+        return self._generate(self._place(lengths, tokens), sampled)
 
     def _generate(self, tokens: int, sampled: bool) -> Decoded:
         kind = {"tokens": tokens, "rows": self.rows, "sampled": sampled}
@@ -201,18 +207,29 @@ class Decoder:
         graph.replay()
         return out
 
-    def _trust(self, lengths: Sequence[int]) -> int:
-        """Packed tokens of the graph for a batch: its own, in steps of a token a row, or the largest.
+    def _trust(self, lengths: Sequence[int], adapter: int) -> int:
+        """How many packed tokens the batch's graph has: its own number, rounded up to a multiple of the bucket, or the
+        largest.
 
-        A matrix product may run another kernel for another number of rows. So the first batch of a step is decoded both
-        ways, and unless both give the same bits the step is not used.
+        cuBLAS may choose another kernel for another number of rows. So the first batch of each number is decoded by
+        both graphs, by the base and by an `adapter`, if one is asked for; the smaller graph is used only if all bits
+        agree.
         """
         tokens = (NUM_PATCHES + -(-sum(lengths) // self.batch_size)) * self.batch_size
-        if tokens not in self.trusted:
-            packed = self._play(lengths, tokens, False).logits.clone()
-            same = torch.equal(packed, self._play(lengths, self.most, False).logits)
-            self.trusted[tokens] = tokens if same else self.most
-        return self.trusted[tokens]
+        key = tokens, adapter > 0
+        if tokens < self.most and key not in self.trusted:
+            same = all(self._agree(lengths, tokens, slot) for slot in {0, adapter})
+            self.trusted[key] = tokens if same else self.most
+        return self.trusted.get(key, self.most)
+
+    def _agree(self, lengths: Sequence[int], tokens: int, slot: int) -> bool:
+        """Whether the graphs of so many packed tokens and of most give the same bits, every row by one slot."""
+        asked = self.inputs.slots.clone()
+        self.inputs.slots.fill_(slot)
+        packed = self._play(lengths, tokens, False).logits.clone()
+        same = torch.equal(packed, self._play(lengths, self.most, False).logits)
+        self.inputs.slots.copy_(asked)
+        return same
 
     def _place(self, lengths: Sequence[int], tokens: int) -> int:
         """Packs prompts of these lengths into `tokens`, which it returns; what is left over pads the first rows."""

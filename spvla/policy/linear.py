@@ -3,7 +3,7 @@
 A map's `lora` is None until a first adapter becomes resident, and then costs nothing for models without any. The stacks
 are plain tensors, neither parameters nor buffers: a model's state dict has the checkpoint's names, adapters or not.
 
-Legend: B batch, T tokens, N tokens of packed prompts, n adapters, r rank.
+Legend: B batch, T tokens, N tokens of packed prompts, W columns.
 """
 
 from dataclasses import dataclass, field
@@ -26,23 +26,31 @@ class Rows:
 
 
 @dataclass(kw_only=True)
-class Stack:
-    """The resident adapters of one map: y += B[slot] A[slot] x. Scale is folded into B.
+class Part:
+    """Resident adapters of one map, side by side: W columns, of which each adapter has its rank."""
 
-    Each adapter goes by products of its own, for all tokens, of which a mask leaves those that ask for it. So no shape,
-    and with it no bit of a result, depends on how many adapters are resident, or which is in what slot.
+    a: Tensor  # (W, in)
+    b: Tensor  # (W, out), scale folded in
+    slots: Tensor  # (W,) int64: whose column it is, -1 nobody's, whose numbers are zeros; the same for all maps
+
+
+@dataclass(kw_only=True)
+class Stack:
+    """The resident adapters of one map: y += B[slot] A[slot] x.
+
+    All adapters of a part multiply all tokens, and a mask keeps only the columns that a token asked for. The others add
+    exact zeros, and a part's shape is fixed. So no bit of a result depends on which adapters are resident.
     """
 
-    a: Tensor  # (n, r, in): of slots 1 to n
-    b: Tensor  # (n, r, out)
+    parts: list[Part]
     rows: Rows
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Adds to y, in its memory: (B, T, in), (B, T, out) -> (B, T, out)."""
-        owners = self.rows.of(x)[..., None]  # (B, 1, 1) or (1, N, 1)
-        for slot, (a, b) in enumerate(zip(self.a, self.b, strict=True), start=1):
-            narrow = F.linear(x, a) * (owners == slot)  # (B, T, r)
-            y.view(-1, y.shape[-1]).addmm_(narrow.flatten(0, 1), b)
+        asked = self.rows.of(x)[..., None]  # (B, 1, 1) or (1, N, 1)
+        for part in self.parts:
+            narrow = F.linear(x, part.a).masked_fill(asked != part.slots, 0)  # (B, T, W)
+            y.view(-1, y.shape[-1]).addmm_(narrow.flatten(0, 1), part.b)
         return y
 
 

@@ -39,6 +39,10 @@ def quantise(model: nn.Module, *, bits: int, dtype: torch.dtype) -> None:
                 setattr(model.get_submodule(parent), leaf, make(module))
 
 
+def is_quantised(model: nn.Module) -> bool:
+    return any(hasattr(module, "place") for module in model.modules())
+
+
 def _maker(bits: int, dtype: torch.dtype) -> Callable[[Linear], nn.Module]:
     import bitsandbytes as bnb
 

@@ -1,7 +1,8 @@
-"""Many LoRA versions beside one base: each gets a slot in every map's stack, from 1 on; 0 means the base alone.
+"""Many LoRA versions beside one base: each gets a slot, from 1 on, and columns in every map's stack. 0 is the base.
 
-Adding a version copies its A and B into a free slot and moves nothing else. When slots or rank run out the stacks grow,
-and `version` tells holders of CUDA graphs that the tensors they recorded are gone.
+Columns come in parts of a fixed width, so that a product's shape, and with it the last bits of a result, does not
+depend on what is resident. Adding a version copies its A and B into free columns and moves nothing else. When there are
+none a part is added, and `version` tells holders of CUDA graphs that what they recorded is not all there is.
 """
 
 import math
@@ -10,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spvla.errors import UserError
 from spvla.policy.adapters import StoredAdapter
-from spvla.policy.linear import Linear, PatchConv, Rows, Stack
+from spvla.policy.linear import Linear, Part, PatchConv, Rows, Stack
 from spvla.policy.openvla import OpenVLA
 from spvla.policy.weights import read_json
+
+PART = 128  # columns; memory and time of a part are those of four adapters of rank 32
+LEAST = 32  # columns of an adapter: it begins at a multiple of its width
+NOBODY = -1
 
 
 class Residents:
@@ -24,7 +29,8 @@ class Residents:
         self.model = model
         self.rows = Rows()
         self.slots: dict[str, int] = {}
-        self.rank = self.capacity = self.version = 0
+        self.columns: list[Tensor] = []  # of each part, (W,): whose they are
+        self.version = 0
 
     @property
     def names(self) -> list[str]:
@@ -34,28 +40,27 @@ class Residents:
         """Raises CheckpointError, changing nothing, if the adapter does not fit the base."""
         maps = self._maps()
         adapter.require_base({f"{n}.weight": map_shape(m) for n, m in maps.items()})
-        used = {*self.slots.values()}
-        slot = self.slots.get(name) or next(i for i in range(1, len(used) + 2) if i not in used)
-        capacity = self.capacity if slot <= self.capacity else max(1, 2 * self.capacity)
-        if capacity > self.capacity or adapter.rank > self.rank:
-            self._grow(maps, capacity, max(self.rank, adapter.rank))
-        for module in maps.values():
-            module.lora.a[slot - 1] = 0
-            module.lora.b[slot - 1] = 0
+        if name in self.slots:
+            self._clear(maps, self.slots.pop(name))
+        slot = next(i for i in range(1, len(self.slots) + 2) if i not in self.slots.values())
+        width = max(LEAST, 1 << (adapter.rank - 1).bit_length())
+        part, first = self._free(width) or self._grow(maps, max(PART, width))
         for key, a, b in adapter.pairs():
-            stack = maps[key].lora
-            stack.a[slot - 1, : adapter.rank] = a
-            stack.b[slot - 1, : adapter.rank] = adapter.scale * b.float().T
+            place = maps[key].lora.parts[part]
+            place.a[first : first + adapter.rank] = a
+            place.b[first : first + adapter.rank] = adapter.scale * b.float().T
+        self.columns[part][first : first + width] = slot
         self.slots[name] = slot
 
     def remove(self, name: str) -> None:
-        """The slot is free for another; when none is used the base runs without stacks again."""
-        self._slot(name)
+        """Its columns are free for another; when none is used the base runs without stacks again."""
+        maps = self._maps()
+        self._clear(maps, self._slot(name))
         del self.slots[name]
         if not self.slots:
-            for module in self._maps().values():
+            for module in maps.values():
                 module.lora = None
-            self.rank = self.capacity = 0
+            self.columns = []
             self.version += 1
 
     def slots_of(self, names: Sequence[str | None]) -> list[int]:
@@ -74,18 +79,35 @@ class Residents:
     def _maps(self) -> dict[str, Linear | PatchConv]:
         return {n: m for n, m in self.model.named_modules() if hasattr(m, "lora")}
 
-    def _grow(self, maps: dict[str, nn.Module], capacity: int, rank: int) -> None:
+    def _free(self, width: int) -> tuple[int, int] | None:
+        """A part of the shape for such an adapter, and its first free column there."""
+        for part, owners in enumerate(self.columns):
+            if len(owners) == max(PART, width):
+                for first in range(0, len(owners), width):
+                    if (owners[first : first + width] == NOBODY).all():
+                        return part, first
+        return None
+
+    def _grow(self, maps: dict[str, nn.Module], width: int) -> tuple[int, int]:
+        device, dtype = self.model.device, self.model.dtype
+        owners = torch.full((width,), NOBODY, device=device)
         for module in maps.values():
-            old = module.lora
             outputs, inputs = map_shape(module)
-            like = {"dtype": self.model.dtype, "device": self.model.device}
-            a, b = torch.zeros(capacity, rank, inputs, **like), torch.zeros(capacity, rank, outputs, **like)
-            new = Stack(a=a, b=b, rows=self.rows)
-            if old is not None:
-                new.a[: len(old.a), : old.a.shape[1]] = old.a
-                new.b[: len(old.b), : old.b.shape[1]] = old.b
-            module.lora = new
-        self.capacity, self.rank, self.version = capacity, rank, self.version + 1
+            a, b = (torch.zeros(width, size, dtype=dtype, device=device) for size in (inputs, outputs))
+            parts = [] if module.lora is None else module.lora.parts
+            module.lora = Stack(parts=[*parts, Part(a=a, b=b, slots=owners)], rows=self.rows)
+        self.columns.append(owners)
+        self.version += 1
+        return len(self.columns) - 1, 0
+
+    def _clear(self, maps: dict[str, nn.Module], slot: int) -> None:
+        for part, owners in enumerate(self.columns):
+            if its := (owners == slot).nonzero().flatten().tolist():
+                columns = slice(its[0], its[-1] + 1)
+                for module in maps.values():
+                    module.lora.parts[part].a[columns] = 0
+                    module.lora.parts[part].b[columns] = 0
+                owners[columns] = NOBODY
 
 
 def map_shape(module: nn.Module) -> tuple[int, int]:
