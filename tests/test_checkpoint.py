@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from policy_parts import requests, write_adapter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import spvla
@@ -204,6 +205,31 @@ def test_the_digest_follows_everything_that_decides_behaviour(
     assert changed != first
     (copy / "dataset_statistics.json").write_text(json.dumps(STATS))
     assert policy_digest(copy) not in (first, changed)
+
+
+def test_the_optimisers_state_is_no_part_of_a_policy(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    trained = Path(shutil.copytree(adapter, tmp_path / "trained"))
+    save_file({"moment": torch.ones(1)}, trained / "training_state.safetensors")
+    (trained / "training_state.json").write_text("{}")
+    assert policy_digest(trained) == policy_digest(adapter)
+    save_merged(trained, tmp_path / "merged")
+    assert not list((tmp_path / "merged").glob("training_state*"))
+
+
+@pytest.mark.parametrize("path", ["./missing", "../missing", "runs/missing", "runs/missing-", "/missing"])
+def test_a_path_that_is_not_there_is_no_name_to_be_looked_up(path: str) -> None:
+    with pytest.raises(CheckpointError, match=f"no checkpoint at {path}.* Correct the path"):
+        spvla.load_policy(path)
+
+
+def test_a_full_disk_is_an_error_of_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("spvla.policy.weights.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        create_tiny(tmp_path / "tiny")
+    assert not list(tmp_path.iterdir())
 
 
 def test_statistics_beside_a_checkpoint_come_over_those_in_its_config(copy: Path) -> None:

@@ -1,6 +1,7 @@
 """The fused halves of a layer give what the plain code gives, gradients included."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,12 @@ def test_dropout_and_missing_adapters_are_left_to_the_plain_code() -> None:
     assert fused.fits(h, lora, lora)
     assert not fused.fits(h, lora, None)
     assert not fused.fits(h, lora._replace(dropout=0.1))
+
+
+@pytest.mark.parametrize(("rank", "fits"), [(8, False), (16, True), (24, False), (32, True)])
+def test_a_gpu_fuses_ranks_that_its_tiles_can_have(rank: int, fits: bool) -> None:
+    rows = SimpleNamespace(is_cuda=True)
+    assert fused.fits(rows, Lora(torch.empty(rank, 8), torch.empty(8, rank), 1.0, 0.0), head=64) is fits
 
 
 Draw = Callable[..., Tensor]

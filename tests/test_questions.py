@@ -12,6 +12,7 @@ from spvla.selfplay.questions import together
 from spvla.selfplay.replies import ReplyStore
 from spvla.selfplay.scoring import Inputs, Reply
 from spvla.selfplay.step import Learner
+from spvla.types import ACTION_DIM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,6 +52,21 @@ def test_of_several_questions_only_the_unknown_are_passed_on(tmp_path: Path) -> 
     learner.asker.opponent.reply = only_three
     (known,), (asked,) = learner.ask([[old], [new]])
     assert torch.equal(known.reply.generated, before.generated) and len(asked.reply.generated) == 3
+
+
+def test_what_was_answered_first_stays(tmp_path: Path) -> None:
+    """A batch of known and new samples is answered as a whole, which may round otherwise than before."""
+    store = ReplyStore(tmp_path / "replies.bin", num_samples=10, key="")
+
+    def reply(value: float, size: int) -> Reply:
+        real, generated = torch.full((size, ACTION_DIM), value), torch.full((size, ACTION_DIM), -value)
+        return Reply(generated=torch.full((size, ACTION_DIM), 7), real_logps=real, generated_logps=generated)
+
+    store.put(np.array([3]), reply(1.0, 1))
+    both = store.first(np.array([3, 4]), reply(2.0, 2))
+    assert both.real_logps[:, 0].tolist() == [1.0, 2.0] and both.generated_logps[:, 0].tolist() == [-1.0, -2.0]
+    store.put(np.array([3, 4]), reply(2.0, 2))
+    assert torch.equal(store.get(np.array([3, 4]), "cpu").real_logps, both.real_logps)
 
 
 def test_a_moving_opponent_is_not_asked_ahead() -> None:

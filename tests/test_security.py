@@ -19,12 +19,13 @@ import yaml
 from training_parts import flags_of, quick_flags, write_toy_dataset
 
 from spvla import cli
-from spvla.config import SweepConfig
+from spvla.config import SelfplayConfig, SweepConfig
 from spvla.data import layout
 from spvla.data.index import ensure_index
 from spvla.errors import UserError
 from spvla.farm.logfile import log_name
 from spvla.policy.checkpoint import load_policy
+from spvla.selfplay.iterate import selfplay_id
 from spvla.selfplay.prepare import datasets_of, run_id
 from spvla.sweep.folder import sweep_id, trial_config
 
@@ -37,6 +38,8 @@ HOSTILE = ("../up", "a/../../b", "/etc/passwd", "a\nb", "a\x00b", "a\x1b[2Jb", "
 def test_a_name_cannot_leave_its_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--run_id"):
         run_id(quick_flags(tmp_path, tmp_path, run_id=name))
+    with pytest.raises(UserError, match="--run_id"):
+        selfplay_id(SelfplayConfig(run_id=name))
     noted = quick_flags(tmp_path, tmp_path, run_id_note=name)
     try:
         assert (tmp_path / run_id(noted)).resolve().parent == tmp_path

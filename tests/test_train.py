@@ -64,7 +64,7 @@ def test_a_run_name_cannot_leave_its_folder(tmp_path: Path) -> None:
 def test_several_data_sets_carry_weights() -> None:
     assert datasets_of("a:1,b:2.5") == [("a", 1.0), ("b", 2.5)]
     assert datasets_of("a") == [("a", 1.0)]
-    for wrong in ("a:x", "a,", "../a", "a:1:2"):
+    for wrong in ("a:x", "a,", "../a", "a:1:2", "a:-1,b:2", "a:0", "a:nan", "a:inf"):
         with pytest.raises(UserError):
             datasets_of(wrong)
 
@@ -76,6 +76,12 @@ def test_a_run_goes_on_only_with_the_flags_it_began_with(tmp_path: Path) -> None
     require_same_run(dataclasses.replace(config, max_steps=99, save_steps=1), tmp_path, start)
     with pytest.raises(UserError, match=r"another --beta 0.5; expected 0.1"):
         require_same_run(dataclasses.replace(config, beta=0.5), tmp_path, start)
+    falling = dataclasses.replace(config, lr_schedule="cosine")  # its rates follow the number of steps
+    run = tmp_path / "falling"
+    run.mkdir()
+    require_same_run(falling, run, start)
+    with pytest.raises(UserError, match="another --max_steps 99"):
+        require_same_run(dataclasses.replace(falling, max_steps=99), run, start)
     write_json(Path(start) / "dataset_statistics.json", {})
     with pytest.raises(UserError, match="same weights"):
         require_same_run(config, tmp_path, start)
@@ -276,20 +282,21 @@ def test_steps_that_are_not_finite_stop_the_run_and_leave_its_last_checkpoint(da
 
 
 def test_two_workers_learn_what_one_learns_with_twice_the_batch(data: Path, tmp_path: Path) -> None:
-    two = train(quick_flags(data, tmp_path, run_id="two", num_workers=2, batch_size=2, save_merged=True, val_steps=4))
+    flags = {"run_id": "two", "num_workers": 2, "batch_size": 2, "val_steps": 4}
+    two = train(quick_flags(data, tmp_path, **flags))
     one = train_here(quick_flags(data, tmp_path, run_id="one", batch_size=4, val_steps=4))
     assert distance(weights_of(two.run), weights_of(one)) < 1e-5
     assert two.step == 4 and two.checkpoint == two.run / "checkpoints" / "step_000004"
     alone = list(runs.read_metrics(one))[-1]
     assert two.metrics["val_action_accuracy"] == pytest.approx(alone["val_action_accuracy"], abs=1e-6)
+    again = train(quick_flags(data, tmp_path, **flags, save_merged=True))
+    assert again.checkpoint == two.checkpoint  # nothing left to do but this
     merged = load_policy(two.run / "merged" / "step_000004")
     adapted = load_policy(two.checkpoint)
     image, text = [np.full((224, 224, 3), 90, np.uint8)], ["follow the light"]
     _, logits = merged.decode(image, text, logits=True)
     _, expected = adapted.decode(image, text, logits=True)
     assert np.abs(logits - expected).max() < 1e-4
-    again = train(quick_flags(data, tmp_path, run_id="two", num_workers=2, batch_size=2, val_steps=4))
-    assert again.checkpoint == two.checkpoint  # nothing left to do
 
 
 @contextmanager

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spvla.errors import CheckpointError
 from spvla.files import write_json
 from spvla.policy.openvla import OpenVLA
-from spvla.policy.weights import alone, read_headers, read_json, refuse_pickles
+from spvla.policy.weights import alone, read_headers, read_json, refuse_pickles, write_tensors
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG, STATISTICS = (
     "adapter_model.safetensors",
@@ -118,7 +117,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     beside = folder / f".{ADAPTER_WEIGHTS}.tmp"
-    save_file({name: alone(t) for name, t in state.items()}, beside, metadata={"format": "pt"})
+    write_tensors({name: alone(t) for name, t in state.items()}, beside)
     beside.replace(folder / ADAPTER_WEIGHTS)
     if norm_stats is not None:
         write_json(folder / STATISTICS, norm_stats)

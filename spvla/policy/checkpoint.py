@@ -127,14 +127,14 @@ def resolve(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
             return Path(snapshot_download(str(path), local_files_only=True))
-        except LocalEntryNotFoundError:
-            remedy = f"Download it first: hf download {path}"
+        except (LocalEntryNotFoundError, HFValidationError):
+            remedy = f"Correct the path, or if it is a name, download it first: hf download {path}"
     else:
         remedy = "Correct the path."
     raise CheckpointError(
@@ -225,7 +225,8 @@ def policy_digest(path: str | Path) -> str:
     """
     folders = [p for p in base_of(path) if p is not None]
     patterns = ("*.safetensors", CONFIG, TOWER_FILE, ADAPTER_CONFIG, "tokenizer.json", STATISTICS)
-    files = [f for folder in folders for f in sorted({f for pattern in patterns for f in folder.glob(pattern)})]
+    found = [f for folder in folders for f in sorted({f for pattern in patterns for f in folder.glob(pattern)})]
+    files = [f for f in found if not f.name.startswith("training_state")]  # the optimiser's
     facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     memory = cache_dir() / "digests" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     if memory.exists():
@@ -271,7 +272,8 @@ def _copy_companions(source: Path, new: Path, stats: Mapping[str, Any] | None) -
     """All small files of the source but its index and statistics; config.json and statistics get `stats`."""
     for pattern in _COPIED:
         for f in source.glob(pattern):
-            if f.name not in (STATISTICS, ADAPTER_CONFIG) and not f.name.endswith(".index.json"):
+            left = f.name in (STATISTICS, ADAPTER_CONFIG) or f.name.startswith("training_state")
+            if not left and not f.name.endswith(".index.json"):
                 shutil.copyfile(f, new / f.name)
     stats = dict(norm_stats(source) if stats is None else stats)
     write_json(new / CONFIG, {**read_config(source), "norm_stats": stats})

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from spvla.errors import CheckpointError, UserError
-from spvla.policy.weights import INDEX, PICKLES, SINGLE, write_weights
+from spvla.files import writing_to
+from spvla.policy.weights import INDEX, PICKLES, SINGLE, pickles, write_tensors, write_weights
 
 
 def convert(folder: Path) -> Path:
@@ -22,7 +23,7 @@ def convert(folder: Path) -> Path:
             f"{folder} has safetensors already", expected="pickles only", remedy="Nothing to convert."
         )
     tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(p for pattern in PICKLES for p in folder.glob(pattern)):
+    for path in pickles(folder):
         tensors.update(_tensors_of(_read(path)))
     if not tensors:
         raise CheckpointError(
@@ -31,9 +32,7 @@ def convert(folder: Path) -> Path:
     name = SINGLE
     if (folder / "adapter_config.json").exists():
         name = "adapter_model.safetensors"
-        from safetensors.torch import save_file
-
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / name, metadata={"format": "pt"})
+        write_tensors({k: v.contiguous() for k, v in tensors.items()}, folder / name)
     else:
         write_weights([(k, lambda v=v: v, v.nbytes) for k, v in sorted(tensors.items())], folder)
     return folder / name
@@ -62,7 +61,8 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m spvla.policy.convert FOLDER")
     try:
-        print(convert(Path(sys.argv[1])))
+        with writing_to(Path(sys.argv[1])):
+            print(convert(Path(sys.argv[1])))
     except UserError as e:
         print(f"spvla: {e}", file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,7 @@
 Everything is checked from the files' headers before the first weight is read, so nothing is loaded by halves.
 """
 
+import errno
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -99,6 +100,14 @@ def require_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tu
         )
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """One safetensors file. Raises OSError, as all writing does; safetensors has its own for a full disk."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as e:
+        raise OSError(errno.EIO, str(e)) from e
+
+
 def write_weights(
     tensors: Iterable[tuple[str, Callable[[], Tensor], int]], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
@@ -111,7 +120,7 @@ def write_weights(
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else [SINGLE]
     for name, shard in zip(names, shards, strict=True):
-        save_file({key: alone(get()) for key, get, _ in shard}, folder / name, metadata={"format": "pt"})
+        write_tensors({key: alone(get()) for key, get, _ in shard}, folder / name)
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key, *_ in shard}
         total = sum(size for shard in shards for *_, size in shard)
@@ -135,9 +144,13 @@ def alone(t: Tensor) -> Tensor:
     return t.clone() if t.untyped_storage().nbytes() != t.nbytes else t
 
 
+def pickles(folder: Path) -> list[Path]:
+    """Weights in pickles; transformers leaves its arguments in one, too."""
+    return sorted(p for pattern in PICKLES for p in folder.glob(pattern) if p.name != "training_args.bin")
+
+
 def refuse_pickles(folder: Path) -> None:
-    found = sorted(p for pattern in PICKLES for p in folder.glob(pattern) if p.name != "training_args.bin")
-    if found:
+    if found := pickles(folder):
         raise CheckpointError(
             f"{found[0]} is a pickle, which can run code when opened",
             expected="safetensors",

@@ -25,8 +25,8 @@ def fits(h: Tensor, *loras: Lora | None, head: int = 16) -> bool:
     """Whether these adapters, and heads of this width, are of the form that is fused."""
     if any(lora is None or lora.dropout for lora in loras):
         return False
-    sizes = [head // 2, *(lora.b.shape[1] for lora in loras)]
-    return not h.is_cuda or all(n >= 8 and n.bit_count() == 1 for n in sizes)  # a GPU's tiles are powers of two
+    sizes = [head, *(lora.b.shape[1] for lora in loras)]
+    return not h.is_cuda or all(n >= 16 and n.bit_count() == 1 for n in sizes)  # a GPU's tiles are powers of two
 
 
 def heads(h: Tensor, site: Site, lora: Lora, cos: Tensor, sin: Tensor) -> Three:

@@ -64,7 +64,7 @@ def selfplay(config: SelfplayConfig) -> list[Iteration]:
 
 
 def selfplay_id(config: SelfplayConfig) -> str:
-    return config.run_id or f"selfplay+{run_id(plain(config))}"
+    return run_id(plain(config)) if config.run_id else f"selfplay+{run_id(plain(config))}"
 
 
 def baseline(config: SelfplayConfig, run: Path) -> Iteration:

@@ -5,6 +5,7 @@ It happens in a thread of the command's own process, while the workers train in 
 when only the latest is kept.
 """
 
+import hashlib
 import shutil
 import sys
 from concurrent.futures import Future
@@ -24,13 +25,16 @@ class Merger:
 
     def __init__(self, run: Path, waiting: Path, *, only_latest: bool) -> None:
         self.run, self.only_latest = run, only_latest
-        self.waiting = waiting / run.name
+        place = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]  # every self-play run has an it-0
+        self.waiting = waiting / f"{run.name}-{place}"
         self.busy: Future[None] | None = None
         self.given_up: set[str] = set()
 
     def poll(self) -> None:
-        if self.busy is not None and not self.busy.done():
-            return
+        if self.busy is not None:
+            if not self.busy.done():
+                return
+            self.busy.result()
         self.busy = None
         if missing := self._missing():
             chosen = missing[-1] if self.only_latest else missing[0]

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ TINY = "tiny"  # the preset's name
 # Flags that change how a run is carried out, not what it learns: they may differ when it goes on. The start policy and
 # the data are compared by what they hold, not by where they lie.
 _FREE = {
-    *("run_root_dir", "adapter_tmp_dir", "run_id", "run_id_note", "data_root_dir", "vla_path", "max_steps"),
+    *("run_root_dir", "adapter_tmp_dir", "run_id", "run_id_note", "data_root_dir", "vla_path"),
     *("save_steps", "save_latest_checkpoint_only", "save_merged", "val_steps", "skip_corrupt", "max_failures"),
     *("num_workers", "use_gpu", "compile", "max_nonfinite_steps"),
     *("use_wandb", "wandb_project", "wandb_entity", "wandb_mode"),
@@ -84,7 +85,8 @@ def run_id(config: TrainConfig) -> str:
 
 def _learned(config: TrainConfig) -> dict[str, object]:
     """The flags that decide what is learned."""
-    return {name: value for name, value in asdict(plain(config)).items() if name not in _FREE}
+    free = _FREE | {"max_steps"} if config.lr_schedule == "constant" else _FREE
+    return {name: value for name, value in asdict(plain(config)).items() if name not in free}
 
 
 def plain(config: TrainConfig) -> TrainConfig:
@@ -98,13 +100,13 @@ def datasets_of(dataset_name: str) -> list[tuple[str, float]]:
     for part in dataset_name.split(","):
         name, _, weight = part.partition(":")
         try:
-            found.append((safe_name(name, what="--dataset_name"), float(weight or 1)))
-        except ValueError as e:
-            if isinstance(e, UserError):
-                raise
-            raise UserError(
-                f"--dataset_name {dataset_name}", expected="'name' or 'name:weight,name:weight'", remedy="Correct it."
-            ) from e
+            share = float(weight or 1)
+        except ValueError:
+            share = math.nan
+        if not 0 < share < math.inf:
+            expected = "'name' or 'name:weight,name:weight', with weights above 0"
+            raise UserError(f"--dataset_name {dataset_name}", expected=expected, remedy="Correct it.")
+        found.append((safe_name(name, what="--dataset_name"), share))
     return found
 
 
@@ -149,7 +151,7 @@ def require_startable(config: TrainConfig) -> None:
 
 
 def require_same_run(config: TrainConfig, run: Path, start: str) -> None:
-    """Writes RUN/config.json at first; later raises UserError if a flag or the start policy is another one."""
+    """Notes the flags and the start policy at first; later raises UserError if one of them is another."""
     now = {"flags": json.loads(json.dumps(_learned(config), default=str)), "start": policy_digest(start)}
     path = run / "inputs.json"
     if not path.exists():

@@ -91,7 +91,7 @@ class Asker:
         for chosen in (unknown[first : first + many] for first in range(0, len(unknown), many)):
             uniforms = [self._uniforms(batches[i], steps[i]) for i in chosen]
             for i, reply in zip(chosen, self._pass([inputs[i] for i in chosen], uniforms), strict=True):
-                replies[i] = reply
+                replies[i] = self.replies.first(batches[i].samples, reply) if self.replies else reply
                 self._note(batches[i], reply)
         return replies
 

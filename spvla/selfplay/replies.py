@@ -21,6 +21,7 @@ RECORD = np.dtype(
         ("generated_logps", "<f4", ACTION_DIM),
     ]
 )
+FIELDS = ("generated", "real_logps", "generated_logps")
 
 
 class ReplyStore:
@@ -48,9 +49,26 @@ class ReplyStore:
             generated_logps=torch.from_numpy(rows["generated_logps"].copy()).to(device),
         )
 
+    def first(self, samples: np.ndarray, reply: Reply) -> Reply:
+        """`reply`, but what is known of `samples` (B,) as it was answered first.
+
+        In another batch it may round otherwise, and a run that goes on knows answers that it had not needed yet.
+        """
+        rows = self.records[samples]
+        if not rows["known"].any():
+            return reply
+        known = torch.from_numpy(rows["known"].astype(bool))[:, None].to(reply.generated.device)
+        fields = {}
+        for field in FIELDS:
+            new = getattr(reply, field)
+            fields[field] = torch.where(known, torch.from_numpy(rows[field].copy()).to(new), new)
+        return Reply(**fields)
+
     def put(self, samples: np.ndarray, reply: Reply) -> None:
+        """Keeps the replies to those of `samples` (B,) that are not known."""
+        new = self.records["known"][samples] == 0
         rows = np.zeros(len(samples), RECORD)
-        for field in ("generated", "real_logps", "generated_logps"):
+        for field in FIELDS:
             rows[field] = getattr(reply, field).cpu().numpy()
-        self.records[samples] = rows
+        self.records[samples[new]] = rows[new]
         self.records["known"][samples] = 1

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from spvla import runs
 from spvla.errors import CheckpointError
 from spvla.files import discard, new_folder, write_json
+from spvla.policy.weights import write_tensors
 
 STATE = "training_state"
 
@@ -27,7 +28,7 @@ def save_state(folder: Path, state: Any) -> None:
     """Writes a nest of dicts, lists, tuples, tensors, arrays, numbers and strings; bit for bit."""
     tensors: dict[str, torch.Tensor] = {}
     write_json(folder / f"{STATE}.json", _pack(state, tensors))
-    save_file(tensors, folder / f"{STATE}.safetensors")
+    write_tensors(tensors, folder / f"{STATE}.safetensors")
 
 
 def load_state(folder: Path) -> Any:

@@ -67,7 +67,9 @@ def train(config: TrainConfig, *, label: str = "train", callbacks: Sequence[User
         require_same_run(config, run, start)
         sweep_out(run)
         if (done := finished(config, run)) is not None:
-            _say(label, f"{run} stands at its last step already")
+            _say(label, f"{run} is already at its last step")
+            if merger := merger_of(config, run):  # of a run that was ended while it merged, or that is to be merged now
+                merger.finish()
             return done
         # before Ray, so that a missing login shows at once
         sinks: list[Sink] = [Wandb(run, config)] if config.use_wandb else []
@@ -95,14 +97,17 @@ def finished(config: TrainConfig, run: Path) -> Trained | None:
     return Trained(run=run, checkpoint=checkpoint, step=step, metrics=metrics)
 
 
+def merger_of(config: TrainConfig, run: Path) -> Merger | None:
+    if not config.save_merged or not config.use_lora:
+        return None
+    return Merger(run, config.adapter_tmp_dir.resolve(), only_latest=config.save_latest_checkpoint_only)
+
+
 def _run(job: Job, follower: Follower, callbacks: Sequence[UserCallback]) -> None:
     """Fits in a thread, so that this one can follow the numbers and hear Ctrl-C."""
     for marker in (STOP, FAILURE):
         (job.run / marker).unlink(missing_ok=True)
-    config = job.config
-    merger = None
-    if config.save_merged and config.use_lora:
-        merger = Merger(job.run, config.adapter_tmp_dir.resolve(), only_latest=config.save_latest_checkpoint_only)
+    merger = merger_of(job.config, job.run)
     done = in_thread(lambda: _fit(job, callbacks))
     try:
         while not done.done():
@@ -141,7 +146,7 @@ def _fit(job: Job, callbacks: Sequence[UserCallback]) -> None:
                 raise TrainingError(f"Ray's controller of {job.run} was lost {attempt + 1} times: {e}") from e
             continue
         except TrainingFailedError as e:
-            raise TrainingError(
+            raise failure_of(job.run) or TrainingError(
                 f"the workers of {job.run} failed more than --max_failures {config.max_failures} times; "
                 f"the last checkpoint stays. {e}"
             ) from e
@@ -192,7 +197,7 @@ def _announce(label: str, job: Job) -> None:
         f"{c.grad_accumulation_steps} accumulation steps; {'one GPU a worker' if job.use_gpu else 'on CPU'}",
     )
     if c.objective != "sft":
-        _say(label, f"opponent: {job.start}, frozen")
+        _say(label, f"opponent: {job.start}, {'frozen' if c.opponent_update == 'iteration' else 'averaged on'}")
 
 
 def _say(label: str, message: str) -> None:
