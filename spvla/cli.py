@@ -5,16 +5,18 @@ Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr), 130 interrupted.
 
 import difflib
 import importlib
+import json
 import os
 import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin
 
-from spvla import config
+from spvla import __version__, config
 from spvla.errors import SpvlaError, UserError
 
 # command -> (config class, "module:function" taking that config)
@@ -47,6 +49,9 @@ def run(args: list[str]) -> int:
     args = [a for a in args if a != "-v"]
     if not args or args[0] in ("-h", "--help"):
         print(overview())
+        return 0
+    if args[0] == "--version":
+        print(f"spvla {__version__}")
         return 0
     try:
         name, parsed = parse(args)
@@ -103,67 +108,114 @@ def parse(args: Sequence[str]) -> tuple[str, Any]:
     cls = COMMANDS[name][0]
     if name in POSITIONAL and rest and not rest[0].startswith("-"):
         rest[:1] = [f"--{POSITIONAL[name]}", rest[0]]
-    parsed = parse_sweep(rest) if cls is config.SweepConfig else parse_flags(cls, rest)
+    words = [word for arg in rest for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    if cls is config.SweepConfig:
+        require_known(words, [*flags_of(config.SweepFlags), *flags_of(config.TrainConfig)])
+        parsed = parse_sweep(words)
+    else:
+        require_known(words, flags_of(cls))
+        require_given(name, words)
+        parsed = parse_flags(name, cls, words)
     parsed.check()
     return name, parsed
 
 
-def parse_flags(cls: type, args: Sequence[str]) -> Any:
-    """A config from flags, by draccus; its complaints become one line."""
-    import draccus
-    from draccus.utils import DraccusException
-
-    known = flags_of(cls)
-    for arg in args:
-        flag = arg.split("=")[0].removeprefix("--")
-        if arg.startswith("--") and flag not in (*known, "help", "config_path"):
+def require_known(words: Sequence[str], known: Sequence[str]) -> None:
+    for flag in [word.removeprefix("--") for word in words if word.startswith("--")]:
+        if flag not in (*known, "help", "config_path"):
             raise UserError(
                 f"unknown flag --{flag}",
                 expected=f"a flag of this command ({len(known)} in --help)",
                 remedy=did_you_mean(flag, known, prefix="--") or "Run the command with --help for all flags.",
             )
-    parser = draccus.argparsing.ArgumentParser(config_class=cls)
+
+
+def require_given(name: str, words: Sequence[str]) -> None:
+    """Every flag without a default is there. They are folders, all of them."""
+    if {"-h", "--help", "--config_path"} & set(words):
+        return
+    for flag in [f.name for f in fields(COMMANDS[name][0]) if f.default is MISSING]:
+        if f"--{flag}" not in words:
+            folder = flag.upper() if name in POSITIONAL else f"--{flag} FOLDER"
+            raise UserError(
+                f"spvla {name} without a folder",
+                expected=f"spvla {name} {folder}",
+                remedy=f"See spvla {name} --help.",
+            )
+
+
+def parse_flags(name: str, cls: type, words: Sequence[str]) -> Any:
+    """A config from flags, by draccus; its complaints become one line."""
+    import draccus
+    import yaml
+    from draccus.utils import DraccusException
+
+    parser = draccus.argparsing.ArgumentParser(config_class=cls, prog=f"spvla {name}")
     quiet(parser)
     try:
-        return parser.parse_args(args)
-    except DraccusException as e:
+        return parser.parse_args(joined(cls, words))
+    except (DraccusException, yaml.YAMLError, OSError) as e:
         detail = re.sub(r"\s+", " ", str(e))
         raise UserError(detail, expected="a value of the flag's type", remedy="Run with --help for types.") from e
 
 
+def joined(cls: type, words: Sequence[str]) -> list[str]:
+    """["--eta", "-1e-3"] -> ["--eta=-1e-3"]: apart, argparse takes the value for a flag."""
+    kinds = {f"--{f.name}": f.type for f in fields(cls)}
+    args: list[str] = []
+    for word in words:
+        if args and args[-1] in kinds and not word.startswith("--"):
+            args[-1] += "=" + in_yaml(kinds[args[-1]], word)
+        else:
+            args.append(word)
+    return args
+
+
+def in_yaml(kind: Any, word: str) -> str:
+    """A value as draccus reads it: `--tasks 0,3` is a list, `--run_id 1.10` a text, `--logit_softcap None` nothing."""
+    if word == "None" and type(None) in get_args(kind):
+        return "null"
+    if get_origin(kind) is tuple:
+        return f"[{word.strip('[]() ')}]"
+    return json.dumps(word, ensure_ascii=False) if kind in (str, str | None, Path, Path | None) else word
+
+
 def quiet(parser: Any) -> None:
-    """Argparse prints its usage and exits; here it raises. And a percent sign in a flag's text is one."""
+    """Argparse prints its usage and exits; here it raises. It also takes each percent sign in a text for a format, and
+    shows no default where there is no text."""
 
     def error(message: str) -> None:
         raise UserError(message, expected="flags as --name value", remedy="Run the command with --help.")
 
     parser.parser.error = error
     for action in parser.parser._actions:
-        action.help = re.sub(r"%(?!\()", "%%", action.help or "")
+        action.help = re.sub(r"%(?!\()", "%%", (action.help or "").strip()) or "(default: %(default)s)"
+        if get_origin(action.type) is tuple:
+            action.metavar = "int,int,..."
 
 
-def parse_sweep(args: Sequence[str]) -> config.SweepConfig:
+def parse_sweep(words: Sequence[str]) -> config.SweepConfig:
     """A training flag with a list or range joins the space; with one value, the sweep's TrainConfig."""
     own = flags_of(config.SweepFlags)
-    if {"-h", "--help"} & set(args):
+    if {"-h", "--help"} & set(words):
         print(
             "Any training flag (spvla train --help) takes a list, uniform(a,b) or loguniform(a,b). A sweep's own flags:"
         )
-        parse_flags(config.SweepFlags, ["--help"])
+        parse_flags("sweep", config.SweepFlags, ["--help"])
     sweep_args: list[str] = []
     train_args: list[str] = []
     space: dict[str, str] = {}
-    tokens = [t for a in args for t in (a.split("=", 1) if a.startswith("--") and "=" in a else [a])]
-    for flag, value in zip(tokens[::2], tokens[1::2], strict=False):
-        name = flag.removeprefix("--")
+    for i in range(0, len(words), 2):
+        pair = words[i : i + 2]
+        name, value = pair[0].removeprefix("--"), pair[-1]
         if name in own:
-            sweep_args += [flag, value]
+            sweep_args += pair
         elif name in flags_of(config.TrainConfig) and re.search(r",|uniform\(", value) and name != "dataset_name":
             space[name] = value
         else:
-            train_args += [flag, value]
-    train = parse_flags(config.TrainConfig, train_args)
-    return config.SweepConfig(space=space, train=train, **vars(parse_flags(config.SweepFlags, sweep_args)))
+            train_args += pair
+    train = parse_flags("sweep", config.TrainConfig, train_args)
+    return config.SweepConfig(space=space, train=train, **vars(parse_flags("sweep", config.SweepFlags, sweep_args)))
 
 
 def flags_of(cls: type) -> list[str]:

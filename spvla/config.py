@@ -4,12 +4,38 @@ A flag's help is the string below its field. Values are checked in `check()`, be
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from spvla.errors import UserError
 from spvla.types import MAX_STEPS
+
+# Named, because draccus misses the text below a field whose annotation holds quotation marks.
+Objective = Literal["spin", "spvla", "sft"]
+LossType = Literal["sigmoid", "hinge"]
+Reduction = Literal["sum", "mean"]
+OpponentUpdate = Literal["iteration", "ema"]
+LrSchedule = Literal["constant", "linear", "cosine"]
+Precision = Literal["auto", "bf16", "fp32"]
+WandbMode = Literal["online", "offline"]
+ModelFamily = Literal["openvla"]
+Metric = Literal["success_rate", "val_action_accuracy"]
+
+# What a number may be, in every command that has the flag. None is no number: it stands for a default.
+ABOVE_0 = (
+    *("batch_size", "beta", "call_timeout_s", "grad_accumulation_steps", "iterations", "learning_rate", "logit_scale"),
+    *("logit_softcap", "lora_rank", "max_grad_norm", "max_nonfinite_steps", "max_steps", "max_trial_steps"),
+    *("num_demos_per_task", "num_samples", "num_trials_per_task", "promote_level", "save_steps", "skip_hard_above"),
+    *("worker_memory_gb",),
+)
+AT_LEAST_0 = (
+    *("decode_batch_size", "lora_dropout", "max_concurrent", "max_failure_videos", "max_failures", "max_retries"),
+    *("num_decoders", "num_envs", "num_steps_wait", "num_videos", "num_workers", "opponent_temperature", "seed"),
+    *("sft_weight", "val_steps", "wait_ms", "warmup_steps", "weight_decay"),
+)
+BELOW_1 = ("lora_dropout", "promote_level")
 
 
 def require(condition: bool, got: str, *, expected: str, remedy: str) -> None:
@@ -26,10 +52,20 @@ def require_suite(name: str) -> None:
     )
 
 
-def require_positive(flag: str, value: float) -> None:
-    require(
-        math.isfinite(value) and value > 0, f"--{flag} {value}", expected="a number above 0", remedy=f"Raise --{flag}."
-    )
+def require_values(config: Any, *, above_0: Sequence[str] = ABOVE_0) -> None:
+    """Raises UserError for a value that a flag cannot have, whatever the others are."""
+    for field in fields(config):
+        flag, value = field.name, getattr(config, field.name)
+        bounds = [(value is not None or type(None) in get_args(field.type), "a value")]
+        if isinstance(value, int | float):
+            bounds += [
+                (math.isfinite(value), "a finite number"),
+                (flag not in above_0 or value > 0, "a number above 0"),
+                (flag not in AT_LEAST_0 or value >= 0, "0 or more"),
+                (flag not in BELOW_1 or value < 1, "a number below 1"),
+            ]
+        for holds, expected in bounds:
+            require(holds, f"--{flag} {value}", expected=expected, remedy=f"Correct --{flag}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +77,7 @@ class CollectConfig:
     num_demos_per_task: int = 50
     """successful demonstrations to keep for each task"""
     tasks: tuple[int, ...] = ()
-    """task numbers, such as '[0, 3]'; all by default"""
+    """task numbers, such as 0,3; all by default"""
     data_root_dir: Path = Path("datasets")
     """folder that gets the data set <suite>_no_noops"""
     libero_assets: Path | None = None
@@ -51,8 +87,8 @@ class CollectConfig:
     seed: int = 7
 
     def check(self) -> None:
+        require_values(self)
         require_suite(self.task_suite_name)
-        require_positive("num_demos_per_task", self.num_demos_per_task)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +101,10 @@ class RegenerateConfig:
     data_root_dir: Path = Path("datasets")
     libero_assets: Path | None = None
     num_workers: int = 0
+    """parallel environments; 0: one for each CPU of the cluster"""
 
     def check(self) -> None:
+        require_values(self)
         require_suite(self.task_suite_name)
 
 
@@ -83,27 +121,28 @@ class IndexConfig:
     """parallel shards; 0: one for each CPU of the cluster"""
 
     def check(self) -> None:
-        pass
+        require_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
     """The training flags that one optimiser step depends on."""
 
-    objective: Literal["spin", "spvla", "sft"] = "spin"
+    objective: Objective = "spin"
     """spin: SPIN (arXiv 2401.01335); spvla: the original self-play fork's form; sft: behaviour cloning"""
     beta: float = 0.1
     """strength of the self-play margin"""
     eta: float = 0.0
-    """weight of the entropy term ent = opponent_real - policy_generated; sigmoid's argument is beta x - eta ent"""
+    """weight of the fork's entropy term: sigmoid's loss is
+    -log sigmoid(beta margin - eta (opponent_real - policy_generated))"""
     sft_weight: float = 0.0
     """weight of the cross entropy added to the self-play loss"""
-    loss_type: Literal["sigmoid", "hinge"] = "sigmoid"
-    logp_reduction: Literal["sum", "mean"] = "sum"
+    loss_type: LossType = "sigmoid"
+    logp_reduction: Reduction = "sum"
     """how seven token log-probs become one; the fork averaged"""
     opponent_temperature: float = 0.0
     """0: the opponent acts greedily; above 0 it samples"""
-    opponent_update: Literal["iteration", "ema"] = "iteration"
+    opponent_update: OpponentUpdate = "iteration"
     """iteration: the opponent stays the start policy; ema: it follows the policy after each step"""
     ema_decay: float = 0.9999
     skip_hard_above: float | None = None
@@ -119,7 +158,7 @@ class StepConfig:
     lora_dropout: float = 0.0
     learning_rate: float = 5e-4
     weight_decay: float = 0.01
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: LrSchedule = "constant"
     warmup_steps: int = 0
     max_grad_norm: float | None = None
     max_steps: int = 200_000
@@ -166,7 +205,7 @@ class TrainConfig(StepConfig):
     """hold out the last 5% of episodes when the data set has no validation split, as the original does"""
     val_steps: int = 0
     """optimiser steps between passes over the validation split; 0: never"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU"""
 
     num_workers: int = 1
@@ -180,14 +219,10 @@ class TrainConfig(StepConfig):
     use_wandb: bool = False
     wandb_project: str = "spvla"
     wandb_entity: str | None = None
-    wandb_mode: Literal["online", "offline"] = "online"
+    wandb_mode: WandbMode = "online"
 
     def check(self) -> None:
-        for flag in (
-            *("lora_rank", "batch_size", "grad_accumulation_steps", "learning_rate", "max_steps", "save_steps"),
-            *("num_workers", "beta", "logit_scale", "max_nonfinite_steps"),
-        ):
-            require_positive(flag, getattr(self, flag))
+        require_values(self, above_0=(*ABOVE_0, "num_workers"))
         require(
             self.use_lora or self.objective == "sft",
             f"--use_lora False with --objective {self.objective}",
@@ -214,7 +249,8 @@ class FarmConfig:
     num_decoders: int = 0
     """policy actors; 0: one for each GPU, or one on CPU or where machines come on demand"""
     decode_batch_size: int = 0
-    """fixed size of every decoded batch, so that a result does not depend on who shares it; 0: chosen from num_envs"""
+    """pad every decoded batch to this many rows, so that an action does not depend on the other requests in it; 0: as
+    the ledger began, or half of a policy actor's environments"""
     repeatable: bool = True
     """False decodes batches at their own size: faster when they are small, and dependent on the load on a GPU"""
     wait_ms: float | None = None
@@ -232,27 +268,20 @@ class FarmConfig:
     """cut every trial short, for trying things out; part of the protocol, so never mixed with whole trials"""
 
     def check(self) -> None:
-        for flag in ("call_timeout_s", "worker_memory_gb"):
-            require_positive(flag, getattr(self, flag))
-        require(
-            self.max_steps is None or self.max_steps > 0,
-            f"--max_steps {self.max_steps}",
-            expected="a number above 0",
-            remedy="Leave it out for the suite's own limit.",
-        )
+        require_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(FarmConfig):
     """Roll a policy out on LIBERO, every trial exactly once, in parallel."""
 
-    model_family: Literal["openvla"] = "openvla"
+    model_family: ModelFamily = "openvla"
     pretrained_checkpoint: str = ""
     """checkpoint or adapter folder, several separated by commas, or a Hugging Face name in the local cache"""
     task_suite_name: str = "libero_spatial"
     """one suite, or several separated by commas"""
     tasks: tuple[int, ...] = ()
-    """task numbers, such as '[0, 3]'; all by default"""
+    """task numbers, such as 0,3; all by default"""
     num_trials_per_task: int = 50
     num_steps_wait: int = 10
     """settling steps before the policy acts: objects fall"""
@@ -273,13 +302,18 @@ class EvaluateConfig(FarmConfig):
     use_wandb: bool = False
     wandb_project: str = "spvla"
     wandb_entity: str | None = None
-    wandb_mode: Literal["online", "offline"] = "online"
+    wandb_mode: WandbMode = "online"
 
     def check(self) -> None:
         super().check()
         for suite in self.task_suite_name.split(","):
             require_suite(suite)
-        require_positive("num_trials_per_task", self.num_trials_per_task)
+        require(
+            not (self.load_in_8bit and self.load_in_4bit),
+            "--load_in_8bit True with --load_in_4bit True",
+            expected="one of the two",
+            remedy="Leave one out.",
+        )
         require(
             bool(self.pretrained_checkpoint) != (self.follow is not None),
             f"--pretrained_checkpoint {self.pretrained_checkpoint or '(none)'} and --follow {self.follow or '(none)'}",
@@ -301,6 +335,7 @@ class SelfplayConfig(TrainConfig):
     iterations: int = 2
     task_suite_name: str = "libero_spatial"
     tasks: tuple[int, ...] = ()
+    """task numbers, such as 0,3; all by default"""
     num_trials_per_task: int = 50
     num_steps_wait: int = 10
     center_crop: bool | None = None
@@ -316,8 +351,6 @@ class SelfplayConfig(TrainConfig):
     def check(self) -> None:
         super().check()
         require_suite(self.task_suite_name)
-        for flag in ("iterations", "num_trials_per_task", "promote_level"):
-            require_positive(flag, getattr(self, flag))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,11 +359,12 @@ class SweepFlags:
 
     num_samples: int = 1
     """draws of each range; lists are a grid"""
-    metric: Literal["success_rate", "val_action_accuracy"] = "success_rate"
+    metric: Metric = "success_rate"
     max_concurrent: int = 0
     """trials at once; 0: what the cluster holds"""
     task_suite_name: str = "libero_spatial"
     tasks: tuple[int, ...] = ()
+    """task numbers, such as 0,3; all by default"""
     num_trials_per_task: int = 10
     libero_assets: Path | None = None
     num_envs: int = 0
@@ -349,9 +383,8 @@ class SweepConfig(SweepFlags):
 
     def check(self) -> None:
         self.train.check()
+        require_values(self)
         require_suite(self.task_suite_name)
-        for flag in ("num_samples", "num_trials_per_task"):
-            require_positive(flag, getattr(self, flag))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,16 @@
 """The command line: one clear line for bad input, before anything heavy is imported."""
 
+import ast
+import inspect
 import subprocess
 import sys
 import time
 import warnings
+from itertools import pairwise
 
 import pytest
 
+import spvla
 from spvla import cli, config
 from spvla.errors import UserError
 
@@ -18,14 +22,37 @@ def test_help_answers_in_under_a_second() -> None:
     assert all(command in done.stdout for command in cli.COMMANDS)
 
 
+def texts(cls: type) -> dict[str, str]:
+    """flag -> the string below its field, read without draccus."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        body = ast.parse(inspect.getsource(base)).body[0].body
+        for field, below in pairwise(body):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=flag)), ast.Expr(value=ast.Constant(value=text)):
+                    found[flag] = text
+    return found
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_each_command_lists_its_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_command_lists_its_flags_with_their_texts_and_defaults(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.run([command, "--help"])
     assert ended.value.code == 0
     own = config.SweepFlags if command == "sweep" else cli.COMMANDS[command][0]
     printed = capsys.readouterr().out
+    assert f"usage: spvla {command} [-h]" in printed
     assert [f for f in cli.flags_of(own) if f"--{f} " not in printed] == []
+    unwrapped = "".join(printed.split())
+    assert [f for f, text in texts(own).items() if "".join(text.split()) not in unwrapped] == []
+    assert unwrapped.count("(default:") >= len(cli.flags_of(own))
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"spvla {spvla.__version__}\n"
 
 
 def test_the_original_users_flags_parse() -> None:
@@ -45,6 +72,33 @@ def test_a_sweeps_lists_become_its_space_and_the_rest_its_training_flags() -> No
     assert (parsed.train.max_steps, parsed.num_samples) == (4, 3)
 
 
+@pytest.mark.parametrize("given", ["0,3", "[0,3]", "[0, 3]", "(0, 3)"])
+@pytest.mark.parametrize("command", ["collect", "selfplay", "sweep --beta 0.3,0.7"])
+def test_tasks_are_numbers_with_commas_in_brackets_or_not(command: str, given: str) -> None:
+    assert cli.parse([*command.split(), "--tasks", given])[1].tasks == (0, 3)
+    assert cli.parse([*command.split(), f"--tasks={given}"])[1].tasks == (0, 3)
+
+
+def test_one_task_needs_no_brackets_either() -> None:
+    assert cli.parse(["collect", "--tasks", "0"])[1].tasks == (0,)
+    assert cli.parse(["collect", "--tasks", "[]"])[1].tasks == ()
+
+
+@pytest.mark.parametrize("name", ["1.10", "2024_01", "007", "yes", "null", "12:30", "[a", 'a"b', "-x"])
+def test_names_and_folders_are_taken_letter_by_letter(name: str) -> None:
+    _, parsed = cli.parse(["train", "--run_id", name, f"--run_root_dir={name}"])
+    assert (parsed.run_id, str(parsed.run_root_dir)) == (name, name)
+
+
+def test_none_leaves_a_flag_without_a_value() -> None:
+    _, parsed = cli.parse(["train", "--run_id", "None", "--logit_softcap", "None", "--use_gpu", "None"])
+    assert (parsed.run_id, parsed.logit_softcap, parsed.use_gpu) == (None, None, None)
+
+
+def test_a_negative_number_is_a_value_in_any_notation() -> None:
+    assert cli.parse(["train", "--eta", "-1e-3"])[1].eta == cli.parse(["train", "--eta=-0.001"])[1].eta == -0.001
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -56,6 +110,16 @@ def test_a_sweeps_lists_become_its_space_and_the_rest_its_training_flags() -> No
         ("train --use_lora False", "--objective sft"),
         ("evaluate --pretrained_checkpoint x --task_suite_name libero_kitchen", "libero_spatial"),
         ("evaluate", "--pretrained_checkpoint"),
+        ("evaluate --pretrained_checkpoint x --num_envs -1", "--num_envs -1; expected 0 or more"),
+        ("collect --tasks 0,x", "Couldn't parse 'x' into an int"),
+        ("collect --tasks --seed 1", "argument --tasks: expected one argument"),
+        ("report", "spvla report without a folder; expected spvla report RUN."),
+        ("status --help_me 1", "unknown flag --help_me"),
+        ("regenerate", "spvla regenerate without a folder; expected spvla regenerate --demos FOLDER."),
+        ("sweep --max_concurent 2 --beta 0.3,0.7", "Did you mean --max_concurrent?"),
+        ("sweep --beta 0.3,0.7 --max_steps", "argument --max_steps: expected one argument"),
+        ("train --config_path nowhere.yaml", "No such file or directory: 'nowhere.yaml'"),
+        ("train --beta [1", "expected ',' or ']'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:

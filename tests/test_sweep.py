@@ -18,8 +18,11 @@ from spvla.config import SweepConfig, TrainConfig
 from spvla.data.index import ensure_index
 from spvla.errors import ClusterError, UserError
 from spvla.farm.ledger import Ledger
+from spvla.farm.summary import Summary
+from spvla.policy.checkpoint import policy_digest
+from spvla.policy.presets import create_tiny
 from spvla.sweep import folder as sweep_folder
-from spvla.sweep.judge import judge_new_checkpoints
+from spvla.sweep.judge import evaluation, judge_new_checkpoints, success_rates
 from spvla.sweep.space import search_space
 from spvla.sweep.sweep import sweep
 
@@ -40,16 +43,29 @@ def make_trial(folder: Path, name: str, *, steps: tuple[int, ...]) -> Path:
 
 
 def test_lists_are_grids_of_values_of_the_flags_type() -> None:
-    space = search_space({"beta": "0.3,0.7", "lora_rank": "8,16", "loss_type": "sigmoid,hinge"})
-    assert space == {
+    given = {"beta": "0.3,0.7", "lora_rank": "8, 16", "loss_type": "sigmoid,hinge"}
+    assert search_space(given | {"image_aug": "True,False", "logit_softcap": "None,30"}, TrainConfig()) == {
         "beta": {"grid_search": [0.3, 0.7]},
         "lora_rank": {"grid_search": [8, 16]},
         "loss_type": {"grid_search": ["sigmoid", "hinge"]},
+        "image_aug": {"grid_search": [True, False]},
+        "logit_softcap": {"grid_search": [None, 30.0]},
     }
 
 
+def test_a_value_named_twice_is_one_trial() -> None:
+    assert search_space({"beta": "0.3,0.7,0.30"}, TrainConfig()) == {"beta": {"grid_search": [0.3, 0.7]}}
+
+
+def test_swept_values_are_checked_beside_the_flags_that_all_trials_share() -> None:
+    grid = search_space({"use_lora": "True,False"}, TrainConfig(objective="sft"))["use_lora"]["grid_search"]
+    assert grid == [True, False]
+    with pytest.raises(UserError, match="--use_lora False with --objective spin"):
+        search_space({"use_lora": "True,False"}, TrainConfig())
+
+
 def test_ranges_are_drawn_within_their_ends() -> None:
-    domain = search_space({"learning_rate": "loguniform(1e-5, 5e-4)"})["learning_rate"]
+    domain = search_space({"learning_rate": "loguniform(1e-5, 5e-4)"}, TrainConfig())["learning_rate"]
     draws = [domain.sample() for _ in range(200)]
     assert min(draws) >= 1e-5 and max(draws) <= 5e-4
     assert sum(d < 7.1e-5 for d in draws) in range(60, 141)  # half of them below the geometric middle
@@ -63,11 +79,32 @@ def test_ranges_are_drawn_within_their_ends() -> None:
         ({"beta": "0.3,-1"}, "--beta -1.0"),
         ({"beta": "uniform(0.9,0.3)"}, "a low end below the high end"),
         ({"learning_rate": "loguniform(0.0001,inf)"}, "inf"),
+        ({"lora_rank": "uniform(4,16)"}, "expected a list: a range has fractions"),
+        ({"logit_softcap": "uniform(None,30)"}, "expected a list"),
+        ({"beta": "None,0.3"}, "--beta None; expected a value"),
+        ({"run_id": "a,b"}, "--run_id a,b; expected one value, which all trials share"),
+        ({"data_root_dir": "here,there"}, "--data_root_dir here,there; expected one value"),
+        ({"save_steps": "2,4"}, "--save_steps 2,4; expected one value"),
     ],
 )
 def test_a_bad_space_is_refused_before_anything_starts(flags: dict[str, str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        search_space(flags)
+        search_space(flags, TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"tasks": (0, 99)}, "--tasks names task 99"),
+        ({"num_trials_per_task": 51}, "--num_trials_per_task 51; expected 50 at most"),
+    ],
+)
+def test_trials_that_do_not_exist_are_refused_before_anything_starts(
+    flags: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=says):
+        sweep(replace(config(tmp_path, beta="0.3,0.7"), **flags))
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_same_flags_name_the_same_folder_and_others_another(tmp_path: Path) -> None:
@@ -87,6 +124,27 @@ def test_each_checkpoint_is_judged_once_however_often_the_sweep_starts(tmp_path:
     for _ in range(3):
         judge_new_checkpoints(tmp_path, judge)
     assert [path.name for path in asked] == ["step_000002", "step_000004"]
+
+
+def test_checkpoints_with_equal_weights_have_one_success_rate(tmp_path: Path) -> None:
+    twins = [tmp_path / name / "checkpoints" / "step_000002" for name in ("a", "b")]
+    for path in twins:
+        path.mkdir(parents=True)
+        (path / "config.json").write_text("{}")
+    counts = {"planned": 4, "done": 4, "errors": 0, "suite": DATA, "instruction": ""}
+    named = {"policy": policy_digest(twins[0]), "policy_name": "a/step_000002"}
+    summaries = [Summary(**named, **counts, task=0, successes=4), Summary(**named, **counts, task=None, successes=3)]
+    assert success_rates(twins, summaries) == {twins[0]: 0.75, twins[1]: 0.75}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "key"),
+    [("libero_object_no_noops", None), ("my_own:1,libero_object:2", None), ("my_own:1,other:2", "my_own")],
+)
+def test_policies_act_with_the_statistics_of_what_they_learned(dataset: str, key: str | None, tmp_path: Path) -> None:
+    train = TrainConfig(dataset_name=dataset)
+    swept = SweepConfig(space={}, train=train, task_suite_name="libero_object", num_envs=1)
+    assert evaluation(swept, tmp_path).unnorm_key == key
 
 
 def test_the_table_is_best_first_and_says_how_each_trial_ended(tmp_path: Path) -> None:
@@ -127,9 +185,20 @@ def real_config(data: Path, folder: Path, **flags: object) -> SweepConfig:
     return SweepConfig(train=train, **given | {"max_concurrent": 2} | flags)
 
 
-def test_a_sweep_trains_judges_and_ranks(data: Path, tmp_path: Path, ray_cluster: None) -> None:
-    rows = sweep(real_config(data, tmp_path))
-    assert sorted(row.parameters["beta"] for row in rows) == [0.3, 0.7]
+def test_a_sweep_trains_judges_ranks_and_tells_of_a_trial_that_fails_at_once(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ray_cluster: None,
+) -> None:
+    create_tiny(tmp_path / "start")
+    (tmp_path / "data").symlink_to(data)
+    monkeypatch.chdir(tmp_path)  # a trial's own working folder is another, where none of these paths would hold
+    config = real_config(Path("data"), Path("."), space={"beta": "0.3", "learning_rate": "2e-4,5e-4,1e30"})
+    flags = {"vla_path": "start", "adapter_tmp_dir": Path("merging"), "save_merged": True, "max_nonfinite_steps": 1}
+    *rows, failed = sweep(replace(config, max_concurrent=3, train=replace(config.train, **flags)))
+    assert sorted(row.parameters["learning_rate"] for row in rows) == [2e-4, 5e-4]
     assert {row.status for row in rows} <= {"done", "stopped"} and rows[0].status == "done"
     for row in rows:
         measured = {
@@ -138,7 +207,12 @@ def test_a_sweep_trains_judges_and_ranks(data: Path, tmp_path: Path, ray_cluster
         assert row.objective == measured[row.step]
         assert (Path(row.checkpoint) / "adapter_model.safetensors").exists()
     assert rows[0].objective >= (rows[1].objective or 0)
+    assert (failed.parameters, failed.status) == ({"beta": 0.3, "learning_rate": 1e30}, "failed")
+    assert failed.objective is None and "not finite" in failed.error
     assert json.loads((tmp_path / "s" / "trials.json").read_text())["trials"][0]["name"] == rows[0].name
+    assert (tmp_path / "merging").is_dir()
+    said = capsys.readouterr()
+    assert "Trial " not in said.out and "sweep  3/3 trials" in said.err
 
 
 def test_a_sweep_that_cannot_be_judged_or_cannot_fit_is_refused(data: Path, tmp_path: Path, ray_cluster: None) -> None:
@@ -177,14 +251,15 @@ def written_at(runs_ended: list[Path]) -> dict[Path, int]:
 @pytest.mark.timeout(900)
 def test_a_poor_trial_is_stopped_early_and_a_broken_one_told(tmp_path: Path, ray_cluster: None) -> None:
     write_toy_dataset(tmp_path / "data", name=DATA, brightest=1)
-    space = {"learning_rate": "1e-2,1e-12,1e30"}
+    space = {"learning_rate": "1e-2,1e-12,1e30", "max_grad_norm": "None"}
     config = real_config(tmp_path / "data", tmp_path, space=space, max_concurrent=1)
     longer = replace(config.train, objective="sft", max_steps=240, save_steps=60)  # ASHA looks at steps 60 and 240
     good, poor, broken = sweep(replace(config, train=longer))
-    assert (good.parameters, good.status, good.step) == ({"learning_rate": 1e-2}, "done", 240)
-    assert (poor.parameters, poor.status) == ({"learning_rate": 1e-12}, "stopped")
+    assert [row.parameters["learning_rate"] for row in (good, poor, broken)] == [1e-2, 1e-12, 1e30]
+    assert (good.status, good.step) == ("done", 240)
+    assert poor.status == "stopped"
     assert good.objective == 1 > poor.objective and poor.step < 240
-    assert (broken.parameters, broken.status, broken.objective) == ({"learning_rate": 1e30}, "failed", None)
+    assert (broken.status, broken.objective) == ("failed", None)
     assert "not finite" in broken.error
 
 

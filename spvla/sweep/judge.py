@@ -11,9 +11,11 @@ from spvla.config import EvaluateConfig, SweepConfig
 from spvla.data.index import ensure_index
 from spvla.data.loader import require_frames
 from spvla.data.store import FrameStore
-from spvla.farm.plan import readable_name
+from spvla.farm.plan import chosen_tasks, require_init_states
 from spvla.farm.session import session
+from spvla.farm.summary import Summary
 from spvla.machines import cpus_for, grows, require_resources, total, unbounded
+from spvla.policy.checkpoint import policy_digest
 from spvla.selfplay.prepare import datasets_of
 from spvla.sweep.folder import JUDGED, TRIALS, judged, trial_folders
 
@@ -27,12 +29,13 @@ def judging(config: SweepConfig, folder: Path) -> Iterator[Judge]:
         yield validation_accuracy
         return
     with session(evaluation(config, folder)) as farm:
+        yield lambda checkpoints: success_rates(checkpoints, farm.run(checkpoints))
 
-        def success_rate(checkpoints: Sequence[Path]) -> dict[Path, float]:
-            by_policy = {s.policy_name: s.rate for s in farm.run(checkpoints) if s.task is None}
-            return {path: by_policy[readable_name(path)] for path in checkpoints}
 
-        yield success_rate
+def success_rates(checkpoints: Sequence[Path], summaries: Sequence[Summary]) -> dict[Path, float]:
+    """By digest: of two checkpoints with equal weights, only one is in the summaries by its name."""
+    rates = {s.policy: s.rate for s in summaries if s.task is None}
+    return {path: rates[policy_digest(path)] for path in checkpoints}
 
 
 def max_concurrent(config: SweepConfig) -> int:
@@ -63,6 +66,13 @@ def require_room(config: SweepConfig) -> None:
     require_resources(f"a trial of {workers} workers{beside}", **needed)
 
 
+def require_trials(config: SweepConfig) -> None:
+    """The tasks and init states to judge by exist. Raises UserError now rather than at the first checkpoint."""
+    if config.metric == "success_rate":
+        for task in chosen_tasks(config.task_suite_name, config.tasks):
+            require_init_states(config.task_suite_name, task, config.num_trials_per_task)
+
+
 def with_validation(config: SweepConfig) -> SweepConfig:
     """Judged by validation accuracy, each checkpoint needs a pass over the validation split at its step."""
     train = config.train
@@ -75,7 +85,7 @@ def index_data(config: SweepConfig) -> None:
     """Indexes once what all trials read. Raises DatasetError where there is nothing to validate on."""
     train = config.train
     for name, _ in datasets_of(train.dataset_name):
-        folder = ensure_index(train.data_root_dir.expanduser().resolve(), name, skip_corrupt=train.skip_corrupt)
+        folder = ensure_index(train.data_root_dir, name, skip_corrupt=train.skip_corrupt)
         if config.metric == "val_action_accuracy":
             store = FrameStore.open(folder)
             require_frames(store, store.split("val", val_split_from_train=train.val_split_from_train), "val")
@@ -88,6 +98,7 @@ def evaluation(config: SweepConfig, folder: Path) -> EvaluateConfig:
         task_suite_name=config.task_suite_name,
         tasks=config.tasks,
         num_trials_per_task=config.num_trials_per_task,
+        unnorm_key=unnorm_key(config),
         center_crop=config.train.image_aug,
         libero_assets=config.libero_assets,
         max_steps=config.max_trial_steps,
@@ -97,6 +108,13 @@ def evaluation(config: SweepConfig, folder: Path) -> EvaluateConfig:
         num_videos=0,
         max_failure_videos=0,
     )
+
+
+def unnorm_key(config: SweepConfig) -> str | None:
+    """The statistics of the data that the trials are trained on, where the suite's own name is not among them."""
+    names = [name for name, _ in datasets_of(config.train.dataset_name)]
+    suite = config.task_suite_name
+    return None if {suite, f"{suite}_no_noops"} & set(names) else names[0]
 
 
 def spare_envs(config: SweepConfig) -> int:

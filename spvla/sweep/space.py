@@ -10,35 +10,50 @@ from ray import tune
 from spvla.config import TrainConfig
 from spvla.errors import UserError
 
+# Where things lie, and what the sweep itself plans with: one value for all trials.
+_SHARED = (
+    *("vla_path", "data_root_dir", "run_root_dir", "adapter_tmp_dir", "run_id", "run_id_note"),
+    *("max_steps", "save_steps", "val_steps", "save_latest_checkpoint_only", "num_workers", "use_gpu"),
+)
+_WORDS = {"True": True, "False": False, "None": None}
 _RANGE = re.compile(r"(uniform|loguniform)\(([^,()]+),([^,()]+)\)")
 
 
-def search_space(space: dict[str, str]) -> dict[str, Any]:
-    """{"beta": "0.3,0.7", "learning_rate": "loguniform(1e-5,5e-4)"} -> Tune's. Raises UserError."""
+def search_space(space: dict[str, str], train: TrainConfig) -> dict[str, Any]:
+    """{"beta": "0.3,0.7", "learning_rate": "loguniform(1e-5,5e-4)"} -> Tune's. Raises UserError.
+
+    `train` holds the flags that all trials share.
+    """
     if not space:
         raise UserError(
             "a sweep over nothing",
             expected="at least one training flag with a list or a range",
             remedy="Give, say, --beta 0.3,0.7 or --learning_rate 'loguniform(1e-5,5e-4)'.",
         )
-    return {flag: domain(flag, text) for flag, text in space.items()}
+    return {flag: domain(flag, text, train) for flag, text in space.items()}
 
 
-def domain(flag: str, text: str) -> Any:
+def domain(flag: str, text: str, train: TrainConfig) -> Any:
+    if flag in _SHARED:
+        raise UserError(f"--{flag} {text}", expected="one value, which all trials share", remedy=f"Give one --{flag}.")
     if match := _RANGE.fullmatch(text.replace(" ", "")):
-        low, high = (parsed(flag, word) for word in match.groups()[1:])
+        low, high = (parsed(flag, word, train) for word in match.groups()[1:])
+        if not (isinstance(low, float) and isinstance(high, float)):
+            raise UserError(f"--{flag} {text}", expected="a list: a range has fractions", remedy="List the values.")
         if not low < high or (match[1] == "loguniform" and low <= 0):
             raise UserError(f"--{flag} {text}", expected="a low end below the high end", remedy="Swap or correct them.")
         return getattr(tune, match[1])(low, high)
-    return tune.grid_search([parsed(flag, word) for word in text.split(",")])
+    values = [parsed(flag, word.strip(), train) for word in text.split(",")]
+    return tune.grid_search(list(dict.fromkeys(values)))  # equal trials would share a folder
 
 
-def parsed(flag: str, word: str) -> Any:
-    """The word as a value of that training flag, checked by TrainConfig."""
+def parsed(flag: str, word: str, train: TrainConfig) -> Any:
+    """The word as a value of that training flag, checked beside the others."""
     kind = next(f.type for f in fields(TrainConfig) if f.name == flag)
     try:
-        value = draccus.decode(kind, word)
+        value = draccus.decode(kind, _WORDS.get(word, word))
     except draccus.utils.DecodingError as e:
-        raise UserError(f"--{flag} {word}", expected=f"a value of type {kind}", remedy=f"Correct --{flag}.") from e
-    replace(TrainConfig(), **{flag: value}).check()
+        name = kind.__name__ if isinstance(kind, type) else kind
+        raise UserError(f"--{flag} {word}", expected=f"a value of type {name}", remedy=f"Correct --{flag}.") from e
+    replace(train, **{flag: value}).check()
     return value

@@ -9,24 +9,35 @@ on with the rest.
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from draccus import encode
 
 from spvla import runs
 from spvla.cluster import connection
-from spvla.config import SweepConfig
+from spvla.config import SweepConfig, SweepFlags, TrainConfig
 from spvla.errors import TrainingError, UserError
 from spvla.files import require_writable
 from spvla.progress import Progress
 from spvla.selfplay.prepare import locked, require_datasets, require_startable, start_policy
 from spvla.sweep.folder import ENDED, FAILED, SweepTrial, sweep_id, table, write_table
-from spvla.sweep.judge import Judge, index_data, judge_new_checkpoints, judging, require_room, with_validation
+from spvla.sweep.judge import (
+    Judge,
+    index_data,
+    judge_new_checkpoints,
+    judging,
+    require_room,
+    require_trials,
+    with_validation,
+)
 from spvla.sweep.space import search_space
 from spvla.sweep.tuning import POLL_S, Tuning
 
 _JUDGING = ("metric", "space", "task_suite_name", "tasks", "num_trials_per_task", "max_trial_steps")
+_Flags = TypeVar("_Flags", SweepFlags, TrainConfig)
 
 
 def sweep(config: SweepConfig) -> list[SweepTrial]:
@@ -34,7 +45,10 @@ def sweep(config: SweepConfig) -> list[SweepTrial]:
 
     Raises UserError, KeyboardInterrupt, and TrainingError when no trial came to a verdict.
     """
-    space = search_space(config.space)
+    config.check()
+    space = search_space(config.space, config.train)
+    config = absolute(replace(config, train=absolute(config.train)))
+    require_trials(config)
     require_datasets(config.train)
     require_startable(config.train)
     folder = require_writable(config.train.run_root_dir / sweep_id(config), flag="--run_root_dir")
@@ -53,6 +67,12 @@ def sweep(config: SweepConfig) -> list[SweepTrial]:
     if all(row.objective is None for row in rows):
         raise TrainingError(f"no trial of {folder} came to a verdict; the same command tries again")
     return rows
+
+
+def absolute(flags: _Flags) -> _Flags:
+    """With every path absolute, because a trial's process has a working folder of Tune's."""
+    paths = {name: value.expanduser().resolve() for name, value in vars(flags).items() if isinstance(value, Path)}
+    return replace(flags, **paths)
 
 
 def require_same_sweep(config: SweepConfig, folder: Path) -> None:
@@ -75,11 +95,9 @@ def _play(tuning: Tuning, config: SweepConfig, folder: Path, judge: Judge) -> No
         with Progress("sweep", total=tuning.total, unit="trials") as progress:
             while not tuning.loop.ended():
                 judge_new_checkpoints(folder, judge)
-                rows = write_table(folder, config)
-                best = rows[0].objective if rows and rows[0].objective is not None else None
-                ended = sum(row.status in (*ENDED, FAILED) for row in rows)
-                progress.update(ended, **({} if best is None else {"best": f"{best:.3f}"}))
+                _show(progress, write_table(folder, config))
                 time.sleep(POLL_S)
+            _show(progress, write_table(folder, config))
         tuning.loop.raise_if_failed()
     except KeyboardInterrupt:
         print("sweep  stopping: the trials save their last step", file=sys.stderr, flush=True)
@@ -87,3 +105,9 @@ def _play(tuning: Tuning, config: SweepConfig, folder: Path, judge: Judge) -> No
         raise
     finally:
         tuning.close()
+
+
+def _show(progress: Progress, rows: Sequence[SweepTrial]) -> None:
+    best = rows[0].objective if rows and rows[0].objective is not None else None
+    ended = sum(row.status in (*ENDED, FAILED) for row in rows)
+    progress.update(ended, **({} if best is None else {"best": f"{best:.3f}"}))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
@@ -64,6 +65,7 @@ class Tuning:
 
     def __init__(self, config: SweepConfig, space: dict[str, Any], folder: Path) -> None:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is ours
+        os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial may fail before its first verdict
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer output prints boxes whatever `verbose` says
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are told in the table
         self.folder = folder
@@ -127,11 +129,17 @@ class AtEnd(tune.Stopper):
         return (self.folder / END).exists()
 
 
-class Marks(tune.Callback):
-    """Writes into a trial's folder what only Tune knows of its end: stopped by ASHA, or failed for good."""
+class Marks(TrialProgressCallback):
+    """Writes into a trial's folder what only Tune knows of its end: stopped by ASHA, or failed for good.
+
+    In place of Tune's own callback of this kind, which prints.
+    """
 
     def __init__(self, config: SweepConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
+
+    def on_trial_result(self, *_: Any, **__: Any) -> None:
+        pass
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
         run, max_steps = self._of(trial)
