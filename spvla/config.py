@@ -141,7 +141,7 @@ class StepConfig:
     logp_reduction: Reduction = "sum"
     """how seven token log-probs become one; the fork averaged"""
     opponent_temperature: float = 0.0
-    """0: the opponent acts greedily; above 0 it samples"""
+    """0: the opponent acts greedily; 1: its answer is drawn, as SPIN has it"""
     opponent_update: OpponentUpdate = "iteration"
     """iteration: the opponent stays the start policy; ema: it follows the policy after each step"""
     ema_decay: float = 0.9999
@@ -206,11 +206,11 @@ class TrainConfig(StepConfig):
     val_steps: int = 0
     """optimiser steps between passes over the validation split; 0: never"""
     precision: Precision = "auto"
-    """auto: bf16 autocast on a GPU, fp32 on a CPU"""
+    """of weights and activations; auto: bf16 on a GPU, fp32 on a CPU"""
 
     num_workers: int = 1
-    """Ray Train workers (data-parallel ranks); a run may go on with another number, from the very next sample, and with
-    the effective batch that follows from it"""
+    """Ray Train workers (data-parallel ranks); a run that --run_id names may go on with another number, from the very
+    next sample, and with the effective batch that follows from it"""
     use_gpu: bool | None = None
     """one GPU a worker; by default when the cluster has enough"""
     max_failures: int = 3
@@ -228,6 +228,12 @@ class TrainConfig(StepConfig):
             f"--use_lora False with --objective {self.objective}",
             expected="LoRA, because opponent and policy are adapters on one base",
             remedy="Drop --use_lora False, or use --objective sft.",
+        )
+        require(
+            self.use_lora or not self.lora_dropout,
+            f"--use_lora False with --lora_dropout {self.lora_dropout}",
+            expected="LoRA, whose rows the dropout is for",
+            remedy="Drop one of the two.",
         )
         require(
             0 <= self.ema_decay <= 1,

@@ -108,6 +108,7 @@ def test_a_negative_number_is_a_value_in_any_notation() -> None:
         ("train --loss_type square", "choose from 'sigmoid', 'hinge'"),
         ("train --batch_size 0", "--batch_size 0; expected a number above 0"),
         ("train --use_lora False", "--objective sft"),
+        ("train --use_lora False --objective sft --lora_dropout 0.1", "--lora_dropout 0.1"),
         ("evaluate --pretrained_checkpoint x --task_suite_name libero_kitchen", "libero_spatial"),
         ("evaluate", "--pretrained_checkpoint"),
         ("evaluate --pretrained_checkpoint x --num_envs -1", "--num_envs -1; expected 0 or more"),

@@ -14,8 +14,8 @@ from spvla.policy.weights import torch_dtype
 def compiled_kernels(backend: str = "inductor") -> Kernels:
     """Each step compiled once for each shape, and shared by all layers and decoders of the process.
 
-    Steps that packed prompts pass are compiled for any number of tokens. Deterministic: left to itself the compiler times
-    padded products against plain ones, for a bucket that is no multiple of 8, and so chooses otherwise now and then.
+    Steps that packed prompts pass are compiled for any number of tokens. Deterministic: left to itself the compiler
+    times padded products against plain ones, for a bucket that is no multiple of 8, and chooses otherwise now and then.
     """
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(64, limit)  # a few shapes for each bucket of the process

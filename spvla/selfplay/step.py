@@ -250,8 +250,9 @@ class Learner:
         metrics["nonfinite_in_a_row"] = float(self.nonfinite)
         if self.nonfinite < self.config.max_nonfinite_steps:
             return
+        steps = f"{self.nonfinite} step{'s' * (self.nonfinite > 1)} in a row"
         raise TrainingError(
-            f"{self.nonfinite} steps in a row with a loss or gradient that is not finite (the last: loss "
+            f"{steps} with a loss or gradient that is not finite (the last: loss "
             f"{metrics['total_loss']}, gradient norm {metrics['grad_norm']}). The last checkpoint stays. "
             "Lower --learning_rate, or set --max_grad_norm, --warmup_steps or --logit_softcap."
         )
