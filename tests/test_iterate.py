@@ -10,6 +10,7 @@ from training_parts import DATASET, train_here, write_toy_dataset
 
 from spvla import runs
 from spvla.config import SelfplayConfig, TrainConfig
+from spvla.errors import UserError
 from spvla.farm.ledger import Ledger, TrialRow
 from spvla.selfplay.iterate import Iteration, compare, judge, score, selfplay, story
 from spvla.selfplay.prepare import plain
@@ -67,6 +68,16 @@ def test_a_start_policy_that_cannot_act_is_followed_without_a_comparison() -> No
     verdict = judge(rows_of("new", "+-"), "it-0", "c", "new", START, 0.05)
     assert verdict.difference is None and verdict.best == "it-0"
     assert "1/2 successes  promoted" in story([START, verdict])
+
+
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    write_toy_dataset(tmp_path / "data")
+    places = {"data_root_dir": tmp_path / "data", "run_root_dir": tmp_path / "runs", "dataset_name": DATASET}
+    sound = SelfplayConfig(vla_path="tiny", **places)
+    for flags, says in (({"tasks": (10,)}, "--tasks names task 10"), ({"num_trials_per_task": 51}, "50 at most")):
+        with pytest.raises(UserError, match=says):
+            selfplay(replace(sound, **flags))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

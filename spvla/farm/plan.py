@@ -29,9 +29,7 @@ class Plan:
 
 def make_plan(config: EvaluateConfig, checkpoints: Sequence[str | Path]) -> Plan:
     """Raises UserError for a checkpoint, suite, task, key or number of trials that does not exist."""
-    tasks = [(suite, task) for suite in config.task_suite_name.split(",") for task in chosen_tasks(suite, config.tasks)]
-    for suite, task in tasks:
-        require_init_states(suite, task, config.num_trials_per_task)
+    tasks = chosen_tasks(config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
     versions = [describe(str(path)) for path in checkpoints]
     keys = {(v.digest, suite): unnorm_key(v, suite, config.unnorm_key) for v in versions for suite, _ in tasks}
     trials = [
@@ -50,23 +48,24 @@ def make_plan(config: EvaluateConfig, checkpoints: Sequence[str | Path]) -> Plan
     )
 
 
-def chosen_tasks(suite: str, numbers: Sequence[int]) -> list[int]:
-    every = [t.id for t in suites.tasks(suite)]
-    for number in numbers:
-        if number not in every:
-            raise UserError(
-                f"--tasks names task {number} of {suite}", expected=f"0 to {every[-1]}", remedy="Correct --tasks."
-            )
-    return list(numbers) or every
-
-
-def require_init_states(suite: str, task: int, trials: int) -> None:
-    if trials > (there := num_init_states(suite, task)):
-        raise UserError(
-            f"--num_trials_per_task {trials}",
-            expected=f"{there} at most, the init states of {suite} task {task}",
-            remedy="A trial is an init state, so more trials would repeat some: lower it.",
-        )
+def chosen_tasks(task_suite_name: str, numbers: Sequence[int], *, trials: int) -> list[tuple[str, int]]:
+    """(suite, task) of what is to be evaluated. Raises UserError unless all are there, with so many init states."""
+    chosen = []
+    for suite in task_suite_name.split(","):
+        every = [t.id for t in suites.tasks(suite)]
+        for task in numbers or every:
+            if task not in every:
+                raise UserError(
+                    f"--tasks names task {task} of {suite}", expected=f"0 to {every[-1]}", remedy="Correct --tasks."
+                )
+            if trials > (there := num_init_states(suite, task)):
+                raise UserError(
+                    f"--num_trials_per_task {trials}",
+                    expected=f"{there} at most, the init states of {suite} task {task}",
+                    remedy="A trial is an init state, so more trials would repeat some: lower it.",
+                )
+            chosen.append((suite, task))
+    return chosen
 
 
 def describe(path: str) -> Version:

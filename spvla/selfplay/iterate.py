@@ -19,6 +19,7 @@ from spvla.cluster import connection
 from spvla.config import EvaluateConfig, SelfplayConfig
 from spvla.farm.evaluate import run_evaluation
 from spvla.farm.ledger import Ledger, TrialRow
+from spvla.farm.plan import chosen_tasks
 from spvla.files import require_writable, write_text
 from spvla.policy.checkpoint import base_of, norm_stats, policy_digest
 from spvla.selfplay.prepare import datasets_of, plain, require_datasets, require_startable, run_id, start_policy
@@ -51,6 +52,7 @@ def selfplay(config: SelfplayConfig) -> list[Iteration]:
     config.check()
     require_datasets(config)
     require_startable(config)
+    chosen_tasks(config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
     run = require_writable(config.run_root_dir / selfplay_id(config), flag="--run_root_dir")
     runs.write_config(run, "selfplay", config)
     with connection():

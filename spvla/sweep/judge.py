@@ -11,7 +11,7 @@ from spvla.config import EvaluateConfig, SweepConfig
 from spvla.data.index import ensure_index
 from spvla.data.loader import require_frames
 from spvla.data.store import FrameStore
-from spvla.farm.plan import chosen_tasks, require_init_states
+from spvla.farm.plan import chosen_tasks
 from spvla.farm.session import session
 from spvla.farm.summary import Summary
 from spvla.machines import cpus_for, grows, require_resources, total, unbounded
@@ -69,8 +69,7 @@ def require_room(config: SweepConfig) -> None:
 def require_trials(config: SweepConfig) -> None:
     """The tasks and init states to judge by exist. Raises UserError now rather than at the first checkpoint."""
     if config.metric == "success_rate":
-        for task in chosen_tasks(config.task_suite_name, config.tasks):
-            require_init_states(config.task_suite_name, task, config.num_trials_per_task)
+        chosen_tasks(config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
 
 
 def with_validation(config: SweepConfig) -> SweepConfig:
