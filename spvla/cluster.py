@@ -70,7 +70,7 @@ def _start(num_cpus: int | None) -> None:
         print("ray  starting a cluster on this machine", file=sys.stderr)
         _keep_token_private()
         ray.init(address="local", num_cpus=num_cpus, **quiet)
-    except (ConnectionError, RuntimeError) as e:
+    except (ConnectionError, RuntimeError, ValueError) as e:
         raise ClusterError(
             f"no Ray cluster at {address or 'this machine'} ({str(e).splitlines()[0]})",
             expected="a running cluster that accepts this user's token",

@@ -32,6 +32,7 @@ from spvla.sim.rendering import draw_on_one_core
 from spvla.types import Episode
 
 RECORDING = "recording.json"
+BEGUN = "writing"  # marks, among the takes, that the data set is being written
 SPARE_TAKES = 20  # beyond twice the wanted number, before a task is given up
 CRASHES = 3  # of the process that makes one take, before the command ends
 
@@ -102,6 +103,7 @@ def record(
     print(table(request, tally))
     from spvla.data.rlds import write_dataset  # TensorFlow only now: takes seconds to import
 
+    (waiting / BEGUN).touch()
     folder = write_dataset((spool.get(*take) for take in tally.kept()), root, request.name)
     write_json(root / request.name / RECORDING, request.to_json())
     shutil.rmtree(waiting)
@@ -113,7 +115,7 @@ def is_done(folder: Path, request: Request, waiting: Path) -> bool:
     note = folder / RECORDING
     if note.exists() and json.loads(note.read_text()) == request.to_json():
         return True
-    if not folder.exists() or waiting.exists():  # cut short between data set and note: write both again
+    if not folder.exists() or (waiting / BEGUN).exists():  # cut short between data set and note: write both again
         return False
     raise DatasetError(
         f"{folder} already exists and was made from something else",

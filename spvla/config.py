@@ -424,7 +424,7 @@ class DoctorConfig:
     install_egl: bool = False
     """install a missing EGL library where that is possible (root on Debian or Ubuntu)"""
     quiet: bool = False
-    """print gaps only"""
+    """print only what is missing to render"""
 
     def check(self) -> None:
         pass

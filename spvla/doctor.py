@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spvla.config import CleanConfig, DoctorConfig
+from spvla.errors import UserError
 from spvla.files import cache_dir
 
 EGL_PACKAGES = ("libegl1", "libgl1", "libegl-mesa0", "libgl1-mesa-dri")
 INSTALL_EGL = f"apt-get install -y {' '.join(EGL_PACKAGES)}"
 MIN_FREE_GIB = 20  # one merged 7B checkpoint is 15 GB
+CACHED = ("assets", "presets", "digests", "libero-config")  # what this project writes into the cache folder
 
 # In a process of its own: a broken driver may end it with a signal.
 _RENDERER = """
@@ -87,7 +89,10 @@ def egl_library() -> Finding:
 
 
 def renderer() -> Finding:
-    done = subprocess.run([sys.executable, "-c", _RENDERER], capture_output=True, text=True, timeout=60)
+    try:
+        done = subprocess.run([sys.executable, "-c", _RENDERER], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return Finding("renderer", "MuJoCo has drawn nothing within 60 s", "mend the driver, or set MUJOCO_GL=osmesa")
     if done.returncode == 0:
         return Finding("renderer", done.stdout.strip())
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -97,7 +102,10 @@ def renderer() -> Finding:
 def assets() -> Finding:
     from spvla.sim.assets import resolve
 
-    found = resolve(None)
+    try:
+        found = resolve(None)
+    except UserError as e:
+        return Finding("assets", e.got, e.remedy)
     remedy = (
         "geometry stand-ins, not comparable with published numbers: for LIBERO's own, set LIBERO_ASSETS to their folder"
     )
@@ -144,11 +152,12 @@ def install_egl() -> None:
 
 def clean(config: CleanConfig) -> None:
     """Removes what this project cached for the user (generated assets, LIBERO's configuration); never runs or data."""
-    folder = cache_dir()
-    size_mib = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20 if folder.exists() else 0.0
-    print(f"{folder}: {size_mib:.1f} MiB")
-    if config.yes and folder.exists():
-        shutil.rmtree(folder)
+    ours = [cache_dir() / name for name in CACHED if (cache_dir() / name).is_dir()]
+    size_mib = sum(f.stat().st_size for folder in ours for f in folder.rglob("*") if f.is_file()) / 2**20
+    print(f"{cache_dir()}: {size_mib:.1f} MiB")
+    if config.yes:
+        for folder in ours:
+            shutil.rmtree(folder)
         print("removed")
-    elif folder.exists():
+    elif ours:
         print("remove it with: spvla clean --yes True")

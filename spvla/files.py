@@ -125,7 +125,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 def cache_dir() -> Path:
     """Where downloaded or generated things live between runs: SPVLA_CACHE, or the user's cache folder."""
-    root = os.environ.get("SPVLA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spvla"
+    root = os.environ.get("SPVLA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spvla"
     return Path(root)
 
 

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from spvla.collect import RECORDING, Tally, collect, regenerate
+from spvla.collect import RECORDING, Request, Tally, collect, regenerate
 from spvla.config import CollectConfig, RegenerateConfig
 from spvla.data.layout import find
 from spvla.data.rlds import read_episodes
@@ -58,9 +58,14 @@ def test_an_unknown_task_is_refused_before_any_work(tmp_path: Path) -> None:
 
 
 def test_a_data_set_of_another_origin_is_never_overwritten(tmp_path: Path, assets: AssetSet) -> None:
+    """Not even where this very request was once interrupted, and the other was put there since."""
     (tmp_path / DATASET / "1.0.0").mkdir(parents=True)
-    with pytest.raises(DatasetError, match="already exists and was made from something else"):
-        collect(CollectConfig(tasks=(0,), num_demos_per_task=1, data_root_dir=tmp_path))
+    request = Request(suite="libero_object", what="experts", assets=assets, seed=7, wanted={0: 1})
+    takes = tmp_path / f".{DATASET}.{request.digest}.takes"
+    for _ in range(2):
+        with pytest.raises(DatasetError, match="already exists and was made from something else"):
+            collect(CollectConfig(tasks=(0,), num_demos_per_task=1, data_root_dir=tmp_path))
+        takes.mkdir(exist_ok=True)
     assert not list((tmp_path / DATASET / "1.0.0").iterdir())
 
 

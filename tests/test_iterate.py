@@ -12,7 +12,7 @@ from spvla import runs
 from spvla.config import SelfplayConfig, TrainConfig
 from spvla.errors import UserError
 from spvla.farm.ledger import Ledger, TrialRow
-from spvla.selfplay.iterate import Iteration, compare, judge, score, selfplay, story
+from spvla.selfplay.iterate import Iteration, compare, judge, score, selfplay, standing, story
 from spvla.selfplay.prepare import plain
 
 
@@ -68,6 +68,14 @@ def test_a_start_policy_that_cannot_act_is_followed_without_a_comparison() -> No
     verdict = judge(rows_of("new", "+-"), "it-0", "c", "new", START, 0.05)
     assert verdict.difference is None and verdict.best == "it-0"
     assert "1/2 successes  promoted" in story([START, verdict])
+
+
+def test_a_verdict_stands_whatever_trials_are_made_later() -> None:
+    """Later iterations have begun from what it chose."""
+    verdict = judge(rows_of("new", "+-"), "it-0", "c", "new", START, 0.05)
+    assert standing([START, verdict], "it-0", "new", START.name) is verdict
+    assert standing([START, verdict], "it-0", "other weights", START.name) is None
+    assert standing([START, verdict], "it-0", "new", "another opponent") is None
 
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

@@ -166,6 +166,25 @@ def test_a_corrupt_record_can_be_skipped_and_is_counted(small: Path) -> None:
     assert len(skipped) == 1 and "checksum" in skipped[0]
 
 
+@pytest.mark.parametrize("record", [b"\xff" * 40, b"no example"])
+def test_a_whole_record_that_is_no_episode_is_named_or_skipped(small: Path, record: bytes) -> None:
+    import tensorflow as tf
+
+    with tf.io.TFRecordWriter(str(only_shard(small))) as writer:
+        for _ in range(6):
+            writer.write(record)
+    with pytest.raises(DatasetError, match="record 0 of 6: it is no episode"):
+        read(small)
+    skipped: list[str] = []
+    assert read(small, skipped=skipped) == [] and len(skipped) == 6
+
+
+def test_a_folder_beside_the_versions_is_none(small: Path) -> None:
+    version = layout.find(small, NAME).folder
+    shutil.copytree(version, version.with_name(f"{version.name}.bak"))
+    assert layout.find(small, NAME).folder == version
+
+
 def test_after_a_corrupt_length_the_rest_of_the_shard_is_counted_as_skipped(small: Path) -> None:
     flip_byte(only_shard(small), 2)
     skipped: list[str] = []

@@ -9,8 +9,9 @@ import pytest
 
 from spvla import cli
 from spvla.config import CleanConfig
-from spvla.doctor import clean
+from spvla.doctor import assets, clean
 from spvla.errors import TrainingError, UserError
+from spvla.files import cache_dir
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -65,8 +66,20 @@ def test_clean_removes_the_cache_only_when_told_to(
     (tmp_path / "cache" / "assets").mkdir(parents=True)
     (tmp_path / "cache" / "assets" / "mesh").write_bytes(b"x" * 2**20)
     (tmp_path / "runs").mkdir()
+    (tmp_path / "cache" / "mine").write_text("not of this project")
     clean(CleanConfig())
     assert (tmp_path / "cache" / "assets" / "mesh").exists()
     assert "1.0 MiB" in capsys.readouterr().out
     clean(CleanConfig(yes=True))
-    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["cache", "mine", "runs"]
+
+
+def test_an_empty_cache_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPVLA_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_dir() == Path.home() / ".cache/spvla"
+
+
+def test_doctor_goes_on_past_a_folder_that_holds_no_assets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIBERO_ASSETS", "/nonexistent")
+    assert "LIBERO_ASSETS /nonexistent has no" in assets().found

@@ -60,7 +60,6 @@ def ensure_index(data_root_dir: Path, dataset_name: str, *, skip_corrupt: bool =
         return folder
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / INDEX).unlink(missing_ok=True)  # from here on there is no whole index
     if stale:
         with connection():
             index_shards(stale, folder, source, skip_corrupt, num_workers)
@@ -173,7 +172,14 @@ def index_shard(shard: Shard, folder: Path, skip_corrupt: bool) -> None:
 
 def finish(folder: Path, source: Layout) -> None:
     """Statistics over every episode, then the index itself, last."""
-    entries = [entry for s in source.shards if (entry := read_entry(folder, s))]
+    found = [read_entry(folder, s) for s in source.shards]
+    entries = [entry for entry in found if entry]
+    if len(entries) < len(found):
+        raise DatasetError(
+            f"{folder} shows {len(entries)} of {len(found)} shards that were indexed",
+            expected="all of them",
+            remedy="Run the same command again; on a network file system they may appear after some seconds.",
+        )
     batches = [b for e in entries for b in read_batches(folder / e["file"], e["bytes"])]
     skipped = [message for e in entries for message in e["skipped"]]
     if not any(e["episodes"] for e in entries if e["split"] == "train"):

@@ -7,6 +7,7 @@ DATA_ROOT/libero_10_no_noops/1.0.0/dataset_info.json     splits, and how many re
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ def newest_version(data_root_dir: Path, dataset_name: str) -> Path:
 
 
 def versions(folder: Path) -> Iterator[Path]:
-    return (p.parent for p in folder.glob("[0-9]*.[0-9]*.[0-9]*/dataset_info.json"))
+    found = (p.parent for p in folder.glob("*/dataset_info.json"))
+    return (p for p in found if re.fullmatch(r"\d+\.\d+\.\d+", p.name))
 
 
 def check_features(folder: Path) -> None:
@@ -140,7 +142,7 @@ def shards_of(folder: Path, split: str, sizes: list[int]) -> Iterator[Shard]:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise DatasetError(
             f"{path} cannot be read ({e})", expected="a JSON file written by TFDS", remedy="Download it again."
         ) from e

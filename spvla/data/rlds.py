@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from simplejpeg import decode_jpeg_header, is_jpeg
 
 from spvla.files import without_stderr
@@ -44,6 +45,8 @@ def read_episodes(shards: Iterable[Shard], *, skipped: list[str] | None = None) 
                 yield to_episode(record)
             except DatasetError as e:
                 bad_record(shard, number, e.got, skipped, expected=e.expected)
+            except (DecodeError, UnicodeDecodeError, IndexError) as e:
+                bad_record(shard, number, f"it is no episode ({str(e) or type(e).__name__})", skipped)
 
 
 def read_records(shard: Shard, skipped: list[str] | None) -> Iterator[tuple[int, bytes]]:

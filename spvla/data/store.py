@@ -106,7 +106,10 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise DatasetError(
             f"{folder} holds no whole index", expected=f"a folder with {INDEX}", remedy="Run spvla index again."
         )
-    index = json.loads(path.read_text())
+    try:
+        index = json.loads(path.read_text())
+    except ValueError:
+        index = {}
     if index.get("format") != FORMAT:
         raise DatasetError(
             f"{path} has format {index.get('format')}", expected=f"{FORMAT}", remedy="Run spvla index again."

@@ -89,12 +89,14 @@ def readable_name(folder: Path) -> str:
 
 
 def unnorm_key(version: Version, suite: str, asked: str | None) -> str:
-    """The key of the action statistics: the flag's, else the suite's name or that + "_no_noops"."""
-    there = {**checkpoint.norm_stats(Path(version.base)), **checkpoint.norm_stats(Path(version.path))}
-    wanted = (asked,) if asked else (suite, f"{suite}_no_noops")
-    for key in wanted:
-        if key in there:
-            return key
+    """The key of the action statistics: the flag's, else the suite's name or that + "_no_noops".
+
+    What the policy was trained on comes before what its base knows.
+    """
+    own, base = checkpoint.norm_stats(Path(version.path)), checkpoint.norm_stats(Path(version.base))
+    wanted, there = (asked,) if asked else (suite, f"{suite}_no_noops"), base | own
+    for key in (key for stats in (own, base) for key in wanted if key in stats):
+        return key
     raise CheckpointError(
         f"{version.path} has no action statistics for {' or '.join(wanted)}",
         expected=f"one of its keys: {', '.join(there) or '(none)'}",

@@ -215,7 +215,7 @@ def save_merged(adapter: str | Path, folder: Path) -> None:
 
     with new_folder(folder) as new:
         write_weights([(n, lambda n=n: merged(n), weights.sizes_bytes[n]) for n in sorted(weights.shapes)], new)
-        _copy_companions(base, new, {**norm_stats(base), **norm_stats(adapter_folder)})
+        _copy_companions(base, new, norm_stats(adapter_folder) or norm_stats(base))
 
 
 def policy_digest(path: str | Path) -> str:

@@ -17,12 +17,20 @@ from pathlib import Path
 from spvla import runs
 from spvla.cluster import connection
 from spvla.config import EvaluateConfig, SelfplayConfig
+from spvla.errors import CheckpointError, InfrastructureError
 from spvla.farm.evaluate import run_evaluation
 from spvla.farm.ledger import Ledger, TrialRow
-from spvla.farm.plan import chosen_tasks
+from spvla.farm.plan import chosen_tasks, describe, unnorm_key
 from spvla.files import require_writable, write_text
-from spvla.policy.checkpoint import base_of, norm_stats, policy_digest
-from spvla.selfplay.prepare import datasets_of, plain, require_datasets, require_startable, run_id, start_policy
+from spvla.policy.checkpoint import policy_digest
+from spvla.selfplay.prepare import (
+    evaluation_key,
+    plain,
+    require_datasets,
+    require_startable,
+    run_id,
+    start_policy,
+)
 from spvla.selfplay.train import train
 from spvla.statistics import Paired, paired
 
@@ -55,12 +63,15 @@ def selfplay(config: SelfplayConfig) -> list[Iteration]:
     chosen_tasks(config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
     run = require_writable(config.run_root_dir / selfplay_id(config), flag="--run_root_dir")
     runs.write_config(run, "selfplay", config)
+    earlier = read_history(run)
     with connection():
-        history = [baseline(config, run)]
+        history = [baseline(config, run, earlier)]
         for k in range(config.iterations):
             best = next(h for h in history if h.name == history[-1].best)
-            history.append(iterate(config, run, k, best))
-            write_text(run / runs.HISTORY, "".join(json.dumps(asdict(h)) + "\n" for h in history))
+            history.append(iterate(config, run, k, best, earlier))
+            if history != earlier[: len(history)]:
+                write_text(run / runs.HISTORY, "".join(json.dumps(asdict(h)) + "\n" for h in history))
+                earlier = list(history)
     print(story(history))
     return history
 
@@ -69,36 +80,46 @@ def selfplay_id(config: SelfplayConfig) -> str:
     return run_id(plain(config)) if config.run_id else f"selfplay+{run_id(plain(config))}"
 
 
-def baseline(config: SelfplayConfig, run: Path) -> Iteration:
+def read_history(run: Path) -> list[Iteration]:
+    path = run / runs.HISTORY
+    return [Iteration(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def standing(earlier: Sequence[Iteration], name: str, policy: str, opponent: str) -> Iteration | None:
+    """A verdict once given stays, since later iterations have begun from it, whatever trials have been made since."""
+    every = (h for h in earlier if (h.name, h.policy, h.opponent) == (name, policy, opponent))
+    return next(every, None)
+
+
+def baseline(config: SelfplayConfig, run: Path, earlier: Sequence[Iteration]) -> Iteration:
     """The start policy's success, with which iteration 0 is compared.
 
     A policy that was never trained on the suite has no action statistics for it, and so cannot act in it.
     """
     start = start_policy(config, run)
-    able = unnorm_key(config) in norm_stats_of(start)
-    rows = evaluate_on_farm(config, run, start, name=BASELINE) if able else []
-    return Iteration(
+    digest, cannot = policy_digest(start), why_it_cannot_act(config, start)
+    rows = [] if cannot else evaluate_on_farm(config, run, start, name=BASELINE)
+    return standing(earlier, BASELINE, digest, "") or Iteration(
         name=BASELINE,
         checkpoint=start,
-        policy=policy_digest(start),
+        policy=digest,
         opponent="",
-        **score(rows, policy_digest(start)),
-        verdict="baseline" if able else f"not evaluated: it has no action statistics for {unnorm_key(config)}",
+        **score(rows, digest),
+        verdict=f"not evaluated: {cannot}" if cannot else "baseline",
         best=BASELINE,
     )
 
 
-def unnorm_key(config: SelfplayConfig) -> str:
-    """The statistics of the data that the iterations are trained on."""
-    return datasets_of(config.dataset_name)[0][0]
+def why_it_cannot_act(config: SelfplayConfig, policy: str) -> str:
+    try:
+        key = evaluation_key(config.dataset_name, config.task_suite_name)
+        unnorm_key(describe(policy), config.task_suite_name, key)
+    except CheckpointError:
+        return f"it has no action statistics for {key or config.task_suite_name}"
+    return ""
 
 
-def norm_stats_of(path: str) -> dict[str, object]:
-    base, adapter = base_of(path)
-    return norm_stats(base) | (norm_stats(adapter) if adapter else {})
-
-
-def iterate(config: SelfplayConfig, run: Path, k: int, best: Iteration) -> Iteration:
+def iterate(config: SelfplayConfig, run: Path, k: int, best: Iteration, earlier: Sequence[Iteration]) -> Iteration:
     """Trains against `best`, evaluates over the same trials, and decides which of the two to go on from."""
     name = f"it-{k}"
     # a seed of its own: after a policy that was not promoted, the next try must not repeat it
@@ -106,7 +127,11 @@ def iterate(config: SelfplayConfig, run: Path, k: int, best: Iteration) -> Itera
     trained = train(flags, label=name)
     checkpoint, digest = str(trained.checkpoint), policy_digest(str(trained.checkpoint))
     rows = evaluate_on_farm(config, run, checkpoint, name=name)
-    iteration = judge(rows, name, checkpoint, digest, best, config.promote_level)
+    if not score(rows, digest)["trials"]:
+        raise InfrastructureError(f"no trial of {name} came to an outcome; the same command tries them again")
+    iteration = standing(earlier, name, digest, best.name) or judge(
+        rows, name, checkpoint, digest, best, config.promote_level
+    )
     print(f"{name}  {line(iteration)}", file=sys.stderr)
     return iteration
 
@@ -131,14 +156,17 @@ def judge(
 
 
 def evaluate_on_farm(config: SelfplayConfig, run: Path, checkpoint: str, *, name: str) -> list[TrialRow]:
-    """Makes the trials that the run's ledger misses, and returns all that it holds. `name` tells the logs apart."""
+    """Makes the trials that the run's ledger misses; returns its outcomes of the trials asked for, of any policy.
+
+    `name` tells the logs apart.
+    """
     farm = EvaluateConfig(
         pretrained_checkpoint=checkpoint,
         task_suite_name=config.task_suite_name,
         tasks=config.tasks,
         num_trials_per_task=config.num_trials_per_task,
         num_steps_wait=config.num_steps_wait,
-        unnorm_key=unnorm_key(config),
+        unnorm_key=evaluation_key(config.dataset_name, config.task_suite_name),
         center_crop=config.image_aug if config.center_crop is None else config.center_crop,
         libero_assets=config.libero_assets,
         num_envs=config.num_envs,
@@ -149,8 +177,10 @@ def evaluate_on_farm(config: SelfplayConfig, run: Path, checkpoint: str, *, name
         run_id_note=name,
     )
     run_evaluation(farm, checkpoints=[checkpoint])
+    tasks = set(chosen_tasks(config.task_suite_name, config.tasks, trials=config.num_trials_per_task))
     with Ledger.open(run / runs.LEDGER) as ledger:
-        return ledger.outcomes()
+        rows = ledger.outcomes()
+    return [r for r in rows if (r.suite, r.task) in tasks and r.init_state < config.num_trials_per_task]
 
 
 def score(rows: Sequence[TrialRow], policy: str) -> dict[str, int]:

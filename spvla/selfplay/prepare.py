@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -71,7 +72,7 @@ def run_id(config: TrainConfig) -> str:
         return safe_name(config.run_id, what="--run_id")
     batch = config.batch_size * config.grad_accumulation_steps * config.num_workers
     parts = [
-        Path(config.vla_path).name,
+        re.sub(r"[^A-Za-z0-9._+=-]", "_", Path(config.vla_path).name),
         *config.dataset_name.replace(":", "x").split(","),
         f"b{batch}",
         f"lr-{config.learning_rate:g}",
@@ -108,6 +109,13 @@ def datasets_of(dataset_name: str) -> list[tuple[str, float]]:
             raise UserError(f"--dataset_name {dataset_name}", expected=expected, remedy="Correct it.")
         found.append((safe_name(name, what="--dataset_name"), share))
     return found
+
+
+def evaluation_key(dataset_name: str, suite: str) -> str | None:
+    """--unnorm_key for policies trained on these data: None, the suite's own, or the first data set's where no data set
+    is the suite's."""
+    names = [name for name, _ in datasets_of(dataset_name)]
+    return None if {suite, f"{suite}_no_noops"} & set(names) else names[0]
 
 
 def require_datasets(config: TrainConfig) -> None:

@@ -23,7 +23,7 @@ from spvla.data.loader import Loader, Split
 from spvla.data.store import FrameStore
 from spvla.errors import DatasetError
 from spvla.policy.adapters import add_lora, load_adapter, save_adapter
-from spvla.policy.checkpoint import base_of, load_model, norm_stats, save_model
+from spvla.policy.checkpoint import base_of, load_model, save_model
 from spvla.policy.prompt import load_tokenizer
 from spvla.selfplay.metrics import Row, Smoothed
 from spvla.selfplay.prepare import Job
@@ -142,8 +142,7 @@ class Session:
     def write(self, folder: Path) -> None:
         """A checkpoint: adapter (or whole model), action statistics, and everything that the next step depends on."""
         assert not self.under_way, "settle first: a step's numbers are missing"
-        stats = norm_stats(self.base) | (norm_stats(self.adapter) if self.adapter else {})
-        stats |= {name: value for store in self.stores for name, value in store.statistics.items()}
+        stats = {name: value for store in self.stores for name, value in store.statistics.items()}
         if self.config.use_lora:
             save_adapter(self.model, folder, adapter_name=POLICY, base=str(self.base), norm_stats=stats)
         else:

@@ -16,7 +16,7 @@ from spvla.farm.session import session
 from spvla.farm.summary import Summary
 from spvla.machines import cpus_for, grows, require_resources, total, unbounded
 from spvla.policy.checkpoint import policy_digest
-from spvla.selfplay.prepare import datasets_of
+from spvla.selfplay.prepare import datasets_of, evaluation_key
 from spvla.sweep.folder import JUDGED, TRIALS, judged, trial_folders
 
 Judge = Callable[[Sequence[Path]], dict[Path, float]]  # checkpoints -> objective of those that could be judged
@@ -97,7 +97,7 @@ def evaluation(config: SweepConfig, folder: Path) -> EvaluateConfig:
         task_suite_name=config.task_suite_name,
         tasks=config.tasks,
         num_trials_per_task=config.num_trials_per_task,
-        unnorm_key=unnorm_key(config),
+        unnorm_key=evaluation_key(config.train.dataset_name, config.task_suite_name),
         center_crop=config.train.image_aug,
         libero_assets=config.libero_assets,
         max_steps=config.max_trial_steps,
@@ -107,13 +107,6 @@ def evaluation(config: SweepConfig, folder: Path) -> EvaluateConfig:
         num_videos=0,
         max_failure_videos=0,
     )
-
-
-def unnorm_key(config: SweepConfig) -> str | None:
-    """The statistics of the data that the trials are trained on, where the suite's own name is not among them."""
-    names = [name for name, _ in datasets_of(config.train.dataset_name)]
-    suite = config.task_suite_name
-    return None if {suite, f"{suite}_no_noops"} & set(names) else names[0]
 
 
 def spare_envs(config: SweepConfig) -> int:
