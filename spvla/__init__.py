@@ -9,7 +9,7 @@ Importing does nothing; `load_policy` brings torch in when it is first used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spvla.policy.checkpoint import load_policy
+    from spvla.policies.checkpoint import load_policy
 
 __version__ = "0.1.0"
 __all__ = ["load_policy"]
@@ -17,7 +17,7 @@ __all__ = ["load_policy"]
 
 def __getattr__(name: str) -> Any:
     if name == "load_policy":
-        from spvla.policy.checkpoint import load_policy
+        from spvla.policies.checkpoint import load_policy
 
         return load_policy
     raise AttributeError(f"module 'spvla' has no attribute {name!r}")

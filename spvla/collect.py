@@ -17,18 +17,18 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from spvla.cluster import connection
+from spvla.benchmarks.libero.assets import AssetSet, resolve
+from spvla.benchmarks.libero.env import tasks
+from spvla.benchmarks.libero.recorders import Demonstrator, Recorder, Replayer
+from spvla.cluster.connect import connection
+from spvla.cluster.machines import cpus_to_use, request_for, require_resources
 from spvla.config import CollectConfig, RegenerateConfig
 from spvla.data.demos import count_demos, demo_files
 from spvla.data.spool import Spool
 from spvla.errors import DatasetError, InfrastructureError, UserError
 from spvla.files import require_writable, write_json
-from spvla.machines import cpus_to_use, request_for, require_resources
 from spvla.progress import Progress
-from spvla.sim.assets import AssetSet, resolve
-from spvla.sim.libero import tasks
-from spvla.sim.recorders import Demonstrator, Recorder, Replayer
-from spvla.sim.rendering import draw_on_one_core
+from spvla.render.rendering import draw_on_one_core
 from spvla.types import Episode
 
 RECORDING = "recording.json"

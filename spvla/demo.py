@@ -8,7 +8,7 @@ report. Every stage can be resumed: run again after an interruption, it goes on 
 import time
 from pathlib import Path
 
-from spvla.cluster import connection
+from spvla.cluster.connect import connection
 from spvla.collect import collect
 from spvla.config import CollectConfig, DemoConfig, IndexConfig, ReportConfig, SelfplayConfig, TrainConfig
 from spvla.data.index import index
@@ -16,8 +16,8 @@ from spvla.files import require_writable
 from spvla.progress import format_seconds
 from spvla.report.html import report
 from spvla.runs import REPORT, latest_checkpoint
-from spvla.selfplay.iterate import selfplay
-from spvla.selfplay.train import train
+from spvla.train.run import train
+from spvla.train.selfplay import selfplay
 
 SUITE, DATASET, TASKS = "libero_object", "libero_object_no_noops", (0, 1)
 

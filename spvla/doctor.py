@@ -100,7 +100,7 @@ def renderer() -> Finding:
 
 
 def assets() -> Finding:
-    from spvla.sim.assets import resolve
+    from spvla.benchmarks.libero.assets import resolve
 
     try:
         found = resolve(None)

@@ -8,8 +8,8 @@ from typing import Any
 
 from spvla import runs
 from spvla.config import StatusConfig
-from spvla.farm.ledger import Ledger
-from spvla.farm.summary import summarise
+from spvla.eval.ledger import Ledger
+from spvla.eval.summary import summarise
 from spvla.progress import format_seconds
 
 

@@ -86,6 +86,25 @@ class Outcome:
     note: str = ""  # why, where the policy was at fault: "NaN action at step 12"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a policy sees at one step; holds what its `Needs` name, and nothing else."""
+
+    images: tuple[np.ndarray, ...]  # one for each camera that is needed, in that order: (224, 224, 3) uint8, upright
+    instruction: str
+    proprio: np.ndarray | None = None  # (8,) float32, as measured: position, axis-angle, two fingers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a policy wants to see, and how it acts. A policy of one image and one step is the default."""
+
+    cameras: tuple[str, ...] = ("agentview",)  # and "robot0_eye_in_hand", the wrist's
+    proprio: bool = False
+    chunk: int = 1  # K actions that one call answers with
+    execute: int = 1  # of these, the first so many are executed before the policy is asked again
+
+
 class Policy(Protocol):
     """What turns images and instructions into actions; `spvla.load_policy` returns one."""
 

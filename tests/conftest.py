@@ -44,7 +44,7 @@ def real_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster with four logical CPUs, started once for all tests that ask for it."""
-    from spvla.cluster import connection
+    from spvla.cluster.connect import connection
 
     with connection(num_cpus=4):
         yield

@@ -8,7 +8,7 @@ import numpy as np
 
 from spvla.data import index, layout
 from spvla.data.store import FrameStore
-from spvla.policy.images import encode_jpeg
+from spvla.policies.openvla.images import encode_jpeg
 from spvla.types import Episode
 
 NAME = "libero_object_no_noops"

@@ -9,11 +9,11 @@ import fakes
 from ray import cloudpickle
 
 from spvla.config import FarmConfig
-from spvla.farm.farm import Farm
-from spvla.farm.ledger import Ledger
-from spvla.farm.messages import ServerSettings, Version, WorkerSettings
-from spvla.farm.protocol import Protocol
-from spvla.farm.run import Job
+from spvla.eval.driver import Job
+from spvla.eval.farm import Farm
+from spvla.eval.ledger import Ledger
+from spvla.eval.messages import ServerSettings, Version, WorkerSettings
+from spvla.eval.protocol import Protocol
 from spvla.files import write_json
 from spvla.types import MAX_STEPS, Trial
 
@@ -89,7 +89,7 @@ def fake_farm(
 
 def tiny_with_statistics(folder: Path) -> Path:
     """A tiny checkpoint with random weights that may act in any suite."""
-    from spvla.policy.presets import create_tiny
+    from spvla.policies.openvla.presets import create_tiny
 
     create_tiny(folder)
     low, high = [-0.9] * 6 + [0.0], [0.9] * 6 + [1.0]
@@ -103,7 +103,7 @@ def adapter_of(base: Path, folder: Path, *, seed: int) -> Path:
     """An adapter on a tiny checkpoint that does something: B is random too."""
     import torch
 
-    from spvla.policy.checkpoint import add_lora, load_model, norm_stats, save_adapter
+    from spvla.policies.checkpoint import add_lora, load_model, norm_stats, save_adapter
 
     model = add_lora(load_model(base), rank=4, seed=seed)
     generator = torch.Generator().manual_seed(seed)

@@ -19,7 +19,7 @@ import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 from training_parts import when
 
-from spvla.machines import BOOTSTRAP
+from spvla.cluster.machines import BOOTSTRAP
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

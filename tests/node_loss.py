@@ -9,9 +9,9 @@ from fakes import FakeEnv
 from farm_parts import fake_farm, job, open_ledger, trials
 from ray.cluster_utils import Cluster
 
-from spvla.cluster import _set_environment
+from spvla.cluster.connect import _set_environment
 from spvla.config import FarmConfig
-from spvla.farm.run import Run
+from spvla.eval.driver import Run
 
 _set_environment()
 

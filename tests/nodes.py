@@ -15,10 +15,10 @@ from ray.cluster_utils import Cluster
 from training_parts import quick_flags, when
 
 from spvla import runs
-from spvla.cluster import _set_environment
+from spvla.cluster.connect import _set_environment
 from spvla.config import FarmConfig
-from spvla.farm.run import Run
-from spvla.selfplay.train import train
+from spvla.eval.driver import Run
+from spvla.train.run import train
 
 POLICY, ENV = {"spvla_policy": 1000}, {"spvla_env": 1000}
 

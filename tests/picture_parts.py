@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 
-from spvla.sim.libero import LiberoEnv
-from spvla.sim.rendering import Renderer
+from spvla.benchmarks.libero.env import LiberoEnv
+from spvla.render.rendering import Renderer
 
 
 def fewest_shapes(

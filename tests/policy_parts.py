@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spvla.policy.adapters import add_lora, save_adapter
-from spvla.policy.checkpoint import load_model
-from spvla.policy.llama import LlamaConfig
-from spvla.policy.openvla import OpenVLA, OpenVLAConfig
-from spvla.policy.vision import TowerConfig
+from spvla.model.adapters import add_lora, save_adapter
+from spvla.model.llama import LlamaConfig
+from spvla.model.openvla import OpenVLA, OpenVLAConfig
+from spvla.model.vision import TowerConfig
+from spvla.policies.checkpoint import load_model
 
 REFERENCE = Path(__file__).parent / "reference"
 

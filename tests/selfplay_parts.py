@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from spvla.policy.adapters import add_lora
-from spvla.policy.checkpoint import load_model
-from spvla.policy.openvla import OpenVLA
-from spvla.policy.presets import initialise, preset
-from spvla.selfplay.scoring import REAL_ROWS, Inputs
-from spvla.selfplay.step import Learner
+from spvla.model.adapters import add_lora
+from spvla.model.openvla import OpenVLA
+from spvla.policies.checkpoint import load_model
+from spvla.policies.openvla.presets import initialise, preset
+from spvla.train.scoring import REAL_ROWS, Inputs
+from spvla.train.step import Learner
 from spvla.types import ACTION_DIM, Batch
 
 PAD = 32_000

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spvla.sim import stock  # before libero: it keeps the import silent
-from spvla.sim.assets import AssetSet
-from spvla.sim.libero import LiberoEnv
-from spvla.sim.suites import task_info
+from spvla.benchmarks.libero import stock  # before libero: it keeps the import silent
+from spvla.benchmarks.libero.assets import AssetSet
+from spvla.benchmarks.libero.env import LiberoEnv
+from spvla.benchmarks.libero.suites import task_info
 
 CAMERAS = {"agentview": "agentview_image", "robot0_eye_in_hand": "robot0_eye_in_hand_image"}
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spvla.errors import UserError
-from spvla.policy.actions import (
+from spvla.policies.openvla.actions import (
     ACTION_TOKEN_BEGIN,
     ActionStats,
     decode,

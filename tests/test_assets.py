@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from spvla.benchmarks.libero import assets, suites
+from spvla.benchmarks.libero.assets import FOLDERS, resolve
 from spvla.errors import UserError
-from spvla.sim import assets, suites
-from spvla.sim.assets import FOLDERS, resolve
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from spvla.farm.batcher import Batcher, Cost, best_wait
+from spvla.eval.batcher import Batcher, Cost, best_wait
 
 
 class Server:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from farm_parts import tiny_with_statistics
 
-from spvla.farm.ledger import Ledger
+from spvla.eval.ledger import Ledger
 
 TASKS, TRIALS = "[0, 1]", 3
 SIGNALS = [signal.SIGKILL, signal.SIGFPE, signal.SIGSEGV, signal.SIGSTOP]  # the last one hangs

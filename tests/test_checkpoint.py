@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import spvla
 from spvla.errors import CheckpointError, UserError
-from spvla.policy.adapters import add_lora, load_adapter, lora_layers, read_adapter, use_adapter
-from spvla.policy.checkpoint import (
+from spvla.model.adapters import add_lora, load_adapter, lora_layers, read_adapter, use_adapter
+from spvla.model.convert import convert
+from spvla.model.weights import INDEX, SINGLE, open_weights, write_weights
+from spvla.policies.checkpoint import (
     base_of,
     load_model,
     norm_stats,
@@ -28,9 +30,7 @@ from spvla.policy.checkpoint import (
     save_merged,
     save_model,
 )
-from spvla.policy.convert import convert
-from spvla.policy.presets import create_tiny
-from spvla.policy.weights import INDEX, SINGLE, open_weights, write_weights
+from spvla.policies.openvla.presets import create_tiny
 
 STATS = {"suite": {"action": {"q01": [0.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}}
 
@@ -226,7 +226,7 @@ def test_a_full_disk_is_an_error_of_the_disk(monkeypatch: pytest.MonkeyPatch, tm
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("spvla.policy.weights.save_file", full)
+    monkeypatch.setattr("spvla.model.weights.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         create_tiny(tmp_path / "tiny")
     assert not list(tmp_path.iterdir())
@@ -293,8 +293,8 @@ def test_pickles_are_refused_with_the_command_that_converts_them(tiny: Path, cop
     weights = load_file(copy / SINGLE)
     (copy / SINGLE).unlink()
     torch.save(weights, copy / "pytorch_model.bin")
-    refused(copy, "pytorch_model.bin", f"python -m spvla.policy.convert {copy}")
-    done = subprocess.run([sys.executable, "-m", "spvla.policy.convert", str(copy)], capture_output=True, text=True)
+    refused(copy, "pytorch_model.bin", f"python -m spvla.model.convert {copy}")
+    done = subprocess.run([sys.executable, "-m", "spvla.model.convert", str(copy)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert np.array_equal(logits_of(copy), logits_of(tiny))
 
@@ -380,7 +380,7 @@ def test_a_kill_while_saving_leaves_the_older_checkpoint_whole(tiny: Path, tmp_p
     save_model(load_model(tiny), target, source=tiny, norm_stats=STATS)
     before = policy_digest(target)
     code = f"""
-import os, signal, spvla.policy.checkpoint as c, spvla.policy.weights as w
+import os, signal, spvla.policies.checkpoint as c, spvla.model.weights as w
 inner = w.save_file
 def save_file(*args, **kwargs):
     inner(*args, **kwargs)

@@ -5,7 +5,7 @@ import sys
 
 AFTERWARDS = """
 import ray
-from spvla.cluster import connection
+from spvla.cluster.connect import connection
 with connection(num_cpus=1):
     assert ray.get(ray.put(1)) == 1
 try:

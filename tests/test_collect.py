@@ -7,14 +7,14 @@ import h5py
 import numpy as np
 import pytest
 
+from spvla.benchmarks.libero.assets import AssetSet, resolve
+from spvla.benchmarks.libero.env import LiberoEnv
+from spvla.benchmarks.libero.experts import demonstrate
 from spvla.collect import RECORDING, Request, Tally, collect, regenerate
 from spvla.config import CollectConfig, RegenerateConfig
 from spvla.data.layout import find
 from spvla.data.rlds import read_episodes
 from spvla.errors import DatasetError, UserError
-from spvla.sim.assets import AssetSet, resolve
-from spvla.sim.expert import demonstrate
-from spvla.sim.libero import LiberoEnv
 from spvla.types import Episode
 
 DATASET = "libero_object_no_noops"

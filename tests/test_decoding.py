@@ -10,13 +10,13 @@ from torch._dynamo.utils import counters
 
 import spvla
 from spvla.errors import UserError
-from spvla.policy.actions import ActionStats, decode
-from spvla.policy.checkpoint import OpenVLAPolicy
-from spvla.policy.decoding import Decoder, choose
-from spvla.policy.images import to_pixel_values
-from spvla.policy.kernels import compiled_kernels
-from spvla.policy.openvla import OpenVLA, with_patches
-from spvla.policy.prompt import build_tiny_tokenizer, prompt_ids
+from spvla.model.kernels.compiled import compiled_kernels
+from spvla.model.openvla import OpenVLA, with_patches
+from spvla.policies.checkpoint import OpenVLAPolicy
+from spvla.policies.openvla.actions import ActionStats, decode
+from spvla.policies.openvla.decoding import Decoder, choose
+from spvla.policies.openvla.images import to_pixel_values
+from spvla.policies.openvla.prompt import build_tiny_tokenizer, prompt_ids
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from fakes import FakeEnv
 from spvla.data.demos import count_demos, demo_files, drop_noops, read_demo, replay
 from spvla.data.spool import Spool
 from spvla.errors import DatasetError
-from spvla.policy.images import decode_jpeg
+from spvla.policies.openvla.images import decode_jpeg
 from spvla.types import Episode
 
 

@@ -5,7 +5,7 @@ import pytest
 from fakes import FakeEnv
 
 from spvla.errors import InfrastructureError, UserError
-from spvla.sim.episode import run_trial
+from spvla.eval.episode import run_trial
 from spvla.types import Outcome, Status, Trial
 
 TRIAL = Trial(policy="p", suite="libero_object", task=3, init_state=0)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from spvla.sim.assets import AssetSet, resolve
-from spvla.sim.expert import SETTLE, SETTLING_STEPS, demonstrate
-from spvla.sim.expert.clearance import lowest
-from spvla.sim.expert.grasps import MARGIN, OPENING, TIP, grasps
-from spvla.sim.expert.motion import DOWN
-from spvla.sim.expert.scene import Scene, _box, _cylinder
-from spvla.sim.libero import LiberoEnv
+from spvla.benchmarks.libero.assets import AssetSet, resolve
+from spvla.benchmarks.libero.env import LiberoEnv
+from spvla.benchmarks.libero.experts import SETTLE, SETTLING_STEPS, demonstrate
+from spvla.benchmarks.libero.experts.clearance import lowest
+from spvla.benchmarks.libero.experts.grasps import MARGIN, OPENING, TIP, grasps
+from spvla.benchmarks.libero.experts.motion import DOWN
+from spvla.benchmarks.libero.experts.scene import Scene, _box, _cylinder
 
 NONE = np.zeros((0, 3))
 
@@ -22,7 +22,7 @@ def assets() -> Iterator[AssetSet]:
     """The embedded set, whatever this machine has."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("LIBERO_ASSETS", raising=False)
-        patch.setattr("spvla.sim.assets._libero_places", lambda: [])
+        patch.setattr("spvla.benchmarks.libero.assets._libero_places", lambda: [])
         yield resolve()
 
 

@@ -15,11 +15,11 @@ from farm_parts import PROTOCOL, adapter_of, fake_farm, job, open_ledger, tiny_w
 
 from spvla.config import FarmConfig
 from spvla.errors import InfrastructureError
-from spvla.farm.actors import PolicyServer, load_checkpoint
-from spvla.farm.messages import ServerSettings
-from spvla.farm.plan import describe
-from spvla.farm.pool import Crew
-from spvla.farm.run import Run
+from spvla.eval.actors import PolicyServer, load_checkpoint
+from spvla.eval.driver import Run
+from spvla.eval.messages import ServerSettings
+from spvla.eval.plan import describe
+from spvla.eval.pool import Crew
 from spvla.types import Outcome, Status
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -176,7 +176,7 @@ def test_a_disk_that_takes_no_video_costs_no_outcome(tmp_path: Path) -> None:
 
 def test_a_machine_without_an_encoder_costs_no_outcome(tmp_path: Path) -> None:
     def env(suite: str, task: int, assets: object) -> FakeEnv:
-        from spvla.farm import actors
+        from spvla.eval import actors
 
         def no_encoder(frames: list[np.ndarray]) -> bytes:
             raise ModuleNotFoundError("No module named 'imageio'")

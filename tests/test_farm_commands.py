@@ -13,7 +13,7 @@ from training_parts import flags_of, quick_flags, when, write_toy_dataset
 
 from spvla import runs
 from spvla.data.index import ensure_index
-from spvla.farm.ledger import Ledger
+from spvla.eval.ledger import Ledger
 
 SUITE = "libero_object"
 SHORT = {"task_suite_name": SUITE, "tasks": "[0]", "num_envs": 2, "max_steps": 5, "num_steps_wait": 1, "num_videos": 0}

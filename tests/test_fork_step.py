@@ -9,10 +9,10 @@ from selfplay_parts import golden_core, golden_inputs, ragged_batch, take_step
 from torch import nn
 
 from spvla.config import StepConfig
-from spvla.policy.adapters import add_lora
-from spvla.selfplay import questions
-from spvla.selfplay.scoring import Inputs, Reply, score_real
-from spvla.selfplay.step import Learner, Shares
+from spvla.model.adapters import add_lora
+from spvla.train import questions
+from spvla.train.scoring import Inputs, Reply, score_real
+from spvla.train.step import Learner, Shares
 from spvla.types import ACTION_DIM
 
 pytestmark = pytest.mark.usefixtures("one_thread")

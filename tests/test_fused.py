@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spvla.selfplay import fused
-from spvla.selfplay.adapters import Lora, Site, adapted
+from spvla.train import fused
+from spvla.train.adapters import Lora, Site, adapted
 
 BATCH, TOKENS, HEADS, HEAD, HIDDEN, RANK = 3, 25, 2, 32, 160, 16
 WIDTH = HEADS * HEAD

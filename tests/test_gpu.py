@@ -15,15 +15,15 @@ from torch import Tensor
 
 import spvla
 from spvla.config import StepConfig
-from spvla.policy.attend import Packing, attend_new, attend_prompts
-from spvla.policy.kernels import quack_version
-from spvla.policy.llama import LlamaConfig, rotary
-from spvla.policy.openvla import OpenVLA
-from spvla.policy.policy import OpenVLAPolicy
-from spvla.policy.presets import initialise, preset
-from spvla.policy.prompt import build_tiny_tokenizer
-from spvla.policy.vision import Block, TowerConfig
-from spvla.selfplay.step import Learner
+from spvla.model.attention import Packing, attend_new, attend_prompts
+from spvla.model.kernels.compiled import quack_version
+from spvla.model.llama import LlamaConfig, rotary
+from spvla.model.openvla import OpenVLA
+from spvla.model.vision import Block, TowerConfig
+from spvla.policies.openvla.policy import OpenVLAPolicy
+from spvla.policies.openvla.presets import initialise, preset
+from spvla.policies.openvla.prompt import build_tiny_tokenizer
+from spvla.train.step import Learner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -133,7 +133,7 @@ def test_a_requests_bits_do_not_depend_on_the_padding_that_its_batch_leaves_out(
 def hopper() -> ModuleType:
     if quack_version(torch.bfloat16) is None:
         pytest.skip("needs a Hopper GPU and the extra 'hopper'")
-    from spvla.policy import hopper
+    from spvla.model.kernels import hopper
 
     return hopper
 

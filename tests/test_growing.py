@@ -18,7 +18,7 @@ from job_parts import JobServer, job_server
 from training_parts import flags_of, quick_flags, when, write_toy_dataset
 
 from spvla import runs
-from spvla.farm.ledger import Ledger
+from spvla.eval.ledger import Ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from spvla.errors import UserError
-from spvla.policy import pixels
-from spvla.policy.images import (
+from spvla.policies.openvla import pixels
+from spvla.policies.openvla.images import (
     CROP_SIDE,
     Augmentation,
     augment,

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spvla.benchmarks.libero.init_states import init_states, load_init_states
 from spvla.errors import UserError
-from spvla.sim.init_states import init_states, load_init_states
 
 
 class Hostile:
@@ -36,7 +36,7 @@ def test_libero_files_hold_time_positions_and_velocities() -> None:
 
 def test_they_equal_what_torch_reads() -> None:
     torch = pytest.importorskip("torch")
-    from spvla.sim.suites import task_info
+    from spvla.benchmarks.libero.suites import task_info
 
     file = task_info("libero_10", 4).init_file
     assert np.array_equal(load_init_states(file), torch.load(file, weights_only=False))

@@ -11,9 +11,9 @@ from training_parts import DATASET, train_here, write_toy_dataset
 from spvla import runs
 from spvla.config import SelfplayConfig, TrainConfig
 from spvla.errors import UserError
-from spvla.farm.ledger import Ledger, TrialRow
-from spvla.selfplay.iterate import Iteration, compare, judge, score, selfplay, standing, story
-from spvla.selfplay.prepare import plain
+from spvla.eval.ledger import Ledger, TrialRow
+from spvla.train.prepare import plain
+from spvla.train.selfplay import Iteration, compare, judge, score, selfplay, standing, story
 
 
 def row(policy: str, init_state: int, status: str | None) -> TrialRow:

@@ -13,7 +13,7 @@ from ray._private.runtime_env.packaging import create_package
 from training_parts import flags_of, quick_flags, when, write_toy_dataset
 
 from spvla import runs
-from spvla.farm.ledger import Ledger
+from spvla.eval.ledger import Ledger
 
 SCRIPTS = ("collect", "train", "evaluate", "selfplay", "sweep")
 

@@ -14,7 +14,7 @@ import pytest
 from farm_parts import PROTOCOL
 
 from spvla.errors import LedgerError
-from spvla.farm.ledger import Ledger
+from spvla.eval.ledger import Ledger
 from spvla.types import Outcome, Status, Trial
 
 P = PROTOCOL.digest
@@ -108,7 +108,7 @@ def test_the_claims_of_a_killed_driver_lapse_at_once(tmp_path: Path) -> None:
 def test_a_driver_that_lost_its_claim_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with planned(tmp_path) as slow, Ledger.open(tmp_path / "ledger.sqlite") as quick:
         slow.claim(P, TRIALS[0])
-        monkeypatch.setattr("spvla.farm.ledger.LAPSE_S", -1.0)
+        monkeypatch.setattr("spvla.eval.ledger.LAPSE_S", -1.0)
         assert quick.claim(P, TRIALS[0])
         assert not slow.record(P, TRIALS[0], LOST)
         assert quick.record(P, TRIALS[0], WON)

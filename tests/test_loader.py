@@ -13,15 +13,15 @@ from tokenizers import Tokenizer
 from spvla.data.loader import BLOCK, Loader, Stream, shares
 from spvla.data.store import FrameStore
 from spvla.errors import DatasetError
-from spvla.policy import actions
-from spvla.policy.images import (
+from spvla.policies.openvla import actions
+from spvla.policies.openvla.images import (
     augment,
     crop_center,
     decode_jpeg,
     draw_augmentation,
     resize_lanczos,
 )
-from spvla.policy.prompt import PAD, build_tiny_tokenizer, load_tokenizer
+from spvla.policies.openvla.prompt import PAD, build_tiny_tokenizer, load_tokenizer
 from spvla.types import Batch
 
 

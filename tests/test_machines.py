@@ -10,13 +10,13 @@ from farm_parts import VERSION, fake_farm, job, open_ledger, trials
 from ray._private.state import actors
 from training_parts import when
 
-from spvla import machines
+from spvla.cluster.connect import machines
 from spvla.config import FarmConfig
 from spvla.errors import ClusterError, InfrastructureError
-from spvla.farm import farm as farm_module
-from spvla.farm.farm import Farm, cluster_sizes
-from spvla.farm.run import Run
-from spvla.farm.sizing import sizes
+from spvla.eval import farm as farm_module
+from spvla.eval.driver import Run
+from spvla.eval.farm import Farm, cluster_sizes
+from spvla.eval.sizing import sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,9 +6,9 @@ import pytest
 from policy_parts import write_adapter
 
 from spvla import runs
-from spvla.policy.checkpoint import norm_stats
-from spvla.selfplay import merge
-from spvla.selfplay.merge import Merger
+from spvla.policies.checkpoint import norm_stats
+from spvla.train import merge
+from spvla.train.merge import Merger
 
 
 def checkpoint(run: Path, suite: str) -> Path:

@@ -6,7 +6,7 @@ import pytest
 
 from spvla import runs
 from spvla.config import TrainConfig
-from spvla.selfplay.metrics import Follower, MetricsFile, Row, Smoothed, Wandb
+from spvla.train.metrics import Follower, MetricsFile, Row, Smoothed, Wandb
 
 
 class Recorder:

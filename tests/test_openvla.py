@@ -9,11 +9,11 @@ import torch
 from policy_parts import reference_image, reference_model, reference_numbers
 
 from spvla.errors import CheckpointError
-from spvla.policy.adapters import add_lora
-from spvla.policy.checkpoint import load_model
-from spvla.policy.images import to_pixel_values
-from spvla.policy.openvla import OpenVLA, OpenVLAConfig, with_patches
-from spvla.policy.presets import preset
+from spvla.model.adapters import add_lora
+from spvla.model.openvla import OpenVLA, OpenVLAConfig, with_patches
+from spvla.policies.checkpoint import load_model
+from spvla.policies.openvla.images import to_pixel_values
+from spvla.policies.openvla.presets import preset
 
 RELATIVE = 1e-4
 

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from spvla.errors import CheckpointError, UserError
-from spvla.policy.prompt import IGNORED, build_tiny_tokenizer, load_tokenizer, prompt_ids, save_tokenizer, training_ids
+from spvla.policies.openvla.prompt import (
+    IGNORED,
+    build_tiny_tokenizer,
+    load_tokenizer,
+    prompt_ids,
+    save_tokenizer,
+    training_ids,
+)
 
 ACTION = np.array([31859, 31898, 31834, 31923, 31808, 31949, 31744])
 

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 from farm_parts import PROTOCOL
 
-from spvla.farm.protocol import Protocol, differences
+from spvla.eval.protocol import Protocol, differences
 
 OTHER = {"center_crop": False, "num_steps_wait": 11, "max_steps": 5, "seed": 8, "decode_batch_size": 8, "version": 9}
 

@@ -11,8 +11,8 @@ import torch
 from policy_parts import requests, write_adapter
 
 import spvla
-from spvla.policy import checkpoint
-from spvla.policy.policy import OpenVLAPolicy
+from spvla.policies import checkpoint
+from spvla.policies.openvla.policy import OpenVLAPolicy
 
 BITS = pytest.mark.parametrize(("bits", "weights", "error"), [(8, torch.int8, 0.05), (4, torch.uint8, 0.4)])
 

@@ -8,10 +8,10 @@ import torch
 from selfplay_parts import ragged_batch, take_step, tiny_model
 
 from spvla.config import StepConfig
-from spvla.selfplay.questions import together
-from spvla.selfplay.replies import ReplyStore
-from spvla.selfplay.scoring import Inputs, Reply
-from spvla.selfplay.step import Learner
+from spvla.train.questions import together
+from spvla.train.replies import ReplyStore
+from spvla.train.scoring import Inputs, Reply
+from spvla.train.step import Learner
 from spvla.types import ACTION_DIM
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,12 +16,12 @@ from farm_parts import PROTOCOL, open_ledger, trials
 from spvla import runs
 from spvla.config import EvaluateConfig, ReportConfig, SelfplayConfig, StatusConfig
 from spvla.errors import UserError
-from spvla.farm.ledger import Ledger
+from spvla.eval.ledger import Ledger
 from spvla.report import plots
 from spvla.report.html import render, report
 from spvla.report.story import interval, tell
-from spvla.selfplay.iterate import Iteration, judge
 from spvla.status import describe
+from spvla.train.selfplay import Iteration, judge
 from spvla.types import Outcome, Status, Trial
 
 HOSTILE = "pick up the <script>alert('x')</script> & place it"

@@ -14,14 +14,14 @@ from farm_parts import PROTOCOL, SUITE, VERSION, open_ledger, trials
 
 from spvla.config import EvaluateConfig
 from spvla.errors import UserError
-from spvla.farm.batcher import BatchStats
-from spvla.farm.console import Console, Tally, View, rich_table
-from spvla.farm.exports import Wandb, export
-from spvla.farm.ledger import Ledger
-from spvla.farm.logfile import log_name, log_text, name_part, refuse_note
-from spvla.farm.settle import Pairs, pairs_of
-from spvla.farm.summary import summarise, table
-from spvla.farm.videos import FilmQuota, encode_mp4, video_name
+from spvla.eval.batcher import BatchStats
+from spvla.eval.console import Console, Tally, View, rich_table
+from spvla.eval.exports import Wandb, export
+from spvla.eval.ledger import Ledger
+from spvla.eval.logfile import log_name, log_text, name_part, refuse_note
+from spvla.eval.settle import Pairs, pairs_of
+from spvla.eval.summary import summarise, table
+from spvla.eval.videos import FilmQuota, encode_mp4, video_name
 from spvla.types import Outcome, Status, Trial
 
 

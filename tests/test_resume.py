@@ -8,7 +8,7 @@ import torch
 
 from spvla import runs
 from spvla.errors import CheckpointError
-from spvla.selfplay.resume import commit, load_state, save_state, sweep_out
+from spvla.train.resume import commit, load_state, save_state, sweep_out
 
 
 def test_state_comes_back_bit_for_bit_with_its_key_types(tmp_path: Path) -> None:

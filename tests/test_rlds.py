@@ -15,8 +15,8 @@ from data_parts import NAME, corrupt, episode, flip_byte, frame, shard_files, wr
 
 from spvla.data import layout, rlds
 from spvla.errors import DatasetError
-from spvla.policy.actions import ActionStats, env_to_dataset
-from spvla.policy.images import decode_jpeg, resize_lanczos
+from spvla.policies.openvla.actions import ActionStats, env_to_dataset
+from spvla.policies.openvla.images import decode_jpeg, resize_lanczos
 from spvla.types import Episode
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from farm_parts import adapter_of, tiny_with_statistics
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks/same_result.py"
+SCRIPT = Path(__file__).parents[1] / "bench/same_result.py"
 
 
 @pytest.mark.slow

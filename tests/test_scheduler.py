@@ -5,9 +5,9 @@ import random
 import pytest
 from farm_parts import trials
 
-from spvla.farm.scheduler import Scheduler
-from spvla.farm.settle import e_value, verdict
-from spvla.farm.sizing import decode_batch_size, sizes
+from spvla.eval.scheduler import Scheduler
+from spvla.eval.settle import e_value, verdict
+from spvla.eval.sizing import decode_batch_size, sizes
 from spvla.types import Trial
 
 STEPS = {"libero_object": 280, "libero_10": 520}

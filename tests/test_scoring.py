@@ -8,15 +8,15 @@ import torch
 from selfplay_parts import golden_core, golden_inputs, ragged_batch, take, tiny_core, tiny_model
 from torch import Tensor, nn
 
-from spvla.policy.adapters import use_adapter
-from spvla.policy.images import to_pixel_values
-from spvla.policy.vision import NUM_PATCHES
-from spvla.selfplay.adapters import Adapter
-from spvla.selfplay.network import Network, bare
-from spvla.selfplay.objective import token_logps
-from spvla.selfplay.opponent import Opponent
-from spvla.selfplay.replies import ReplyStore
-from spvla.selfplay.scoring import Reply, Speech, draw_uniforms, score_pair, score_real, to_inputs
+from spvla.model.adapters import use_adapter
+from spvla.model.vision import NUM_PATCHES
+from spvla.policies.openvla.images import to_pixel_values
+from spvla.train.adapters import Adapter
+from spvla.train.network import Network, bare
+from spvla.train.objective import token_logps
+from spvla.train.opponent import Opponent
+from spvla.train.replies import ReplyStore
+from spvla.train.scoring import Reply, Speech, draw_uniforms, score_pair, score_real, to_inputs
 from spvla.types import ACTION_DIM, Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")

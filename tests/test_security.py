@@ -23,11 +23,11 @@ from spvla.config import SelfplayConfig, SweepConfig
 from spvla.data import layout
 from spvla.data.index import ensure_index
 from spvla.errors import UserError
-from spvla.farm.logfile import log_name
-from spvla.policy.checkpoint import load_policy
-from spvla.selfplay.iterate import selfplay_id
-from spvla.selfplay.prepare import datasets_of, run_id
+from spvla.eval.logfile import log_name
+from spvla.policies.checkpoint import load_policy
 from spvla.sweep.folder import sweep_id, trial_config
+from spvla.train.prepare import datasets_of, run_id
+from spvla.train.selfplay import selfplay_id
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*(ROOT / "spvla").rglob("*.py"), *(ROOT / "ray_jobs").glob("*.py")])
@@ -134,7 +134,7 @@ def test_clusters_that_we_start_or_describe_show_their_dashboard_to_this_machine
 
 PROBE = """
 import os, stat, json, pathlib
-from spvla.cluster import connection
+from spvla.cluster.connect import connection
 with connection(num_cpus=1):
     import psutil, ray
     me = psutil.Process()

@@ -13,11 +13,11 @@ from selfplay_parts import join, ragged_batch, take, take_step, tiny_core, tiny_
 
 from spvla.config import StepConfig
 from spvla.errors import CheckpointError, TrainingError, UserError
-from spvla.policy.adapters import add_lora
-from spvla.selfplay.replies import ReplyStore
-from spvla.selfplay.scoring import to_inputs
-from spvla.selfplay.settings import learning_rate
-from spvla.selfplay.step import Learner
+from spvla.model.adapters import add_lora
+from spvla.train.replies import ReplyStore
+from spvla.train.scoring import to_inputs
+from spvla.train.settings import learning_rate
+from spvla.train.step import Learner
 from spvla.types import ACTION_DIM, Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")

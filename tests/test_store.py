@@ -13,7 +13,7 @@ from data_parts import NAME, SENTENCES, episode, index_here, write
 from spvla.data import layout, rlds
 from spvla.data.store import INDEX, FrameStore, statistics_of
 from spvla.errors import DatasetError
-from spvla.policy.actions import env_to_dataset
+from spvla.policies.openvla.actions import env_to_dataset
 
 
 @pytest.fixture(scope="module")

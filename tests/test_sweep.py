@@ -17,10 +17,10 @@ from spvla.cli import parse
 from spvla.config import SweepConfig, TrainConfig
 from spvla.data.index import ensure_index
 from spvla.errors import ClusterError, UserError
-from spvla.farm.ledger import Ledger
-from spvla.farm.summary import Summary
-from spvla.policy.checkpoint import policy_digest
-from spvla.policy.presets import create_tiny
+from spvla.eval.ledger import Ledger
+from spvla.eval.summary import Summary
+from spvla.policies.checkpoint import policy_digest
+from spvla.policies.openvla.presets import create_tiny
 from spvla.sweep import folder as sweep_folder
 from spvla.sweep.judge import evaluation, judge_new_checkpoints, success_rates
 from spvla.sweep.space import search_space

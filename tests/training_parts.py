@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from spvla import runs
 from spvla.config import TrainConfig
 from spvla.data.index import ensure_index
-from spvla.policy.checkpoint import policy_digest
-from spvla.policy.images import encode_jpeg
-from spvla.selfplay.prepare import Job, run_id, start_policy
-from spvla.selfplay.session import Place
-from spvla.selfplay.worker import Report, loop
+from spvla.policies.checkpoint import policy_digest
+from spvla.policies.openvla.images import encode_jpeg
+from spvla.train.prepare import Job, run_id, start_policy
+from spvla.train.session import Place
+from spvla.train.worker import Report, loop
 from spvla.types import Episode
 
 DATASET = "toy_no_noops"

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from spvla.errors import DatasetError
-from spvla.policy.images import encode_jpeg
+from spvla.policies.openvla.images import encode_jpeg
 from spvla.types import ACTION_DIM, Env, Episode
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")

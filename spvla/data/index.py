@@ -14,7 +14,8 @@ from typing import Any
 
 import ray
 
-from spvla.cluster import connection
+from spvla.cluster.connect import connection
+from spvla.cluster.machines import cpus_to_use
 from spvla.config import IndexConfig
 from spvla.data import layout
 from spvla.data.layout import Layout, Shard
@@ -31,7 +32,6 @@ from spvla.data.store import (
 )
 from spvla.errors import DatasetError, SpvlaError
 from spvla.files import write_json
-from spvla.machines import cpus_to_use
 from spvla.progress import Progress
 
 FOLDER = "index"

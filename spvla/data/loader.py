@@ -24,9 +24,9 @@ from tokenizers import Tokenizer
 
 from spvla.data.store import FrameStore
 from spvla.errors import DatasetError, UserError
-from spvla.policy import actions
-from spvla.policy.images import augment, crop_center, decode_jpeg, draw_augmentation, resize_lanczos
-from spvla.policy.prompt import IGNORED, PAD, training_ids
+from spvla.policies.openvla import actions
+from spvla.policies.openvla.images import augment, crop_center, decode_jpeg, draw_augmentation, resize_lanczos
+from spvla.policies.openvla.prompt import IGNORED, PAD, training_ids
 from spvla.types import Batch
 
 BLOCK = 10_000  # samples in which several data sets have exactly their shares

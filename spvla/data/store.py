@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from spvla.errors import DatasetError
-from spvla.policy.actions import ActionStats, env_to_dataset
+from spvla.policies.openvla.actions import ActionStats, env_to_dataset
 from spvla.types import ACTION_DIM, Episode, Frame
 
 FORMAT = 1  # raise when the files' meaning changes: older indices are then made again

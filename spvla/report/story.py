@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from spvla import runs
-from spvla.farm.ledger import ErrorRow, Ledger, TrialRow
-from spvla.farm.summary import Summary, shorten, summarise
+from spvla.eval.ledger import ErrorRow, Ledger, TrialRow
+from spvla.eval.summary import Summary, shorten, summarise
 from spvla.report import plots
 from spvla.statistics import paired
 from spvla.types import Status

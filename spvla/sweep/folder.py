@@ -16,7 +16,7 @@ from typing import Any
 from spvla import runs
 from spvla.config import SweepConfig, TrainConfig
 from spvla.files import safe_name, write_json
-from spvla.selfplay.prepare import run_id
+from spvla.train.prepare import run_id
 
 TRIALS, JUDGED, PARAMETERS = "trials", "judged.jsonl", "parameters.json"
 STOPPED, FAILED = "stopped", "failed"

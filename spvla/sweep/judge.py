@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from spvla import runs
+from spvla.cluster.machines import cpus_for, grows, require_resources, total, unbounded
 from spvla.config import EvaluateConfig, SweepConfig
 from spvla.data.index import ensure_index
 from spvla.data.loader import require_frames
 from spvla.data.store import FrameStore
-from spvla.farm.plan import chosen_tasks
-from spvla.farm.session import session
-from spvla.farm.summary import Summary
-from spvla.machines import cpus_for, grows, require_resources, total, unbounded
-from spvla.policy.checkpoint import policy_digest
-from spvla.selfplay.prepare import datasets_of, evaluation_key
+from spvla.eval.plan import chosen_tasks
+from spvla.eval.session import session
+from spvla.eval.summary import Summary
+from spvla.policies.checkpoint import policy_digest
 from spvla.sweep.folder import JUDGED, TRIALS, judged, trial_folders
+from spvla.train.prepare import datasets_of, evaluation_key
 
 Judge = Callable[[Sequence[Path]], dict[Path, float]]  # checkpoints -> objective of those that could be judged
 

@@ -17,12 +17,11 @@ from typing import TypeVar
 from draccus import encode
 
 from spvla import runs
-from spvla.cluster import connection
+from spvla.cluster.connect import connection
 from spvla.config import SweepConfig, SweepFlags, TrainConfig
 from spvla.errors import TrainingError, UserError
 from spvla.files import require_writable
 from spvla.progress import Progress
-from spvla.selfplay.prepare import locked, require_datasets, require_startable, start_policy
 from spvla.sweep.folder import ENDED, FAILED, SweepTrial, sweep_id, table, write_table
 from spvla.sweep.judge import (
     Judge,
@@ -35,6 +34,7 @@ from spvla.sweep.judge import (
 )
 from spvla.sweep.space import search_space
 from spvla.sweep.tuning import POLL_S, Tuning
+from spvla.train.prepare import locked, require_datasets, require_startable, start_policy
 
 _JUDGING = ("metric", "space", "task_suite_name", "tasks", "num_trials_per_task", "max_trial_steps")
 _Flags = TypeVar("_Flags", SweepFlags, TrainConfig)

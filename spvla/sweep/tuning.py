@@ -16,9 +16,6 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from spvla.config import SweepConfig
 from spvla.errors import SpvlaError, UserError
 from spvla.files import write_json
-from spvla.selfplay.prepare import locked
-from spvla.selfplay.train import train
-from spvla.selfplay.worker import STOP
 from spvla.sweep.folder import (
     ENDED,
     FAILED,
@@ -32,6 +29,9 @@ from spvla.sweep.folder import (
     trial_folders,
 )
 from spvla.sweep.judge import max_concurrent
+from spvla.train.prepare import locked
+from spvla.train.run import train
+from spvla.train.worker import STOP
 
 POLL_S = 0.5
 SAVE_PATIENCE_S, STOP_PATIENCE_S = 120.0, 15.0

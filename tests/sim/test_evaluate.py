@@ -11,19 +11,19 @@ import pytest
 from farm_parts import adapter_of, tiny_with_statistics
 
 from spvla import cli, runs
+from spvla.benchmarks.libero import assets
+from spvla.benchmarks.libero.env import LiberoEnv
 from spvla.config import EvaluateConfig, TrainConfig
 from spvla.errors import UserError
-from spvla.farm import session as farm_session
-from spvla.farm.evaluate import run_evaluation
-from spvla.farm.follow import checkpoints_to_come, pin_new, pins_of, steps_of
-from spvla.farm.ledger import Ledger
-from spvla.farm.plan import describe, make_plan
-from spvla.farm.sizing import Sizes
+from spvla.eval import session as farm_session
+from spvla.eval.episode import run_trial
+from spvla.eval.evaluate import run_evaluation
+from spvla.eval.follow import checkpoints_to_come, pin_new, pins_of, steps_of
+from spvla.eval.ledger import Ledger
+from spvla.eval.plan import describe, make_plan
+from spvla.eval.sizing import Sizes
 from spvla.files import discard
-from spvla.policy.checkpoint import load_policy
-from spvla.sim import assets
-from spvla.sim.episode import run_trial
-from spvla.sim.libero import LiberoEnv
+from spvla.policies.checkpoint import load_policy
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import mujoco
 import numpy as np
 import pytest
 
+from spvla.benchmarks.libero import stock
+from spvla.benchmarks.libero.assets import AssetSet, resolve
+from spvla.benchmarks.libero.env import SUITES, LiberoEnv, num_init_states, task_info, tasks
+from spvla.benchmarks.libero.sampling import SensorClock
 from spvla.errors import InfrastructureError, UserError
-from spvla.sim import stock
-from spvla.sim.assets import AssetSet, resolve
-from spvla.sim.libero import SUITES, LiberoEnv, num_init_states, task_info, tasks
-from spvla.sim.sampling import SensorClock
 from spvla.types import MAX_STEPS, Env
 
 WAIT = np.array([0.0, 0, 0, 0, 0, 0, -1])
@@ -69,7 +69,7 @@ def test_instructions_are_those_the_original_evaluates_with(suite: str, task: in
 
 
 def test_listing_tasks_imports_neither_libero_nor_torch() -> None:
-    script = "import sys; from spvla.sim.suites import tasks; tasks('libero_10'); print(*sys.modules)"
+    script = "import sys; from spvla.benchmarks.libero.suites import tasks; tasks('libero_10'); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert not {"libero", "robosuite", "mujoco", "torch"} & set(loaded)
 
@@ -146,8 +146,8 @@ def test_the_sensors_sample_just_before_a_control_step_ends() -> None:
 def test_start_and_end_are_silent_ask_nothing_and_write_only_to_the_cache(tmp_path: Path, assets: AssetSet) -> None:
     script = f"""
 from pathlib import Path
-from spvla.sim.assets import AssetSet
-from spvla.sim.libero import LiberoEnv
+from spvla.benchmarks.libero.assets import AssetSet
+from spvla.benchmarks.libero.env import LiberoEnv
 env = LiberoEnv("libero_object", 0, AssetSet(name="given", path=Path({str(assets.path)!r}), digest=""))
 env.reset(0)
 env.image()

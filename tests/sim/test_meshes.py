@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from picture_parts import fewest_shapes
 
-from spvla.sim.assets import resolve
-from spvla.sim.corners import read_mesh
-from spvla.sim.libero import LiberoEnv
-from spvla.sim.rendering import Renderer
-from spvla.sim.triangles import ABOVE, LEFT, RIGHT, UNSURE, blank, project, select
+from spvla.benchmarks.libero.assets import resolve
+from spvla.benchmarks.libero.env import LiberoEnv
+from spvla.render.corners import read_mesh
+from spvla.render.rendering import Renderer
+from spvla.render.triangles import ABOVE, LEFT, RIGHT, UNSURE, blank, project, select
 
 SAMPLES = np.array([[0.375, 0.125], [0.875, 0.375], [0.125, 0.625], [0.625, 0.875]])
 
@@ -138,7 +138,7 @@ def pictures(later: str, cube: str = RED) -> tuple[np.ndarray, np.ndarray, int]:
 @pytest.mark.parametrize(("software", "spare_gpu", "chosen"), [(1, 0, True), (0, 1, True), (0, 0, False)])
 def test_triangles_are_chosen_in_software_and_to_spare_a_gpu(software: int, spare_gpu: int, chosen: bool) -> None:
     model = mujoco.MjModel.from_xml_string(WORLD.format(later="", cube=RED))
-    with patch("spvla.sim.rendering._draws_in_software", lambda: bool(software)):
+    with patch("spvla.render.rendering._draws_in_software", lambda: bool(software)):
         renderer = Renderer(model, spare_gpu=bool(spare_gpu))
     assert (renderer.fine is not None) == chosen
     renderer.close()

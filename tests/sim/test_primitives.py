@@ -7,9 +7,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from spvla.sim import primitives
-from spvla.sim.assets import AssetSet
-from spvla.sim.libero import LiberoEnv
+from spvla.benchmarks.libero import primitives
+from spvla.benchmarks.libero.assets import AssetSet
+from spvla.benchmarks.libero.env import LiberoEnv
 
 WAIT = np.array([0.0, 0, 0, 0, 0, 0, -1])
 SOME = [("libero_object", 0), ("libero_spatial", 4), ("libero_10", 9)]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from spvla.sim.rendering import choose_device, renderer_name
+from spvla.render.rendering import choose_device, renderer_name
 
 pytest.importorskip("mujoco.egl")
 
@@ -54,7 +54,7 @@ def test_a_machine_that_cannot_draw_is_no_failure_of_the_policy() -> None:
     script = """
 import os; os.environ["MUJOCO_GL"] = "egl"; os.environ["MUJOCO_EGL_DEVICE_ID"] = "99"
 from spvla.errors import InfrastructureError
-from spvla.sim.rendering import open_context
+from spvla.render.rendering import open_context
 try:
     open_context()
 except InfrastructureError as e:

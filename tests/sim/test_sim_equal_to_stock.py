@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from stock_parts import differences, our_trial, rummage, stock_env, stock_trial
 
-from spvla.sim.assets import AssetSet, resolve
-from spvla.sim.libero import LiberoEnv
+from spvla.benchmarks.libero.assets import AssetSet, resolve
+from spvla.benchmarks.libero.env import LiberoEnv
 
 STEPS = 62
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from picture_parts import fewest_shapes
 
-from spvla.sim.assets import resolve
-from spvla.sim.libero import LiberoEnv
-from spvla.sim.rendering import Renderer
-from spvla.sim.visibility import Visibility, in_view, through
+from spvla.benchmarks.libero.assets import resolve
+from spvla.benchmarks.libero.env import LiberoEnv
+from spvla.render.rendering import Renderer
+from spvla.render.visibility import Visibility, in_view, through
 
 EYE, AXES = np.zeros(3), np.eye(3)  # looking along -z, a right angle wide: slope 1
 

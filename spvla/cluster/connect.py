@@ -1,0 +1,107 @@
+"""Joining a Ray cluster, or starting a quiet one on this machine. The only place that calls `ray.init`."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from spvla.cluster.machines import grows
+from spvla.errors import ClusterError
+
+_GROWING = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900"}  # a machine that must boot first
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_LOG_TO_DRIVER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # at Ray's default of 2 s every third report blocks for 1.9 s
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",
+    "RAY_max_direct_call_object_size": "400000",  # a 256 x 256 frame (196 KB) travels inline: twice the rate
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextmanager
+def connection(*, num_cpus: int | None = None) -> Iterator[None]:
+    """A Ray connection for the length of a command.
+
+    Joins the cluster that RAY_ADDRESS names or that the job runs on; otherwise starts one on this machine
+    (`num_cpus` logical CPUs, all by default) and stops it at the end. Within an open connection it does nothing.
+    `ray job stop` (SIGTERM) ends the command as Ctrl-C does. Raises ClusterError.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    _set_environment()
+    _start(num_cpus)
+    try:
+        with _sigterm_interrupts():
+            yield
+    finally:
+        ray.shutdown()
+
+
+def _set_environment() -> None:
+    from ray._private import auto_init_hook
+    from ray._raylet import Config
+
+    auto_init_hook.enable_auto_connect = False  # or a thread that outlives its connection starts a cluster of its own
+
+    for name, value in (_ENVIRONMENT | (_GROWING if grows() else {})).items():
+        os.environ.setdefault(name, value)
+    Config.initialize("")  # Ray reads these when it is imported, which may be long ago: let it read them again
+
+
+def _start(num_cpus: int | None) -> None:
+    import ray
+
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address or os.environ.get("RAY_JOB_ID"):
+            ray.init(**quiet)
+            return
+        print("ray  starting a cluster on this machine", file=sys.stderr)
+        _keep_token_private()
+        ray.init(address="local", num_cpus=num_cpus, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        raise ClusterError(
+            f"no Ray cluster at {address or 'this machine'} ({str(e).splitlines()[0]})",
+            expected="a running cluster that accepts this user's token",
+            remedy="Correct or unset RAY_ADDRESS; `ray status` shows whether a cluster answers.",
+        ) from e
+
+
+def _keep_token_private() -> None:
+    """Ray writes its authentication token into ~/.ray at first use, readable by all: here by this user alone."""
+    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it would announce the file
+    mask = os.umask(0o077)
+    try:
+        ensure_token_if_auth_enabled(create_token_if_missing=True)
+    finally:
+        os.umask(mask)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt. Ray's own handler would exit at once, and only the main thread may set one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,317 @@
+"""What runs on the cluster: environment workers, and policy servers that batch their requests.
+
+A worker plays whole trials; each of its steps asks a server for one action, so the driver is in no step's way. Both
+are plain classes; `ray.remote` comes last. Neither is ever restarted by Ray: the driver sees a death, keeps the books,
+and starts another.
+"""
+
+import asyncio
+import faulthandler
+import importlib.metadata
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from spvla.benchmarks.libero import assets, suites
+from spvla.benchmarks.libero.assets import AssetSet
+from spvla.errors import InfrastructureError
+from spvla.eval.batcher import Batcher, BatchStats
+from spvla.eval.episode import run_trial
+from spvla.eval.messages import (
+    EXCEPTION,
+    POLICY_GONE,
+    POLICY_RAISED,
+    Fault,
+    Order,
+    Report,
+    Request,
+    ServerFacts,
+    ServerSettings,
+    Version,
+    WorkerFacts,
+    WorkerSettings,
+)
+from spvla.eval.pool import LOG_HEADER
+from spvla.eval.videos import encode_mp4
+from spvla.types import Env, Trial
+
+
+def every_instruction() -> list[str]:
+    """A decoder made for the longest of them has one shape, whatever is evaluated and whichever trial comes first."""
+    return [task.instruction for suite in suites.SUITES for task in suites.tasks(suite)]
+
+
+def load_checkpoint(base: str, settings: ServerSettings) -> Any:
+    """An OpenVLAPolicy: a `Policy` that also takes adapters in and lets them go."""
+    from spvla.policies.checkpoint import load_policy
+
+    return load_policy(
+        base,
+        device=settings.device,
+        dtype=settings.dtype,
+        load_in_8bit=settings.load_in_8bit,
+        load_in_4bit=settings.load_in_4bit,
+        decode_batch_size=settings.decode_batch_size,
+    )
+
+
+def open_libero(suite: str, task: int, assets: AssetSet, *, spare_gpu: bool = False) -> Env:
+    from spvla.benchmarks.libero.env import LiberoEnv
+
+    return LiberoEnv(suite, task, assets, spare_gpu=spare_gpu)
+
+
+class PolicyUnavailable(InfrastructureError):
+    """The policy actor died, does not answer, or raised."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"no action from the policy actor: {type(cause).__name__}: {cause}")
+        self.kind = POLICY_RAISED if isinstance(cause, ray.exceptions.RayTaskError) else POLICY_GONE
+
+
+class PolicyServer:
+    """Loaded policies and their batcher: an async class whose decoding runs on threads of its own.
+
+    With a GPU they are two: one batch is decoded while the next is made ready behind it.
+    """
+
+    def __init__(self, name: str, settings: ServerSettings) -> None:
+        log_to(settings.log_folder, name)
+        self.settings = settings
+        self.policies: dict[str, Any] = {}  # base path -> OpenVLAPolicy
+        self.versions: dict[str, Version] = {}
+        self.changing = asyncio.Lock()
+        self.depth = 2 if settings.device == "cuda" else 1
+        self.decoding = ThreadPoolExecutor(self.depth, "decode", initializer=self._prepare_thread)
+        self.batcher: Batcher[Request, np.ndarray] = Batcher(
+            self._decode,
+            size=settings.max_batch,
+            wait_ms=settings.wait_ms,
+            fixed_cost=settings.decode_batch_size > 0,
+            depth=self.depth,
+        )
+
+    def _prepare_thread(self) -> None:
+        import torch
+
+        if self.settings.device == "cpu":
+            torch.set_num_threads(1)  # a sum's order, and so its last bit, follows the number of threads
+
+    async def prepare(self, versions: Sequence[Version], adapters: dict[str, list[ray.ObjectRef]]) -> ServerFacts:
+        """Makes these versions resident, and no others. `adapters` holds, by digest, the files of one whose folder is
+        elsewhere. Calls wait for one another: two at once would load a base twice, or drop what the other needs."""
+        async with self.changing:
+            return await asyncio.get_running_loop().run_in_executor(self.decoding, self._prepare, versions, adapters)
+
+    def _prepare(self, versions: Sequence[Version], adapters: dict[str, list[ray.ObjectRef]]) -> ServerFacts:
+        from spvla.model.kernels.compiled import arithmetic
+
+        for version in versions:
+            if version.digest not in self.versions:
+                here = not version.is_adapter or Path(version.path).is_dir()
+                self.add(version, None if here else ray.get(adapters[version.digest][0]))
+        for digest in self.versions.keys() - {v.digest for v in versions}:  # after: a base that both need stays
+            self.remove(digest)
+        for policy in self.policies.values():
+            policy.prepare(every_instruction())
+        return ServerFacts(device=arithmetic(self.settings.device, self.settings.dtype), pid=os.getpid())
+
+    def add(self, version: Version, files: dict[str, bytes] | None = None) -> None:
+        """Loads a base checkpoint, or an adapter beside its base: from its folder, or from `files`."""
+        if version.base not in self.policies:
+            self.policies[version.base] = self.settings.load(version.base, self.settings)
+        if version.is_adapter:
+            with unpacked(files, otherwise=Path(version.path)) as folder:
+                self.policies[version.base].add_adapter(version.digest, folder)
+        self.versions[version.digest] = version
+
+    def remove(self, digest: str) -> None:
+        """Forgets a version, and its base when no other version needs it."""
+        version = self.versions.pop(digest)
+        if version.is_adapter:
+            self.policies[version.base].remove_adapter(digest)
+        if not any(v.base == version.base for v in self.versions.values()):
+            del self.policies[version.base]
+
+    async def act(self, client: str, request: Request) -> np.ndarray:
+        """(7,) float64: un-normalised, gripper 1 open."""
+        return await self.batcher.submit(request, client=client)
+
+    async def rest(self, client: str) -> None:
+        self.batcher.rest(client)
+
+    async def stats(self) -> BatchStats:
+        return self.batcher.stats()
+
+    async def _decode(self, requests: list[Request]) -> Sequence[np.ndarray]:
+        return await asyncio.get_running_loop().run_in_executor(self.decoding, self.act_now, requests)
+
+    def act_now(self, requests: list[Request]) -> list[np.ndarray]:
+        """One pass for each base among the requests; adapters of one base share a pass."""
+        actions: list[np.ndarray] = [np.empty(0)] * len(requests)
+        by_base: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            by_base.setdefault(self.versions[request.version].base, []).append(i)
+        for base, rows in by_base.items():
+            group = [requests[i] for i in rows]
+            answers = self.policies[base].act(
+                [r.image for r in group],
+                [r.instruction for r in group],
+                unnorm_key=[r.unnorm_key for r in group],
+                adapters=[r.version if self.versions[r.version].is_adapter else None for r in group],
+            )
+            for i, action in zip(rows, answers, strict=True):
+                actions[i] = action
+        return actions
+
+
+class EnvWorker:
+    """Plays trials one at a time, keeping the environment of its last task open."""
+
+    def __init__(self, name: str, settings: WorkerSettings) -> None:
+        self.name, self.settings = name, settings
+        self.log = log_to(settings.log_folder, name)
+        from spvla.render.rendering import draw_on_one_core
+
+        spread_rendering(name)
+        draw_on_one_core()
+        self.assets = assets.resolve(settings.assets)
+        self.task: tuple[str, int] | None = None
+        self.env: Env | None = None
+
+    def facts(self) -> WorkerFacts:
+        from spvla.render.rendering import renderer_name
+
+        return WorkerFacts(
+            assets=self.assets.name,
+            assets_digest=self.assets.digest,
+            renderer=renderer_name(),
+            versions={p: importlib.metadata.version(p) for p in ("mujoco", "robosuite", "hf-libero")},
+            pid=os.getpid(),
+            log=str(self.log or ""),
+        )
+
+    def run(self, order: Order, server: Any) -> Report:
+        """Plays one trial with actions from `server` (a PolicyServer's handle). Never raises."""
+        act = self._remote_act(order, server)
+        try:
+            return self.play(order, act)
+        except PolicyUnavailable as e:
+            return Report(fault=fault_of(e, e.kind, policy_at_fault=True))
+        except Exception as e:
+            self._drop_env()
+            return Report(fault=fault_of(e, EXCEPTION, policy_at_fault=False))
+        finally:
+            server.rest.remote(self.name)
+
+    def play(self, order: Order, act: Callable[[np.ndarray, str], np.ndarray]) -> Report:
+        """Plays one trial with any `act`. Raises InfrastructureError."""
+        frames: list[np.ndarray] = []
+        trial = order.trial
+        outcome = run_trial(
+            self._env_of(trial),
+            act,
+            trial,
+            num_steps_wait=self.settings.num_steps_wait,
+            center_crop=self.settings.center_crop,
+            max_steps=self.settings.max_steps[trial.suite],
+            on_frame=frames.append if order.film else None,
+        )
+        video, no_video = None, ""
+        if outcome.status in order.film and frames:
+            try:
+                video = encode_mp4(frames)
+            except Exception as e:  # no encoder on this machine, say: the outcome stands
+                no_video = f"{type(e).__name__}: {e}"
+        return Report(outcome=outcome, video=video, no_video=no_video, rss_bytes=resident_bytes())
+
+    def _remote_act(self, order: Order, server: Any) -> Callable[[np.ndarray, str], np.ndarray]:
+        def act(image: np.ndarray, instruction: str) -> np.ndarray:
+            request = Request(
+                version=order.trial.policy, image=image, instruction=instruction, unnorm_key=order.unnorm_key
+            )
+            try:
+                return ray.get(server.act.remote(self.name, request), timeout=self.settings.call_timeout_s)
+            except (ray.exceptions.RayError, TimeoutError) as e:
+                raise PolicyUnavailable(e) from e
+
+        return act
+
+    def _env_of(self, trial: Trial) -> Env:
+        if self.task != (trial.suite, trial.task):
+            self._drop_env()
+            self.env = self.settings.open_env(trial.suite, trial.task, self.assets)
+            self.task = (trial.suite, trial.task)
+        return self.env
+
+    def _drop_env(self) -> None:
+        env, self.env, self.task = self.env, None, None
+        if env is not None:
+            env.close()
+
+
+@contextmanager
+def unpacked(files: dict[str, bytes] | None, *, otherwise: Path) -> Iterator[Path]:
+    """A folder with `files` in it that vanishes afterwards, or the folder `otherwise`."""
+    if files is None:
+        yield otherwise
+        return
+    with tempfile.TemporaryDirectory(prefix="spvla-adapter-") as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        yield Path(folder)
+
+
+def fault_of(e: Exception, kind: str, *, policy_at_fault: bool) -> Fault:
+    return Fault(
+        kind=kind, message=str(e), traceback="".join(traceback.format_exception(e)), policy_at_fault=policy_at_fault
+    )
+
+
+def spread_rendering(name: str) -> None:
+    """Worker env-5 of a machine with two GPUs renders on the second, unless the environment says otherwise."""
+    gpus = sum(1 for device in Path("/dev").glob("nvidia*") if device.name.removeprefix("nvidia").isdigit())
+    number = name.rpartition("-")[2]
+    if gpus > 1 and number.isdigit() and not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(int(number) % gpus))
+
+
+def resident_bytes() -> int:
+    """Memory this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def log_to(folder: str | None, name: str) -> Path | None:
+    """Sends this process's stdout and stderr, crashes in native code included, to `folder`/`name`.log.
+
+    None leaves them alone: for use in the caller's own process.
+    """
+    if folder is None:
+        return None
+    path = Path(folder) / f"{name}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("a", buffering=1)
+    except OSError:  # another machine, which does not see the driver's disk
+        path = Path(tempfile.gettempdir()) / f"spvla-{name}.log"
+        log = path.open("a", buffering=1)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log.fileno(), stream.fileno())
+    print(f"{LOG_HEADER} {os.getpid()}, {name}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
+    faulthandler.enable(log)
+    return path
+
+
+RemotePolicyServer = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=1000)(PolicyServer)
+RemoteEnvWorker = ray.remote(max_restarts=0, max_task_retries=0)(EnvWorker)

@@ -1,0 +1,308 @@
+"""One job on the farm: hands out trials, watches everything, writes what comes of it.
+
+The driver is in no step's way: it hands out whole trials and takes whole outcomes. It is the only writer of its
+ledger.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ray
+
+from spvla.eval.batcher import BatchStats
+from spvla.eval.farm import Farm
+from spvla.eval.ledger import Ledger
+from spvla.eval.messages import POLICY_RAISED, Fault, Order, Report
+from spvla.eval.pool import POLL_S, Slot, cause_of_death, first_line, tail
+from spvla.eval.scheduler import Scheduler
+from spvla.eval.videos import FilmQuota, video_name
+from spvla.files import safe_name
+from spvla.runs import VIDEOS
+from spvla.types import Outcome, Status, Trial
+
+WATCH_EVERY_S = 1.0
+HEARTBEAT_EVERY_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Trials to be played, and what is needed to play and to name them."""
+
+    protocol: str  # digest
+    trials: Sequence[Trial]
+    unnorm_keys: dict[tuple[str, str], str]  # (policy digest, suite) -> key
+    instructions: dict[tuple[str, int], str]  # (suite, task) -> text
+    steps_limit: dict[str, int]  # suite -> steps
+
+
+@dataclass
+class Work:
+    """A trial on its way, with the worker that plays it."""
+
+    order: Order
+    server: str
+    quiet_since_s: float  # the worker owes a step since
+
+
+@dataclass
+class Watch:
+    """What is known of a policy server from its last answer."""
+
+    stats: BatchStats = field(default_factory=BatchStats)
+    asked: ray.ObjectRef | None = None
+    asked_at_s: float = 0.0
+    suspect: bool = False  # a worker could not reach it: no trial until it has answered
+
+
+class Run:
+    """`Run(farm, job, ledger).play()`: returns when each trial has an outcome or was given up."""
+
+    def __init__(self, farm: Farm, job: Job, ledger: Ledger) -> None:
+        self.farm, self.job, self.ledger = farm, job, ledger
+        self.scheduler = Scheduler(steps_limit=job.steps_limit, max_retries=farm.config.max_retries)
+        self.scheduler.add(job.trials)
+        self.quota = film_quota(ledger, successes=farm.config.num_videos, failures=farm.config.max_failure_videos)
+        self.work: dict[str, Work] = {}  # worker -> its trial
+        self.reports: dict[ray.ObjectRef, str] = {}  # -> worker
+        self.elsewhere: list[Trial] = []  # claimed by another driver
+        self.watches: dict[str, Watch] = {}  # policy server -> what is known of it
+        self.past = BatchStats()  # of policy servers that are gone
+        self.made = 0  # outcomes written by this run
+        self.beat_at_s = self.watched_at_s = 0.0
+
+    def play(self, on_tick: Callable[["Run"], None] = lambda run: None) -> None:
+        """Raises InfrastructureError when nobody is left, LedgerError when it cannot write.
+
+        `on_tick` is called several times a second, and may drop trials from the scheduler.
+        """
+        try:
+            while not self.scheduler.finished or self.elsewhere:
+                self.farm.trials_left = self.scheduler.unfinished + len(self.elsewhere)
+                self.farm.tend()
+                self._dispatch()
+                self._collect()
+                self._watch()
+                if self.scheduler.finished:
+                    self._look_elsewhere()
+                on_tick(self)
+        finally:
+            self._abandon()
+
+    def drop(self, trials: Sequence[Trial]) -> int:
+        """Leaves out those that nobody has begun; returns how many."""
+        gone = set(trials)
+        self.elsewhere = [t for t in self.elsewhere if t not in gone]
+        return self.scheduler.drop(trials)
+
+    def batch_stats(self) -> BatchStats:
+        """Over all policy servers, since they started."""
+        return total([self.past, *(w.stats for w in self.watches.values())])
+
+    def _dispatch(self) -> None:
+        """Gives each idle worker a trial, from the policy server that has fewest."""
+        servers = [s for s in self.farm.servers.ready() if not self._watch_of(s).suspect]
+        ready = self.farm.workers.ready()
+        living = [s.name for s in ready]
+        for slot in ready if servers else ():
+            if slot.name in self.work or (trial := self._claimed(slot.name, living)) is None:
+                continue
+            key = self.job.unnorm_keys[trial.policy, trial.suite]
+            order = Order(trial=trial, unnorm_key=key, film=self.quota.begin(trial))
+            server = min(servers, key=lambda s: sum(w.server == s.name for w in self.work.values()))
+            self.reports[slot.actor.run.remote(order, server.actor)] = slot.name
+            self.work[slot.name] = Work(order, server.name, time.monotonic())
+
+    def _claimed(self, worker: str, living: Sequence[str]) -> Trial | None:
+        """The worker's next trial, ours alone; those that another driver has are put aside."""
+        while (trial := self.scheduler.next(worker, living)) is not None:
+            if self.ledger.claim(self.job.protocol, trial):
+                return trial
+            self.elsewhere.append(self.scheduler.skip(worker))
+        return None
+
+    def _collect(self) -> None:
+        """Books what has come back."""
+        if not self.reports:
+            time.sleep(POLL_S / 4)
+            return
+        references = list(self.reports)
+        ray.wait(references, num_returns=1, timeout=POLL_S)
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        for reference in ready:
+            slot = self._worker(self.reports.pop(reference))
+            try:
+                report: Report = ray.get(reference)
+            except ray.exceptions.RayError as e:
+                self._worker_fell(slot, kind="environment died", message=str(e))
+                continue
+            if report.fault is not None:
+                self._fault(slot.name, report.fault, died=False)
+            elif report.outcome is not None:
+                self._done(slot, report, report.outcome)
+
+    def _done(self, slot: Slot, report: Report, outcome: Outcome) -> None:
+        work = self.work.pop(slot.name)
+        trial = self.scheduler.done(slot.name)
+        video = self._keep_video(trial, outcome.status, report.video) if report.video else ""
+        if report.no_video:
+            self._say_no_video(trial, report.no_video)
+        if self.ledger.record(self.job.protocol, trial, outcome, video=video, worker=slot.name):
+            self.made += 1
+        else:
+            self.elsewhere.append(trial)  # our claim had lapsed: whoever took it may yet give it back
+        self.quota.end(trial, work.order.film, outcome.status if video else None)
+        slot.deaths = 0
+        for server in self.farm.servers.slots:
+            server.deaths = 0 if server.name == work.server else server.deaths
+        if report.rss_bytes > self.farm.config.worker_memory_gb * 2**30:
+            self.farm.say(f"{slot.name} holds {report.rss_bytes / 2**30:.1f} GiB: replaced")
+            self.farm.workers.retire(slot)
+            self.scheduler.task_of.pop(slot.name, None)
+
+    def _worker_fell(self, slot: Slot, *, kind: str, message: str) -> None:
+        """A worker died, or hangs and is ended."""
+        log = self.farm.logs.get(slot.name)
+        message = cause_of_death(log) or first_line(message)
+        for server in self.farm.servers.ready():
+            server.actor.rest.remote(slot.name)
+        self.farm.workers.lost(slot, message)
+        fault = Fault(kind=kind, message=message, traceback=tail(log), policy_at_fault=False)
+        self._fault(slot.name, fault, died=True)
+        if slot.given_up:
+            self.farm.say(f"{slot.given_up}: given up; its log is {log}")
+
+    def _fault(self, worker: str, fault: Fault, *, died: bool) -> None:
+        """An infrastructure error: written down, and the trial goes back to pending."""
+        work = self.work.pop(worker)
+        trial = work.order.trial
+        self.quota.end(trial, work.order.film, None)
+        self.ledger.record_error(
+            self.job.protocol,
+            trial,
+            kind=fault.kind,
+            message=fault.message,
+            traceback=fault.traceback,
+            worker=work.server if fault.policy_at_fault else worker,
+        )
+        self.ledger.release(self.job.protocol, trial)
+        if fault.policy_at_fault:
+            self._suspect(work.server, fault)
+        again = self.scheduler.failed(worker, died=died)
+        where = f"{trial.suite} task {trial.task}, init state {trial.init_state}"
+        what = "tried again" if again else "given up"
+        self.farm.say(f"{worker}: {where}: {fault.kind}: {first_line(fault.message)}; {what}")
+
+    def _suspect(self, server: str, fault: Fault) -> None:
+        """A worker got no action. A server that raised is not trusted again: a CUDA error, say, stays for good."""
+        for slot in self.farm.servers.ready():
+            if slot.name == server and fault.kind == POLICY_RAISED:
+                self._server_fell(slot, first_line(fault.message))
+            elif slot.name == server:
+                self.watches[server] = Watch(stats=self._watch_of(slot).stats, suspect=True)
+
+    def _look_elsewhere(self) -> None:
+        """Trials of another driver: those it has finished are forgotten, the rest are asked for again."""
+        if self.elsewhere:
+            time.sleep(POLL_S)
+            done = {row.trial for row in self.ledger.outcomes()}
+            self.scheduler.add(t for t in self.elsewhere if t not in done)
+            self.elsewhere = []
+
+    def _keep_video(self, trial: Trial, status: Status, video: bytes) -> str:
+        """Writes a video beside the ledger; returns its path from there, or "" where the disk takes no more."""
+        instruction = self.job.instructions[trial.suite, trial.task]
+        name = video_name(episode=trial.init_state + 1, success=status == Status.SUCCESS, instruction=instruction)
+        path = Path(VIDEOS) / safe_name(trial.policy[:12], what="policy") / trial.suite / name
+        whole = self.ledger.path.parent / path
+        try:
+            whole.parent.mkdir(parents=True, exist_ok=True)
+            whole.write_bytes(video)
+        except OSError as e:
+            self._say_no_video(trial, str(e))
+            with suppress(OSError):
+                whole.unlink()
+            return ""
+        return str(path)
+
+    def _say_no_video(self, trial: Trial, why: str) -> None:
+        self.farm.say(f"no video of {trial.suite} task {trial.task}, init state {trial.init_state}: {first_line(why)}")
+
+    def _watch(self) -> None:
+        """Asks the policy servers whom they heard lately; ends whoever hangs. Keeps the ledger's claims."""
+        now = time.monotonic()
+        if now - self.beat_at_s > HEARTBEAT_EVERY_S:
+            self.beat_at_s = now
+            self.ledger.heartbeat()
+        if now - self.watched_at_s < WATCH_EVERY_S and not any(w.suspect for w in self.watches.values()):
+            return
+        self.watched_at_s = now
+        for slot in self.farm.servers.ready():
+            if why := self._fault_of_server(slot, now):
+                self._server_fell(slot, why)
+        for name, work in list(self.work.items()):
+            if (quiet_s := now - work.quiet_since_s) > self.farm.config.call_timeout_s:
+                self.reports = {r: n for r, n in self.reports.items() if n != name}
+                self._worker_fell(self._worker(name), kind="hang", message=f"no step for {quiet_s:.0f} s")
+
+    def _fault_of_server(self, slot: Slot, now: float) -> str:
+        """Takes the server's last answer and asks anew. Returns what is wrong with it, if anything."""
+        watch, limit_s = self._watch_of(slot), self.farm.config.call_timeout_s
+        if watch.asked is not None and ray.wait([watch.asked], timeout=0)[0]:
+            reference, watch.asked = watch.asked, None
+            try:
+                watch.stats = ray.get(reference)
+            except ray.exceptions.RayError as e:
+                return first_line(str(e))
+            watch.suspect = False
+            self._note_steps(slot.name, watch.stats, now)
+        if watch.asked is None:
+            watch.asked, watch.asked_at_s = slot.actor.stats.remote(), now
+        if (silent_s := now - watch.asked_at_s) > limit_s:
+            return f"no answer for {silent_s:.0f} s"
+        if watch.stats.oldest_wait_s > limit_s:
+            return f"a batch has taken {watch.stats.oldest_wait_s:.0f} s"
+        return ""
+
+    def _watch_of(self, slot: Slot) -> Watch:
+        return self.watches.setdefault(slot.name, Watch())
+
+    def _note_steps(self, server: str, stats: BatchStats, now: float) -> None:
+        for name, quiet_s in stats.quiet_s.items():
+            if name in self.work and self.work[name].server == server:
+                work = self.work[name]
+                work.quiet_since_s = max(work.quiet_since_s, now - quiet_s)
+
+    def _server_fell(self, slot: Slot, why: str) -> None:
+        """Its workers notice by themselves, and report their trials back."""
+        self.farm.say(f"{slot.name} fell ({why}): started again")
+        self.past = total([self.past, self.watches.pop(slot.name, Watch()).stats])
+        self.farm.servers.lost(slot, why)
+
+    def _abandon(self) -> None:
+        """On the way out, interrupted or not: workers still at a trial are ended, their claims given back."""
+        for name, work in list(self.work.items()):
+            self.farm.workers.retire(self._worker(name))
+            self.ledger.release(self.job.protocol, work.order.trial)
+        self.work.clear()
+
+    def _worker(self, name: str) -> Slot:
+        return next(s for s in self.farm.workers.slots if s.name == name)
+
+
+def total(every: Sequence[BatchStats]) -> BatchStats:
+    return BatchStats(
+        batches=sum(s.batches for s in every),
+        requests=sum(s.requests for s in every),
+        busy_s=sum(s.busy_s for s in every),
+    )
+
+
+def film_quota(ledger: Ledger, *, successes: int, failures: int) -> FilmQuota:
+    quota = FilmQuota(successes=successes, failures=failures)
+    for row in ledger.outcomes():
+        if row.video and row.status is not None:
+            quota.count(row.trial, Status(row.status))
+    return quota

@@ -1,0 +1,383 @@
+"""Every trial's outcome, exactly once, in one SQLite file.
+
+A trial's key is (policy digest, protocol digest, suite, task, init state). A driver claims a trial before it runs it
+and may write its outcome only while it holds the claim and none is written, in one transaction; so neither a kill at
+any moment nor two drivers on one ledger can lose an outcome or write two. A dead driver's claims lapse: at once where
+its process can be looked up, else when its heartbeat stops. Errors of the infrastructure are kept beside the trials.
+"""
+
+import json
+import os
+import socket
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from spvla.errors import LedgerError
+from spvla.eval.protocol import Protocol, require_same
+from spvla.types import Outcome, Trial
+
+SCHEMA = 1
+APPLICATION_ID = 0x53505641  # "SPVA", in the file's header
+LAPSE_S = 60.0  # a driver elsewhere that has not been heard of for so long is dead
+BUSY_S = 30.0
+
+_TABLES = """
+CREATE TABLE protocols (digest TEXT PRIMARY KEY, manifest TEXT NOT NULL, made_at REAL NOT NULL);
+CREATE TABLE policies (digest TEXT PRIMARY KEY, name TEXT NOT NULL, path TEXT NOT NULL, made_at REAL NOT NULL);
+CREATE TABLE tasks (suite TEXT, task INTEGER, instruction TEXT NOT NULL, PRIMARY KEY (suite, task));
+CREATE TABLE drivers (id TEXT PRIMARY KEY, machine TEXT NOT NULL, pid INTEGER NOT NULL, started TEXT NOT NULL,
+  heartbeat REAL NOT NULL);
+CREATE TABLE trials (
+  policy TEXT, protocol TEXT, suite TEXT, task INTEGER, init_state INTEGER, driver TEXT,
+  status TEXT, steps INTEGER, seconds REAL, state_digest TEXT, note TEXT, video TEXT, worker TEXT, done_at REAL,
+  PRIMARY KEY (policy, protocol, suite, task, init_state)) WITHOUT ROWID;
+CREATE TABLE errors (
+  id INTEGER PRIMARY KEY, policy TEXT, protocol TEXT, suite TEXT, task INTEGER, init_state INTEGER,
+  kind TEXT NOT NULL, message TEXT NOT NULL, traceback TEXT NOT NULL, worker TEXT NOT NULL, at REAL NOT NULL);
+"""
+_KEY = "policy = ? AND protocol = ? AND suite = ? AND task = ? AND init_state = ?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyRow:
+    digest: str
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRow:
+    """A planned trial; `status` is "success", "failure", or None while it has no outcome."""
+
+    policy: str
+    policy_name: str
+    protocol: str
+    suite: str
+    task: int
+    init_state: int
+    instruction: str
+    status: str | None
+    steps: int | None
+    seconds: float | None
+    state_digest: str | None
+    note: str | None
+    video: str | None  # path relative to the ledger's folder
+    worker: str | None
+    done_at: float | None  # Unix time
+    errors: int  # infrastructure errors on the way
+
+    @property
+    def trial(self) -> Trial:
+        return Trial(policy=self.policy, suite=self.suite, task=self.task, init_state=self.init_state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorRow:
+    """One infrastructure error; the trial went back to pending."""
+
+    policy: str
+    policy_name: str
+    protocol: str
+    suite: str
+    task: int
+    init_state: int
+    kind: str  # "environment died", "hang", "policy actor died", "exception"
+    message: str
+    traceback: str
+    worker: str
+    at: float  # Unix time
+
+
+class Ledger:
+    """Open with `Ledger.open` (must exist) or `Ledger.create` (made when missing). One object to a process."""
+
+    def __init__(self, path: Path, db: sqlite3.Connection) -> None:
+        self.path, self._db = path, db
+        self._driver: str | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> "Ledger":
+        if not path.is_file():
+            raise LedgerError(
+                f"no ledger at {path}",
+                expected="a ledger.sqlite written by spvla evaluate",
+                remedy="Give the folder that --local_log_dir named.",
+            )
+        return cls._connect(path)
+
+    @classmethod
+    def create(cls, path: Path) -> "Ledger":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return cls._connect(path)
+
+    @classmethod
+    def _connect(cls, path: Path) -> "Ledger":
+        with _explained(path):
+            db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
+            db.row_factory = sqlite3.Row
+            ledger = cls(path, db)
+            try:
+                ledger._prepare()
+            except BaseException:
+                db.close()
+                raise
+            return ledger
+
+    def _prepare(self) -> None:
+        """Makes the tables in an empty file; refuses anything that is not a sound ledger of this schema."""
+        empty = not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()  # first: another may fill it now
+        schema = self._db.execute("PRAGMA user_version").fetchone()[0]
+        mark = self._db.execute("PRAGMA application_id").fetchone()[0]
+        if not empty and mark != APPLICATION_ID:
+            raise LedgerError(
+                f"{self.path} is an SQLite file of something else",
+                expected="a ledger written by spvla",
+                remedy="Give another --local_log_dir.",
+            )
+        if schema > SCHEMA:
+            raise LedgerError(
+                f"{self.path} has ledger schema {schema}",
+                expected=f"schema {SCHEMA} or older",
+                remedy="It was written by a newer spvla: install that one, or give another --local_log_dir.",
+            )
+        if not empty and (found := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(found)
+        if os.access(self.path.parent, os.W_OK):
+            self._journal()
+            self._db.execute("PRAGMA synchronous = FULL")
+        if empty:
+            with self._transaction():  # another process may be making the tables at this moment
+                if not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+                    for statement in filter(str.strip, _TABLES.split(";")):
+                        self._db.execute(statement)
+                    self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                    self._db.execute(f"PRAGMA user_version = {SCHEMA}")
+
+    def _journal(self) -> None:
+        """Two that change to a write-ahead log at once do not wait for each other by themselves."""
+        deadline_s = time.monotonic() + BUSY_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as e:
+                if "locked" not in str(e) or time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.02)
+
+    def close(self) -> None:
+        """Gives unfinished claims back and closes the file."""
+        with _explained(self.path):
+            if self._driver is not None:
+                self._db.execute("UPDATE trials SET driver = NULL WHERE driver = ? AND status IS NULL", (self._driver,))
+                self._db.execute("DELETE FROM drivers WHERE id = ?", (self._driver,))
+            self._db.close()
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with _explained(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                if self._db.in_transaction:  # a full disk rolls back by itself
+                    self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def _rows(self, query: str, values: tuple = ()) -> list[sqlite3.Row]:
+        with _explained(self.path):
+            return self._db.execute(query, values).fetchall()
+
+    # --- what is to be done
+
+    def protocol(self) -> Protocol | None:
+        """The one protocol of this ledger; None while it is empty."""
+        every = self.protocols()
+        return every[-1] if every else None
+
+    def add_protocol(self, protocol: Protocol) -> None:
+        """Binds the ledger to its protocol. Raises LedgerError if it holds another."""
+        with self._transaction():
+            if (old := self.protocol()) is not None:
+                require_same(old, protocol, where=str(self.path))
+            values = (protocol.digest, protocol.to_json(), time.time())
+            self._db.execute("INSERT OR IGNORE INTO protocols VALUES (?, ?, ?)", values)
+
+    def add_policy(self, digest: str, *, name: str, path: str) -> None:
+        """A policy keeps the name that it came with first; a name that another policy has gets a part of the digest."""
+        with self._transaction():
+            taken = self._db.execute("SELECT 1 FROM policies WHERE name = ? AND digest != ?", (name, digest)).fetchone()
+            values = (digest, f"{name}@{digest[:8]}" if taken else name, path, time.time())
+            self._db.execute("INSERT OR IGNORE INTO policies VALUES (?, ?, ?, ?)", values)
+
+    def add_tasks(self, instructions: Mapping[tuple[str, int], str]) -> None:
+        """(suite, task) -> instruction."""
+        rows = [(*task, text) for task, text in instructions.items()]
+        with self._transaction():
+            self._db.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?)", rows)
+
+    def add_trials(self, protocol: str, trials: Iterable[Trial]) -> None:
+        """Plans trials; those that are there already stay as they are."""
+        rows = [(t.policy, protocol, t.suite, t.task, t.init_state) for t in trials]
+        with self._transaction():
+            self._db.executemany(
+                "INSERT OR IGNORE INTO trials (policy, protocol, suite, task, init_state) VALUES (?, ?, ?, ?, ?)", rows
+            )
+
+    # --- what is being done
+
+    def claim(self, protocol: str, trial: Trial) -> bool:
+        """Takes a trial that has no outcome and no living driver but this one. False: leave it alone."""
+        with self._transaction():
+            row = self._db.execute(f"SELECT driver, status FROM trials WHERE {_KEY}", _key(protocol, trial)).fetchone()
+            assert row is not None, f"{trial} was never planned"
+            if row["status"] is not None or not self._free(row["driver"]):
+                return False
+            driver = self._register()
+            self._db.execute(f"UPDATE trials SET driver = ? WHERE {_KEY}", (driver, *_key(protocol, trial)))
+        return True
+
+    def release(self, protocol: str, trial: Trial) -> None:
+        """Gives a claim back without an outcome."""
+        with self._transaction():
+            values = (*_key(protocol, trial), self._driver)
+            self._db.execute(f"UPDATE trials SET driver = NULL WHERE {_KEY} AND driver = ? AND status IS NULL", values)
+
+    def record(self, protocol: str, trial: Trial, outcome: Outcome, *, video: str = "", worker: str = "") -> bool:
+        """Writes the outcome if this driver still holds the claim. False: it lapsed, and the trial is another's."""
+        o = outcome
+        values = (str(o.status), o.steps, o.seconds, o.state_digest, o.note, video, worker, time.time())
+        with self._transaction():
+            done = self._db.execute(
+                "UPDATE trials SET status = ?, steps = ?, seconds = ?, state_digest = ?, note = ?, video = ?,"
+                f" worker = ?, done_at = ? WHERE {_KEY} AND driver = ? AND status IS NULL",
+                (*values, *_key(protocol, trial), self._driver),
+            )
+            return done.rowcount == 1
+
+    def record_error(
+        self, protocol: str, trial: Trial, *, kind: str, message: str, traceback: str = "", worker: str = ""
+    ) -> None:
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO errors (policy, protocol, suite, task, init_state, kind, message, traceback, worker, at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*_key(protocol, trial), kind, message, traceback, worker, time.time()),
+            )
+
+    def heartbeat(self) -> None:
+        """Keeps this driver's claims. Call it more often than every LAPSE_S."""
+        if self._driver is not None:
+            with self._transaction():
+                self._db.execute("UPDATE drivers SET heartbeat = ? WHERE id = ?", (time.time(), self._driver))
+
+    def _register(self) -> str:
+        if self._driver is None:
+            self._driver = uuid.uuid4().hex
+            row = (self._driver, _machine(), os.getpid(), _process_start(os.getpid()), time.time())
+            self._db.execute("INSERT INTO drivers VALUES (?, ?, ?, ?, ?)", row)
+        return self._driver
+
+    def _free(self, driver: str | None) -> bool:
+        if driver is None or driver == self._driver:
+            return True
+        row = self._db.execute("SELECT * FROM drivers WHERE id = ?", (driver,)).fetchone()
+        if row is None or time.time() - row["heartbeat"] > LAPSE_S:
+            return True
+        return row["machine"] == _machine() and _process_start(row["pid"]) != row["started"]
+
+    # --- what is known: the reading side, for reports
+
+    def trials(self) -> list[TrialRow]:
+        """Every planned trial, in the order policy, suite, task, init state; policies as they were added."""
+        rows = self._rows(
+            "SELECT t.policy, p.name AS policy_name, t.protocol, t.suite, t.task, t.init_state,"
+            " coalesce(k.instruction, '') AS instruction, t.status, t.steps, t.seconds, t.state_digest, t.note,"
+            " t.video, t.worker, t.done_at, (SELECT count(*) FROM errors e WHERE e.policy = t.policy"
+            " AND e.protocol = t.protocol AND e.suite = t.suite AND e.task = t.task"
+            " AND e.init_state = t.init_state) AS errors"
+            " FROM trials t JOIN policies p ON p.digest = t.policy"
+            " LEFT JOIN tasks k ON k.suite = t.suite AND k.task = t.task"
+            " ORDER BY p.made_at, t.suite, t.task, t.init_state"
+        )
+        return [TrialRow(**dict(row)) for row in rows]
+
+    def outcomes(self) -> list[TrialRow]:
+        """The trials that have an outcome."""
+        return [row for row in self.trials() if row.status is not None]
+
+    def errors(self) -> list[ErrorRow]:
+        rows = self._rows(
+            "SELECT e.policy, p.name AS policy_name, e.protocol, e.suite, e.task, e.init_state, e.kind, e.message,"
+            " e.traceback, e.worker, e.at FROM errors e JOIN policies p ON p.digest = e.policy ORDER BY e.id"
+        )
+        return [ErrorRow(**dict(row)) for row in rows]
+
+    def policies(self) -> list[PolicyRow]:
+        return [PolicyRow(**dict(r)) for r in self._rows("SELECT digest, name, path FROM policies ORDER BY made_at")]
+
+    def protocols(self) -> list[Protocol]:
+        """At most one, unless the file was written by something else."""
+        rows = self._rows("SELECT manifest FROM protocols ORDER BY made_at")
+        try:
+            return [Protocol.from_json(row["manifest"]) for row in rows]
+        except (TypeError, json.JSONDecodeError) as e:
+            raise LedgerError(
+                f"{self.path} describes a protocol that this spvla does not know ({e})",
+                expected="the fields of spvla.eval.protocol.Protocol",
+                remedy="Use the spvla that wrote it, or give another --local_log_dir.",
+            ) from e
+
+
+def _key(protocol: str, trial: Trial) -> tuple[str, str, str, int, int]:
+    return trial.policy, protocol, trial.suite, trial.task, trial.init_state
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """SQLite's complaints, as one clear line. Nothing is ever deleted or overwritten."""
+    try:
+        yield
+    except sqlite3.ProgrammingError:
+        raise  # ours
+    except sqlite3.DatabaseError as e:
+        text = str(e)
+        if "locked" in text or "busy" in text:
+            remedy = "Another process holds it: wait for that one, or give another --local_log_dir."
+        elif "full" in text or "I/O" in text:
+            remedy = "Free the disk and run the same command again; what was recorded is safe."
+        elif "readonly" in text or "unable to open" in text:
+            remedy = "Give a --local_log_dir on a local disk that can be written."
+        else:
+            remedy = "The file is damaged: put a backup in its place, or move it away and run again."
+        raise LedgerError(f"{path} cannot be used ({text})", expected="a sound ledger", remedy=remedy) from e
+
+
+def _machine() -> str:
+    """Names the process table that a pid belongs to: host, boot, and container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _process_start(pid: int) -> str:
+    """Start time of a process in clock ticks since boot, so that a pid used again is not mistaken; "" if it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return ""
+    return "" if stat[0] == "Z" else stat[19]

@@ -1,0 +1,104 @@
+"""From flags to trials: every mistake in them is found here, before anything long begins."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spvla.benchmarks.libero import suites
+from spvla.benchmarks.libero.init_states import num_init_states
+from spvla.config import EvaluateConfig
+from spvla.errors import CheckpointError, UserError
+from spvla.eval.messages import Version
+from spvla.policies import checkpoint
+from spvla.types import Trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be evaluated."""
+
+    versions: list[Version]
+    trials: list[Trial]  # version by version, or init state by init state if `paired`
+    unnorm_keys: dict[tuple[str, str], str]  # (policy digest, suite) -> key
+    instructions: dict[tuple[str, int], str]  # (suite, task) -> text
+
+    @property
+    def suites(self) -> list[str]:
+        return sorted({suite for suite, _ in self.instructions})
+
+
+def make_plan(config: EvaluateConfig, checkpoints: Sequence[str | Path]) -> Plan:
+    """Raises UserError for a checkpoint, suite, task, key or number of trials that does not exist."""
+    tasks = chosen_tasks(config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
+    versions = [describe(str(path)) for path in checkpoints]
+    keys = {(v.digest, suite): unnorm_key(v, suite, config.unnorm_key) for v in versions for suite, _ in tasks}
+    trials = [
+        Trial(policy=v.digest, suite=suite, task=task, init_state=i)
+        for v in versions
+        for suite, task in tasks
+        for i in range(config.num_trials_per_task)
+    ]
+    if config.stop_when_settled:
+        trials.sort(key=lambda t: t.init_state)  # stable: pairs end together
+    return Plan(
+        versions=versions,
+        trials=list(dict.fromkeys(trials)),
+        unnorm_keys=keys,
+        instructions={(suite, task): suites.task_info(suite, task).instruction for suite, task in tasks},
+    )
+
+
+def chosen_tasks(task_suite_name: str, numbers: Sequence[int], *, trials: int) -> list[tuple[str, int]]:
+    """(suite, task) of what is to be evaluated. Raises UserError unless all are there, with so many init states."""
+    chosen = []
+    for suite in task_suite_name.split(","):
+        every = [t.id for t in suites.tasks(suite)]
+        for task in numbers or every:
+            if task not in every:
+                raise UserError(
+                    f"--tasks names task {task} of {suite}", expected=f"0 to {every[-1]}", remedy="Correct --tasks."
+                )
+            if trials > (there := num_init_states(suite, task)):
+                raise UserError(
+                    f"--num_trials_per_task {trials}",
+                    expected=f"{there} at most, the init states of {suite} task {task}",
+                    remedy="A trial is an init state, so more trials would repeat some: lower it.",
+                )
+            chosen.append((suite, task))
+    return chosen
+
+
+def describe(path: str) -> Version:
+    """Identifies a checkpoint by what decides its behaviour."""
+    base, adapter = checkpoint.base_of(path)
+    folder = Path(adapter or base)
+    return Version(
+        digest=checkpoint.policy_digest(path),
+        name=readable_name(folder),
+        path=str(folder),
+        base=str(base),
+        is_adapter=adapter is not None,
+    )
+
+
+def readable_name(folder: Path) -> str:
+    """.../runs/x/checkpoints/step_000300 -> x/step_000300."""
+    if folder.parent.name in ("checkpoints", "merged"):
+        return f"{folder.parent.parent.name}/{folder.name}"
+    return folder.name
+
+
+def unnorm_key(version: Version, suite: str, asked: str | None) -> str:
+    """The key of the action statistics: the flag's, else the suite's name or that + "_no_noops".
+
+    What the policy was trained on comes before what its base knows.
+    """
+    own, base = checkpoint.norm_stats(Path(version.path)), checkpoint.norm_stats(Path(version.base))
+    wanted, there = (asked,) if asked else (suite, f"{suite}_no_noops"), base | own
+    for key in (key for stats in (own, base) for key in wanted if key in stats):
+        return key
+    raise CheckpointError(
+        f"{version.path} has no action statistics for {' or '.join(wanted)}",
+        expected=f"one of its keys: {', '.join(there) or '(none)'}",
+        remedy="Name one with --unnorm_key, or evaluate the suite it was trained on.",
+    )

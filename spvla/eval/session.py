@@ -1,0 +1,282 @@
+"""An evaluation under way: its ledger, its console and, once anything is missing, its farm.
+
+One session evaluates one checkpoint after another, or several together, on workers that are started once.
+"""
+
+import importlib.metadata
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from spvla import runs
+from spvla.benchmarks.libero import assets, suites
+from spvla.cluster.connect import connection
+from spvla.config import EvaluateConfig
+from spvla.errors import UserError
+from spvla.eval.actors import load_checkpoint, open_libero
+from spvla.eval.console import Console, Tally, View
+from spvla.eval.driver import Job, Run
+from spvla.eval.exports import Wandb, export
+from spvla.eval.farm import Farm, cluster_sizes
+from spvla.eval.ledger import Ledger, TrialRow
+from spvla.eval.logfile import name_part, refuse_note, write_log
+from spvla.eval.messages import ServerFacts, ServerSettings, WorkerFacts, WorkerSettings
+from spvla.eval.plan import Plan, make_plan
+from spvla.eval.protocol import Protocol, require_same
+from spvla.eval.settle import pairs_of, verdict
+from spvla.eval.sizing import decode_batch_size
+from spvla.eval.summary import Summary, summarise
+from spvla.files import require_writable, writing_to
+from spvla.types import MAX_STEPS, Trial
+
+WORKER_LOGS = "workers"
+LOOK_EVERY_S = 0.5
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+PACKAGES = {"mujoco": "mujoco", "robosuite": "robosuite", "libero": "hf-libero"}  # field of Protocol -> distribution
+
+
+@contextmanager
+def session(config: EvaluateConfig) -> Iterator["Session"]:
+    """Opens the ledger in --local_log_dir. Raises UserError if it cannot be used."""
+    refuse_note(config.run_id_note)  # now, not when hours of trials are done
+    folder = require_writable(config.local_log_dir, flag="--local_log_dir")
+    with Ledger.create(folder / runs.LEDGER) as ledger, Console() as console, ExitStack() as stack:
+        yield Session(config, ledger, console, stack)
+
+
+class Session:
+    def __init__(self, config: EvaluateConfig, ledger: Ledger, console: Console, stack: ExitStack) -> None:
+        self.config, self.ledger, self.console, self.stack = config, ledger, console, stack
+        self.farm: Farm | None = None
+        self.wandb: Wandb | None = None
+        self.asset_set = assets.resolve(config.libero_assets)
+        self.began = datetime.now()
+
+    @property
+    def folder(self) -> Path:
+        return self.ledger.path.parent
+
+    def run(self, checkpoints: Sequence[str | Path], *, step: int | None = None) -> list[Summary]:
+        """Plays every trial of these checkpoints that has no outcome yet; returns their summaries.
+
+        step: of the training run that a checkpoint is from.
+        """
+        plan = make_plan(self.config, checkpoints)
+        self.asset_set.require(suites.task_info(*task) for task in plan.instructions)
+        self._require_known_protocol()
+        self._keep_config()
+        done = {row.trial for row in self.ledger.outcomes()}
+        missing = [t for t in plan.trials if t not in done]
+        if idle := self._nothing_to_play(plan, missing):
+            self.console.say(f"evaluate  {idle}")
+        if self.config.use_wandb and self.wandb is None:
+            self.wandb = self._open_wandb()
+        try:
+            if not idle:
+                self._play(plan, missing)
+        finally:
+            with writing_to(self.folder):
+                self._write(plan, step)
+        return summarise(self._rows(plan))
+
+    def _keep_config(self) -> None:
+        """The flags of the latest evaluation, for reports; another command's folder keeps its own."""
+        there = (self.folder / runs.CONFIG).exists()
+        if not there or runs.read_config(self.folder)["command"] == "evaluate":
+            runs.write_config(self.folder, "evaluate", self.config)
+
+    def _nothing_to_play(self, plan: Plan, missing: Sequence[Trial]) -> str:
+        """Why no farm is needed, or nothing."""
+        if not missing:
+            return f"nothing is missing: {len(plan.trials)} trials are in {self.ledger.path}"
+        if self.config.stop_when_settled and (words := settled(plan, self._rows(plan))):
+            return f"{words}; {len(missing)} trials stay left out"
+        return ""
+
+    def _require_known_protocol(self) -> None:
+        """Refuses at once what the flags alone show to be another protocol than the ledger's."""
+        if (old := self.ledger.protocol()) is None:
+            return
+        known = replace(old, **self._known(), decode_batch_size=self._batch_size(1))
+        require_same(old, known, where=str(self.ledger.path))
+
+    def _known(self) -> dict[str, Any]:
+        """Fields of the protocol that the flags and this machine decide."""
+        c = self.config
+        return {
+            "assets": self.asset_set.name,
+            "assets_digest": self.asset_set.digest,
+            "num_steps_wait": c.num_steps_wait,
+            "max_steps": c.max_steps,
+            "center_crop": c.center_crop,
+            "unnorm_key": c.unnorm_key,
+            "seed": c.seed,
+            "quantization": "8bit" if c.load_in_8bit else "4bit" if c.load_in_4bit else "none",
+            **{name: importlib.metadata.version(package) for name, package in PACKAGES.items()},
+        }
+
+    def _batch_size(self, default: int) -> int:
+        """Of every decoded batch: the flag's, the ledger's, or the default; 0 if batches may have any size."""
+        if not self.config.repeatable:
+            return 0
+        old = self.ledger.protocol()
+        return self.config.decode_batch_size or (old.decode_batch_size if old else 0) or default
+
+    def _play(self, plan: Plan, missing: Sequence[Trial]) -> None:
+        """Brings the farm up, settles what the protocol is, and plays."""
+        if self.farm is None:
+            self.farm = self._open_farm()
+        self.farm.trials_left = len(missing)
+        protocol = self._protocol(*self.farm.start(plan.versions))
+        self._register(plan, protocol)
+        job = Job(
+            protocol=protocol.digest,
+            trials=missing,
+            unnorm_keys=plan.unnorm_keys,
+            instructions=plan.instructions,
+            steps_limit={suite: protocol.steps_limit(suite) for suite in plan.suites},
+        )
+        watcher = Watcher(self, plan)
+        Run(self.farm, job, self.ledger).play(watcher.tick)
+
+    def _open_farm(self) -> Farm:
+        c = self.config
+        self.stack.enter_context(connection())
+        sizes = cluster_sizes(c)
+        batch_size = self._batch_size(decode_batch_size(sizes))
+        logs = str(self.folder / WORKER_LOGS)
+        self.console.say(
+            f"evaluate  {sizes.envs} environments ({self.asset_set.name} assets), {sizes.decoders} policy actors on"
+            f" {sizes.device}; logs in {logs}"
+        )
+        working = WorkerSettings(
+            assets=c.libero_assets.resolve() if c.libero_assets else None,
+            num_steps_wait=c.num_steps_wait,
+            center_crop=c.center_crop,
+            max_steps={suite: min(limit, c.max_steps or limit) for suite, limit in MAX_STEPS.items()},
+            call_timeout_s=c.call_timeout_s,
+            log_folder=logs,
+            open_env=partial(open_libero, spare_gpu=sizes.device == "cuda"),
+        )
+        serving = ServerSettings(
+            device=sizes.device,
+            dtype=DTYPES[sizes.device],
+            load_in_8bit=c.load_in_8bit,
+            load_in_4bit=c.load_in_4bit,
+            decode_batch_size=batch_size,
+            max_batch=batch_size or sizes.envs,
+            wait_ms=c.wait_ms,
+            log_folder=logs,
+            load=load_checkpoint,
+        )
+        return self.stack.enter_context(Farm(c, working=working, serving=serving, say=self.console.say))
+
+    def _protocol(self, worker: WorkerFacts, server: ServerFacts) -> Protocol:
+        serving = self.farm.serving
+        if worker.assets_digest != self.asset_set.digest:
+            raise UserError(
+                f"the {self.asset_set.name} assets here, {worker.assets} where environments run",
+                expected="one set of assets on all machines, the driver's included",
+                remedy="Give a folder that every machine sees with --libero_assets, or set LIBERO_ASSETS on each.",
+            )
+        measured = {name: worker.versions[package] for name, package in PACKAGES.items()}
+        return Protocol(
+            **self._known()
+            | measured
+            | {
+                "renderer": worker.renderer,
+                "device": server.device,
+                "dtype": serving.dtype,
+                "decode_batch_size": serving.decode_batch_size,
+            }
+        )
+
+    def _register(self, plan: Plan, protocol: Protocol) -> None:
+        self.ledger.add_protocol(protocol)
+        for v in plan.versions:
+            self.ledger.add_policy(v.digest, name=v.name, path=v.path)
+        self.ledger.add_tasks(plan.instructions)
+        self.ledger.add_trials(protocol.digest, plan.trials)
+
+    def _rows(self, plan: Plan) -> list[TrialRow]:
+        trials = set(plan.trials)
+        return [row for row in self.ledger.trials() if row.trial in trials]
+
+    def _open_wandb(self) -> Wandb:
+        suites = self.config.task_suite_name.replace(",", "+")
+        name = f"EVAL-{suites}-openvla-{self.began:%Y_%m_%d-%H_%M_%S}"
+        opened = Wandb(self.config, folder=self.folder, name=name)
+        self.stack.callback(opened.close)
+        return opened
+
+    def _write(self, plan: Plan, step: int | None) -> None:
+        """OpenVLA's log for each policy and suite, the exports, and W&B's table: of what is done, finished or not."""
+        rows = [row for row in self._rows(plan) if row.status is not None]
+        if not rows:
+            return
+        for (_, _, name), of_one in groupby(rows, key=lambda r: (r.policy, r.suite, r.policy_name)):
+            note = [self.config.run_id_note] if self.config.run_id_note else []
+            note += [name_part(name)] if len(plan.versions) > 1 or step is not None else []
+            path = write_log(self.folder, list(of_one), at=self.began, note="--".join(note) or None)
+            self.console.say(f"evaluate  log: {path}")
+        for path in export(self.ledger):
+            self.console.say(f"evaluate  export: {path}")
+        if self.wandb is not None:
+            self.wandb.write(summarise(self._rows(plan)), step=step)
+
+
+class Watcher:
+    """Looks at a run several times a second: shows it, and ends a comparison that is settled."""
+
+    def __init__(self, session: Session, plan: Plan) -> None:
+        self.session, self.plan = session, plan
+        self.view = View("evaluate", batch_size=session.farm.serving.max_batch)
+        self.looked_at_s = -float("inf")
+        self.settled = False
+
+    def tick(self, run: Run) -> None:
+        now = time.monotonic()
+        if now - self.looked_at_s < LOOK_EVERY_S and not run.scheduler.finished:
+            return
+        self.looked_at_s = now
+        rows = self.session._rows(self.plan)
+        self.view.tallies = tallies(rows)
+        self.view.made = run.made
+        self.view.workers, self.view.servers = len(run.farm.workers.ready()), len(run.farm.servers.ready())
+        self.view.batches = run.batch_stats()
+        self.session.console.show(self.view, now=run.scheduler.finished)
+        if self.session.config.stop_when_settled and not self.settled:
+            self._settle(rows, run)
+
+    def _settle(self, rows: Sequence[TrialRow], run: Run) -> None:
+        if words := settled(self.plan, rows):
+            self.settled = True
+            dropped = run.drop(self.plan.trials)
+            self.session.console.say(f"evaluate  {words}; {dropped} trials left out")
+
+
+def settled(plan: Plan, rows: Sequence[TrialRow]) -> str:
+    """Why the comparison of a plan's two versions needs no more trials, or nothing."""
+    first, second = (v.digest for v in plan.versions)
+    found, pairs = pairs_of(rows, first, second), len(plan.trials) // 2
+    words = verdict(found.only_a, found.only_b, pairs_left=pairs - found.both)
+    names = " and ".join(v.name for v in plan.versions)
+    return f"{names}: settled after {found.both} of {pairs} pairs: {words}" if words else ""
+
+
+def tallies(rows: Sequence[TrialRow]) -> dict[tuple[str, int], Tally]:
+    """Counts for each (suite, task), over all policies."""
+    counts: dict[tuple[str, int], Tally] = {}
+    for row in rows:
+        tally = counts.setdefault((row.suite, row.task), Tally(row.instruction))
+        tally.planned += 1
+        tally.done += row.status is not None
+        tally.successes += row.status == "success"
+        tally.errors += row.errors
+    return counts

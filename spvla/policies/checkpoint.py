@@ -1,0 +1,280 @@
+"""Policies on disk: found by path or name, opened without remote code, written in the layout they came in.
+
+CHECKPOINT/   config.json, model*.safetensors [+ index], tokenizer.json, preprocessor_config.json,
+              dataset_statistics.json (or norm_stats in config.json)
+ADAPTER/      adapter_config.json (names its base), adapter_model.safetensors, dataset_statistics.json
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spvla.errors import CheckpointError, UserError
+from spvla.files import cache_dir, create_once, new_folder, write_json, write_text
+from spvla.model.adapters import (
+    ADAPTER_CONFIG,
+    STATISTICS,
+    add_lora,
+    load_adapter,
+    read_adapter,
+    read_adapter_config,
+    save_adapter,
+    use_adapter,
+)
+from spvla.model.openvla import OpenVLA, OpenVLAConfig
+from spvla.model.quantized import quantise, require_quantiser
+from spvla.model.weights import Weights, open_weights, read_json, require_shapes, torch_dtype, write_weights
+from spvla.policies.openvla.policy import OpenVLAPolicy
+from spvla.policies.openvla.presets import TOWER_FILE, create_tiny
+from spvla.policies.openvla.prompt import load_tokenizer
+
+__all__ = [
+    "OpenVLAPolicy",
+    "add_lora",
+    "base_of",
+    "load_adapter",
+    "load_model",
+    "load_policy",
+    "policy_digest",
+    "save_adapter",
+    "save_merged",
+    "save_model",
+    "use_adapter",
+]
+
+CONFIG = "config.json"
+_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # written by old versions of transformers; computed here
+_COPIED = ("*.json", "*.model", "*.py")  # tokenizer, processor, and the original's code (never run here)
+_TINY_VERSION = 1  # raised when the tiny preset's bytes change
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+    decode_batch_size: int = 0,
+) -> OpenVLAPolicy:
+    """Opens a checkpoint folder, an adapter folder (with its base), a Hugging Face name in the local cache, or "tiny".
+
+    decode_batch_size: pad every batch to this many rows, so that no result depends on who shares its batch (and, on a
+    GPU, so that it runs as one CUDA graph); 0 decodes each batch at its own size. Raises CheckpointError.
+    """
+    base, adapter = base_of(path)
+    model = load_model(base, device=device, dtype=dtype, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
+    policy = OpenVLAPolicy(
+        model=model,
+        tokenizer=load_tokenizer(base),
+        norm_stats=norm_stats(base),
+        name=str(path),
+        decode_batch_size=decode_batch_size,
+    )
+    if adapter is not None:
+        policy.add_adapter(str(adapter), adapter)
+        policy.default_adapter = str(adapter)
+    return policy
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+) -> OpenVLA:
+    """The network of a base checkpoint, in evaluation mode. All is checked before any weight is read."""
+    require_device(device)
+    folder = resolve(path)
+    weights = open_weights(folder)
+    shapes = {name: shape for name, shape in weights.shapes.items() if not _IGNORED.fullmatch(name)}
+    config = OpenVLAConfig.from_json(read_config(folder), shapes, _tower_heads(folder))
+    with torch.device("meta"):
+        model = OpenVLA(config)
+    require_shapes(shapes, {name: tuple(t.shape) for name, t in model.state_dict().items()}, folder)
+    wanted = torch_dtype(dtype)
+    if load_in_8bit and load_in_4bit:
+        raise UserError("load_in_8bit and load_in_4bit", expected="one of the two", remedy="Leave one out.")
+    if load_in_8bit or load_in_4bit:
+        bits = 8 if load_in_8bit else 4
+        require_quantiser(bits=bits, device=device)
+        quantise(model, bits=bits, dtype=wanted)
+    _read_into(model, weights, device, wanted)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def require_device(device: str) -> None:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"device {device!r} without a GPU that torch {torch.__version__} can use",
+            expected="a CUDA device and a CUDA build of torch",
+            remedy="Give device='cpu', or install torch for your CUDA version.",
+        )
+
+
+def resolve(path: str | Path) -> Path:
+    """The folder of a path, of the preset "tiny", or of a Hugging Face name in the local cache."""
+    if str(path) == "tiny":
+        return create_once(cache_dir() / "presets" / f"tiny-{_TINY_VERSION}", create_tiny)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(str(path), local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError):
+            remedy = f"Correct the path, or if it is a name, download it first: hf download {path}"
+    else:
+        remedy = "Correct the path."
+    raise CheckpointError(
+        f"no checkpoint at {path}",
+        expected="a checkpoint or adapter folder, a Hugging Face name in the local cache, or 'tiny'",
+        remedy=remedy,
+    )
+
+
+def base_of(path: str | Path) -> tuple[Path, Path | None]:
+    """(base, adapter) of an adapter folder, (base, None) of a whole checkpoint.
+
+    A base that is not where the adapter's config says is looked for relative to the adapter's folder and its parents.
+    """
+    folder = resolve(path)
+    if not (folder / ADAPTER_CONFIG).exists():
+        return folder, None
+    name = read_adapter_config(folder).get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG} names no base",
+            expected="base_model_name_or_path",
+            remedy="Write the base checkpoint's path there.",
+        )
+    places = [parent / name for parent in (folder, *folder.parents)]
+    return next((p.resolve() for p in places if p.is_dir()), None) or resolve(name), folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / CONFIG)
+    if config.get("model_type") != "openvla":
+        raise CheckpointError(
+            f"{folder / CONFIG} of model type {config.get('model_type')!r}",
+            expected="openvla",
+            remedy="Give a checkpoint of the OpenVLA family.",
+        )
+    return config
+
+
+def norm_stats(folder: Path) -> dict[str, Any]:
+    """Action statistics by data set: config.json's norm_stats, and dataset_statistics.json over them."""
+    stats: dict[str, Any] = {}
+    if (folder / CONFIG).exists():
+        stats.update(read_config(folder).get("norm_stats") or {})
+    if (folder / STATISTICS).exists():
+        stats.update(read_json(folder / STATISTICS))
+    return stats
+
+
+def save_model(
+    model: OpenVLA, folder: Path, *, source: str | Path, norm_stats: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a whole model as a checkpoint; config, tokenizer and processor come from `source`, its base."""
+    state = model.state_dict()
+    with new_folder(folder) as new:
+        write_weights([(name, lambda t=t: t, t.nbytes) for name, t in sorted(state.items())], new)
+        _copy_companions(resolve(source), new, norm_stats)
+
+
+def save_merged(adapter: str | Path, folder: Path) -> None:
+    """Adds an adapter to its base and writes the whole as a checkpoint that OpenVLA's own code loads.
+
+    Works tensor by tensor, so it needs little memory and no GPU, and can run beside training.
+    """
+    base, adapter_folder = base_of(adapter)
+    if adapter_folder is None:
+        raise CheckpointError(
+            f"{adapter} is no adapter", expected="an adapter folder", remedy="Nothing is to be merged."
+        )
+    delta = read_adapter(adapter_folder)
+    weights = open_weights(base)
+    delta.require_base(weights.shapes)
+
+    def merged(name: str) -> torch.Tensor:
+        value = weights.read(name)
+        change = delta.delta(name.removesuffix(".weight"))
+        return value if change is None else (value.float() + change.view(value.shape)).to(value.dtype)
+
+    with new_folder(folder) as new:
+        write_weights([(n, lambda n=n: merged(n), weights.sizes_bytes[n]) for n in sorted(weights.shapes)], new)
+        _copy_companions(base, new, norm_stats(adapter_folder) or norm_stats(base))
+
+
+def policy_digest(path: str | Path) -> str:
+    """sha256 of all that decides a policy's behaviour: weights of base and adapter, config, tokenizer, statistics.
+
+    Remembered in the cache folder for as long as no file changes its size or time of change.
+    """
+    folders = [p for p in base_of(path) if p is not None]
+    patterns = ("*.safetensors", CONFIG, TOWER_FILE, ADAPTER_CONFIG, "tokenizer.json", STATISTICS)
+    found = [f for folder in folders for f in sorted({f for pattern in patterns for f in folder.glob(pattern)})]
+    files = [f for f in found if not f.name.startswith("training_state")]  # the optimiser's
+    facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    memory = cache_dir() / "digests" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    if memory.exists():
+        return memory.read_text()
+    digest = hashlib.sha256()
+    for f in files:
+        digest.update(f"{f.name}:{_file_digest(f)}\n".encode())
+    write_text(memory, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    """Of an adapter's config only what acts: where its base lies is no part of the policy."""
+    if path.name == ADAPTER_CONFIG:
+        config = read_adapter_config(path.parent)
+        return json.dumps([config["r"], config["lora_alpha"]])
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _read_into(model: OpenVLA, weights: Weights, device: str, dtype: torch.dtype) -> None:
+    """Replaces each meta parameter by its value."""
+    for name, value in weights:
+        if _IGNORED.fullmatch(name):
+            continue
+        module_name, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if hasattr(module, "place"):  # a quantised map takes its weight in its own way
+            parameter = module.place(leaf, value.to(dtype), device)
+        else:
+            parameter = torch.nn.Parameter(value.to(device, dtype), requires_grad=False)
+        setattr(module, leaf, parameter)
+
+
+def _tower_heads(folder: Path) -> dict[str, int]:
+    path = folder / TOWER_FILE
+    if not path.exists():
+        return {}
+    return {name: tower["num_heads"] for name, tower in read_json(path).items()}
+
+
+def _copy_companions(source: Path, new: Path, stats: Mapping[str, Any] | None) -> None:
+    """All small files of the source but its index and statistics; config.json and statistics get `stats`."""
+    for pattern in _COPIED:
+        for f in source.glob(pattern):
+            left = f.name in (STATISTICS, ADAPTER_CONFIG) or f.name.startswith("training_state")
+            if not left and not f.name.endswith(".index.json"):
+                shutil.copyfile(f, new / f.name)
+    stats = dict(norm_stats(source) if stats is None else stats)
+    write_json(new / CONFIG, {**read_config(source), "norm_stats": stats})
+    write_json(new / STATISTICS, stats)

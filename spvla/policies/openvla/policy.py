@@ -1,0 +1,197 @@
+"""`OpenVLAPolicy`: images and instructions in, actions out, for any number of resident adapters on one base.
+
+Legend: B batch, A action dims (7), V vocabulary.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from spvla.errors import UserError
+from spvla.model.adapters import STATISTICS, read_adapter
+from spvla.model.openvla import OpenVLA
+from spvla.model.resident import Residents, read_statistics
+from spvla.model.transfer import to_device
+from spvla.policies.openvla.actions import ActionStats, decode
+from spvla.policies.openvla.decoding import Decoder
+from spvla.policies.openvla.images import to_pixel_values
+from spvla.policies.openvla.prompt import prompt_ids
+from spvla.types import IMAGE_SIZE
+
+PROMPT_MULTIPLE = 8  # a fixed bucket whose prompts turn out longer grows in these steps
+
+
+class OpenVLAPolicy:
+    """What `load_policy` returns. `norm_stats` are the base's; each adapter brings its own over them.
+
+    Two threads may use it: on a GPU the second's batch is then ready when the first's is done.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: OpenVLA,
+        tokenizer: Tokenizer,
+        norm_stats: dict[str, Any],
+        name: str,
+        decode_batch_size: int = 0,
+    ) -> None:
+        self.model, self.tokenizer, self.norm_stats, self.name = model, tokenizer, norm_stats, name
+        self.decode_batch_size = decode_batch_size
+        self.default_adapter: str | None = None
+        self.residents = Residents(model)
+        self._stats: dict[str | None, dict[str, Any]] = {None: norm_stats}
+        self._decoder: Decoder | None = None
+        self._starting = Lock()  # held while batches are enqueued, not while they are waited for
+        self._version = self.residents.version
+
+    def act(
+        self,
+        images: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        *,
+        unnorm_key: str | Sequence[str],
+        adapters: Sequence[str | None] | None = None,
+    ) -> np.ndarray:
+        """B images (224, 224, 3) uint8 and instructions -> (B, A) float64 actions, un-normalised, gripper 1 open.
+
+        adapters: for each request the name of a resident adapter, or None for the base; by default all use what
+        the policy was loaded as. Raises UserError.
+        """
+        check_images(images)
+        keys = [unnorm_key] * len(images) if isinstance(unnorm_key, str) else list(unnorm_key)
+        check_length("unnorm_key", keys, len(images))
+        names = self._adapter_names(adapters, len(images))
+        stats = [self.action_stats(key, name) for key, name in zip(keys, names, strict=True)]
+        ids = self.decode(images, instructions, adapters=names)
+        return np.stack([s.unnormalise(decode(row)) for s, row in zip(stats, ids, strict=True)])
+
+    def decode(
+        self,
+        images: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        *,
+        logits: bool = False,
+        temperature: float | Sequence[float] = 0.0,
+        seeds: Sequence[int] | None = None,
+        adapters: Sequence[str | None] | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """As `act`, giving ids (B, A) int64, or with `logits` (ids, logits (B, A, V) float32).
+
+        Sampling (temperature above 0) needs a seed for each request.
+        """
+        count = len(images)
+        check_images(images)
+        check_length("instructions", instructions, count)
+        prompts = [prompt_ids(self.tokenizer, text) for text in instructions]
+        heat = [float(temperature)] * count if isinstance(temperature, int | float) else list(temperature)
+        check_length("temperature", heat, count)
+        seeds = [0] * count if seeds is None and not any(heat) else seeds
+        check_length("seeds", seeds or (), count)
+        names = self._adapter_names(adapters, count)
+        with self._starting:
+            slots = self.residents.slots_of(names)
+            decoder = self._decoder_for(count, max(map(len, prompts)))
+            parts = [slice(start, start + decoder.batch_size) for start in range(0, count, decoder.batch_size)]
+            under_way = [
+                decoder.start(
+                    self._pixels(images[part]),
+                    prompts[part],
+                    logits=logits,
+                    temperature=heat[part],
+                    seeds=seeds[part],
+                    slots=slots[part],
+                )
+                for part in parts
+            ]
+        out = [pending.result() for pending in under_way]
+        ids = np.concatenate([part.ids.numpy() for part in out])
+        return (ids, np.concatenate([part.logits.numpy() for part in out])) if logits else ids
+
+    def prepare(self, instructions: Sequence[str] = (), *, max_prompt: int = 0) -> None:
+        """Makes a fixed bucket's decoder ahead of time, for the longest of these instructions or `max_prompt` tokens.
+
+        Then no request waits for a compiler, and all run in one shape. Without a fixed bucket there is nothing to do.
+        """
+        if self.decode_batch_size:
+            longest = max([max_prompt, *(len(prompt_ids(self.tokenizer, i)) for i in instructions)])
+            with self._starting:
+                self._decoder_for(self.decode_batch_size, longest)
+
+    def _decoder_for(self, batch_size: int, longest: int) -> Decoder:
+        """A fixed bucket's is kept, until a longer prompt comes or the stacks of adapters have grown."""
+        if not self.decode_batch_size:
+            kind = {"rows": self.residents.rows, "cuda_graphs": False}
+            return Decoder(self.model, batch_size=batch_size, max_prompt=longest, **kind)
+        kept = self._decoder
+        if kept is not None and longest <= kept.max_prompt and self._version == self.residents.version:
+            return kept
+        max_prompt = longest if kept is None else max(kept.max_prompt, -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
+        kept = self._decoder = None  # the old one's memory goes before the new one's comes
+        self._version = self.residents.version
+        self._decoder = Decoder(
+            self.model, batch_size=self.decode_batch_size, max_prompt=max_prompt, rows=self.residents.rows
+        )
+        return self._decoder
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Makes the adapter of a folder resident under `name`; moves its weights only."""
+        adapter = read_adapter(Path(folder))
+        with self._starting:
+            self.residents.add(name, adapter)
+        self._stats[name] = read_statistics(Path(folder) / STATISTICS)
+
+    def remove_adapter(self, name: str) -> None:
+        with self._starting:
+            self.residents.remove(name)
+        self._stats.pop(name, None)
+
+    @property
+    def adapters(self) -> list[str]:
+        return self.residents.names
+
+    def action_stats(self, unnorm_key: str, adapter: str | None = None) -> ActionStats:
+        """Raises UserError listing the keys there are."""
+        stats = {**self.norm_stats, **self._stats.get(adapter, {})}
+        if unnorm_key not in stats:
+            raise UserError(
+                f"unnorm_key {unnorm_key!r} of {self.name}",
+                expected=f"one of {', '.join(stats) or '(the checkpoint holds no action statistics)'}",
+                remedy="Give the key of the data set that the policy was trained on.",
+            )
+        return ActionStats.from_json(stats[unnorm_key].get("action", {}))
+
+    def _adapter_names(self, adapters: Sequence[str | None] | None, count: int) -> list[str | None]:
+        names = [self.default_adapter] * count if adapters is None else list(adapters)
+        check_length("adapters", names, count)
+        return names
+
+    def _pixels(self, images: Sequence[np.ndarray]) -> Tensor:
+        return to_pixel_values(to_device(torch.from_numpy(np.stack(images)), self.model.device))
+
+
+def check_images(images: Sequence[np.ndarray]) -> None:
+    wanted = (IMAGE_SIZE, IMAGE_SIZE, 3)
+    if not len(images):
+        raise UserError("no images", expected="at least one", remedy="Give images and instructions.")
+    for i, image in enumerate(images):
+        shape, dtype = getattr(image, "shape", type(image).__name__), getattr(image, "dtype", None)
+        if shape != wanted or dtype != np.uint8:
+            raise UserError(
+                f"images[{i}] of shape {shape} and type {dtype}",
+                expected=f"{wanted} uint8",
+                remedy="Use spvla.policies.openvla.images.evaluation_image for camera frames, or resize_lanczos.",
+            )
+
+
+def check_length(name: str, values: Sequence[Any], count: int) -> None:
+    if len(values) != count or isinstance(values, str):
+        raise UserError(
+            f"{name}: {len(values)} for {count} images", expected="one for each image", remedy=f"Correct {name}."
+        )

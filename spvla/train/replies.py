@@ -1,0 +1,74 @@
+"""What the opponent answered, kept for later epochs: one memory-mapped record a sample.
+
+A frozen opponent answers a sample alike in every epoch, provided that the image is the same, that is, without
+augmentation. Each worker has a file of its own; a record counts once its flag is set, which is written last.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from spvla.train.scoring import Reply
+from spvla.types import ACTION_DIM
+
+RECORD = np.dtype(
+    [
+        ("known", "u1"),
+        ("generated", "<i4", ACTION_DIM),
+        ("real_logps", "<f4", ACTION_DIM),
+        ("generated_logps", "<f4", ACTION_DIM),
+    ]
+)
+FIELDS = ("generated", "real_logps", "generated_logps")
+
+
+class ReplyStore:
+    """Replies by sample number. A file made for another `key` (opponent, flags, data) is emptied."""
+
+    def __init__(self, path: Path, *, num_samples: int, key: str) -> None:
+        self.path, note = path, path.with_suffix(".json")
+        meaning = {"key": key, "num_samples": num_samples}
+        fresh = not path.exists() or not note.exists() or json.loads(note.read_text()) != meaning
+        if fresh:
+            note.unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.memmap(path, RECORD, mode="w+", shape=(num_samples,)).flush()
+            note.write_text(json.dumps(meaning))
+        self.records = np.memmap(path, RECORD, mode="r+", shape=(num_samples,))
+
+    def get(self, samples: np.ndarray, device: torch.device | str) -> Reply | None:
+        """The replies to all of `samples` (B,), or None if one is missing."""
+        rows = self.records[samples]
+        if not rows["known"].all():
+            return None
+        return Reply(
+            generated=torch.from_numpy(rows["generated"].astype(np.int64)).to(device),
+            real_logps=torch.from_numpy(rows["real_logps"].copy()).to(device),
+            generated_logps=torch.from_numpy(rows["generated_logps"].copy()).to(device),
+        )
+
+    def first(self, samples: np.ndarray, reply: Reply) -> Reply:
+        """`reply`, but what is known of `samples` (B,) as it was answered first.
+
+        In another batch it may round otherwise, and a run that goes on knows answers that it had not needed yet.
+        """
+        rows = self.records[samples]
+        if not rows["known"].any():
+            return reply
+        known = torch.from_numpy(rows["known"].astype(bool))[:, None].to(reply.generated.device)
+        fields = {}
+        for field in FIELDS:
+            new = getattr(reply, field)
+            fields[field] = torch.where(known, torch.from_numpy(rows[field].copy()).to(new), new)
+        return Reply(**fields)
+
+    def put(self, samples: np.ndarray, reply: Reply) -> None:
+        """Keeps the replies to those of `samples` (B,) that are not known."""
+        new = self.records["known"][samples] == 0
+        rows = np.zeros(len(samples), RECORD)
+        for field in FIELDS:
+            rows[field] = getattr(reply, field).cpu().numpy()
+        self.records[samples[new]] = rows[new]
+        self.records["known"][samples] = 1

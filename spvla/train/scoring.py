@@ -1,0 +1,166 @@
+"""Both actions scored in one pass, and the forms of what goes in and comes out.
+
+One pass lays out, for each sample,
+    BOS | 256 patches | prompt, real action, end, padding | first six generated tokens
+Real and generated follow the same prefix without seeing each other (network.py), so the prefix is computed once. The
+generated tokens' positions restart where the real action begins. The seventh is predicted and never fed.
+
+Legend: B batch, T text tokens, L rows before the generated ones (256 + T), A action dims (7), V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spvla.model.transfer import to_device
+from spvla.model.vision import NUM_PATCHES
+from spvla.policies.openvla.images import to_pixel_values
+from spvla.train.blocks import Rows
+from spvla.train.network import Cache, Loras, Network
+from spvla.train.objective import cap_logits, token_logps
+from spvla.types import ACTION_DIM, Batch
+
+REAL_ROWS = ACTION_DIM + 1  # seven action tokens and the end of sequence
+FED = ACTION_DIM - 1  # generated tokens that are fed back
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A batch on the device."""
+
+    pixels: Tensor  # (B, 6, 224, 224) float32
+    text: Tensor  # (B, T) int64: the batch's ids without the last column, which predicts nothing
+    start: Tensor  # (B,) column of the first action token
+    targets: Tensor  # (B, A + 1) the real action tokens and the end of sequence
+
+    @property
+    def real(self) -> Tensor:
+        return self.targets[:, :ACTION_DIM]
+
+    @property
+    def first(self) -> Tensor:
+        """(B,) row that predicts the first action token."""
+        return NUM_PATCHES + self.start - 1
+
+
+def to_inputs(batch: Batch, device: torch.device | str, *, width: int = 0) -> Inputs:
+    """Moves a batch to the device, its text padded to `width` tokens at least."""
+    ids, lengths = batch.input_ids, batch.attention_mask.sum(1)
+    start = lengths - REAL_ROWS
+    targets = np.take_along_axis(ids, start[:, None] + np.arange(REAL_ROWS), 1)
+    text = np.zeros((len(ids), max(ids.shape[1], width) - 1), np.int64)  # what pads is never seen: attention is causal
+    text[:, : ids.shape[1] - 1] = ids[:, :-1]
+    return Inputs(
+        pixels=to_pixel_values(_to(batch.images, device)),
+        text=_to(text, device),
+        start=_to(start, device),
+        targets=_to(targets, device),
+    )
+
+
+def join(parts: Sequence[Inputs]) -> Inputs:
+    """Inputs of one width as one."""
+    return Inputs(**{f.name: torch.cat([getattr(x, f.name) for x in parts]) for f in fields(Inputs)})
+
+
+def _to(array: np.ndarray, device: torch.device | str) -> Tensor:
+    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLogits:
+    real: Tensor  # (B, A + 1, V) predicts the real action and the end of sequence
+    generated: Tensor  # (B, A, V) predicts the generated action
+
+
+def score_real(
+    network: Network, inputs: Inputs, loras: Loras, *, cache: Cache | None = None, patches: Tensor | None = None
+) -> Tensor:
+    """Logits of the real action and the end of sequence: (B, A + 1, V). `patches` are the images' if known."""
+    x = _prefix_and_real(network, inputs, loras, patches)
+    cos, sin = network.rotary(torch.arange(x.shape[1], device=x.device)[None])
+    rows = Rows(cos=cos, sin=sin, mask=None, extra=0)
+    keep = inputs.first[:, None] + torch.arange(REAL_ROWS, device=x.device)
+    return network.logits(network.hidden(x, rows, loras, keep=keep, cache=cache), loras)
+
+
+def score_pair(
+    network: Network, inputs: Inputs, generated: Tensor, loras: Loras, *, patches: Tensor | None = None
+) -> PairLogits:
+    """Logits of both actions in one pass; `generated` is (B, A). `patches` are the images' if known."""
+    x = torch.cat((_prefix_and_real(network, inputs, loras, patches), network.embed(generated[:, :FED])), 1)
+    rows = pair_rows(network, inputs.first, length=x.shape[1] - FED)
+    steps = torch.arange(REAL_ROWS, device=x.device)
+    keep = torch.cat((inputs.first[:, None] + steps, (x.shape[1] - FED + steps[:FED]).expand(len(x), -1)), 1)
+    logits = network.logits(network.hidden(x, rows, loras, keep=keep), loras)
+    real, after = logits.split((REAL_ROWS, FED), 1)
+    return PairLogits(real=real, generated=torch.cat((real[:, :1], after), 1))  # both first tokens: one prediction
+
+
+def pair_rows(network: Network, first: Tensor, *, length: int) -> Rows:
+    """Positions and mask of one pass over a pair: the generated tokens go on from row `first` (B,)."""
+    steps = torch.arange(FED, device=first.device)
+    plain = torch.arange(length, device=first.device).expand(len(first), -1)
+    cos, sin = network.rotary(torch.cat((plain, first[:, None] + 1 + steps), 1))
+    column = torch.arange(length + FED, device=first.device)
+    prefix = column <= first[:, None, None]  # (B, 1, L + 6)
+    own = (column >= length) & (column - length <= steps[:, None])  # (6, L + 6)
+    return Rows(cos=cos, sin=sin, mask=(prefix | own)[:, None], extra=FED)
+
+
+def _prefix_and_real(network: Network, inputs: Inputs, loras: Loras, patches: Tensor | None) -> Tensor:
+    """(B, L, D): BOS, patches, text."""
+    patches = network.patches(inputs.pixels, loras) if patches is None else patches
+    text = network.embed(inputs.text)
+    return torch.cat((text[:, :1], patches, text[:, 1:]), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What the opponent answered to each sample, and how probable it finds both actions. No gradient."""
+
+    generated: Tensor  # (B, A) int64
+    real_logps: Tensor  # (B, A)
+    generated_logps: Tensor  # (B, A)
+
+
+def split(reply: Reply, sizes: Sequence[int]) -> list[Reply]:
+    """The replies to the first `sizes[0]` samples, to the next `sizes[1]`, and so on."""
+    ends = np.cumsum(sizes)
+    return [
+        Reply(**{f.name: getattr(reply, f.name)[end - size : end] for f in fields(Reply)})
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speech:
+    """How actions are drawn and log-probs taken."""
+
+    temperature: float = 0.0  # 0: greedy
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def logps(self, logits: Tensor, ids: Tensor) -> Tensor:
+        return token_logps(cap_logits(logits.float(), self.logit_softcap), ids, scale=self.logit_scale)
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        """Log-prob of each position's most likely token."""
+        return self.logps(logits, logits.argmax(-1))
+
+    def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """(B, V) logits, (B,) numbers in [0, 1) -> (B,) ids. Sampling inverts the cumulative distribution."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        heights = cap_logits(logits.float(), self.logit_softcap).div(self.temperature).softmax(-1).cumsum(-1)
+        ids = torch.searchsorted(heights, (uniform * heights[:, -1])[:, None], right=True)[:, 0]
+        return ids.clamp(max=logits.shape[-1] - 1)
+
+
+def draw_uniforms(seed: int, visit: int, samples: np.ndarray) -> np.ndarray:
+    """(B,) sample numbers -> (B, A) float32 in [0, 1), the same for a sample whoever shares its batch."""
+    rows = [np.random.default_rng((seed, visit, int(s))).random(ACTION_DIM, np.float32) for s in samples]
+    return np.stack(rows)

@@ -1,0 +1,247 @@
+"""One worker's training as a plain object: model, data, learner, and where it stands. No Ray.
+
+session = Session(job, place)
+session.load(checkpoint)          # exactly where that run stood
+rows = session.advance()          # one optimiser step; on a GPU the row of the one before
+rows += session.settle()          # all rows so far
+session.write(folder)             # a checkpoint that load_policy reads by itself
+"""
+
+import hashlib
+import time
+from collections import deque
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from spvla.config import TrainConfig
+from spvla.data.loader import Loader, Split
+from spvla.data.store import FrameStore
+from spvla.errors import DatasetError
+from spvla.model.adapters import add_lora, load_adapter, save_adapter
+from spvla.policies.checkpoint import base_of, load_model, save_model
+from spvla.policies.openvla.prompt import load_tokenizer
+from spvla.train.metrics import Row, Smoothed
+from spvla.train.prepare import Job
+from spvla.train.questions import Question, together
+from spvla.train.replies import ReplyStore
+from spvla.train.resume import load_state, save_state
+from spvla.train.step import OPPONENT, POLICY, Learner, Pending
+
+CPU = torch.device("cpu")
+VALIDATION_SAMPLES = 1024  # at most, over all workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a worker stands among its fellows."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = CPU
+
+    def agree(self, mine: str | None) -> str | None:
+        """Rank 0's value, on every rank."""
+        if self.world == 1:
+            return mine
+        box = [mine]
+        dist.broadcast_object_list(box, src=0, device=CPU)
+        return box[0]
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is true on any rank. By gloo, so the device is not waited for."""
+        if self.world == 1:
+            return mine
+        flag = torch.tensor(int(mine))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def add(self, mine: list[float]) -> list[float]:
+        """Sums over all ranks."""
+        total = torch.tensor(mine, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+
+class Session:
+    def __init__(self, job: Job, place: Place) -> None:
+        """Loads everything, at step 0. Raises UserError."""
+        self.job, self.place, self.config = job, place, job.config
+        self.ahead, self.behind = steps_ahead(job.config, place.device), steps_behind(place.device)
+        self.stores = [FrameStore.open(path) for _, path, _ in job.stores]
+        self.data = digest([store.digest for store in self.stores], [weight for _, _, weight in job.stores])
+        self.base, self.adapter = base_of(job.start)
+        self.tokenizer = load_tokenizer(self.base)
+        self.model = open_model(self.config, self.base, self.adapter, place.device)
+        self.learner = Learner(self.model, self.config, replies=self._replies())
+        self.smoothed = Smoothed()
+        self.samples = 0  # stepped so far, over all workers
+        self.under_way: deque[tuple[Pending, float]] = deque()  # steps not yet read, and their wait for data in seconds
+        self.seconds: deque[float] = deque(maxlen=self.ahead)  # a step; of as many as one pass of the opponent serves
+        self.waited_s = self.read_s = 0.0  # a step's wait for data; the moment when the last row was read
+        self._feed()
+        if self.config.val_steps:
+            self._loader("val")  # an empty split is told now, not after hours
+
+    @property
+    def step(self) -> int:
+        return self.learner.steps
+
+    @property
+    def samples_per_step(self) -> int:
+        """The effective batch."""
+        return self.config.batch_size * self.config.grad_accumulation_steps * self.place.world
+
+    def advance(self) -> list[Row]:
+        """One optimiser step. Gives the rows that are known by now: on a GPU the host runs one step behind.
+
+        Raises TrainingError as the flags say.
+        """
+        if not self.under_way:
+            self.read_s = time.perf_counter()  # a pause ends here: saving, validation
+        if not self.questions:
+            self._ask()
+        self.under_way.append((self.learner.step(self.questions.popleft()), self.waited_s))
+        self.samples += self.samples_per_step
+        return self._rows(self.behind)
+
+    def settle(self) -> list[Row]:
+        """Waits for the device, and gives the rows of all steps so far."""
+        return self._rows(0)
+
+    def _rows(self, left: int) -> list[Row]:
+        """Reads all steps but the last `left`."""
+        return [self._row(*self.under_way.popleft()) for _ in range(len(self.under_way) - left)]
+
+    def _row(self, pending: Pending, waited_s: float) -> Row:
+        row: Row = {"step": pending.step, **pending.read()}
+        row["data_s"] += waited_s
+        row["smoothed_loss"] = self.smoothed.add(row["total_loss"])
+        now_s = time.perf_counter()
+        self.seconds.append(now_s - self.read_s)
+        self.read_s = now_s
+        step_s = sum(self.seconds) / len(self.seconds)
+        return row | {"step_s": step_s, "samples_per_s": self.samples_per_step / step_s}
+
+    def validate(self) -> Row:
+        """Teacher-forced means over the validation split, its first 1024 samples at most; each worker takes a share."""
+        batches = -(-VALIDATION_SAMPLES // (self.config.batch_size * self.place.world))
+        sums, count = dict.fromkeys(("train_loss", "action_accuracy", "l1_loss"), 0.0), 0
+        for batch in islice(self._loader("val"), batches):
+            count += len(batch.samples)
+            for name, mean in self.learner.evaluate(batch).items():
+                sums[name] += mean * len(batch.samples)
+        *totals, samples = self.place.add([*sums.values(), count])
+        return {f"val_{name}": total / samples for name, total in zip(sums, totals, strict=True)}
+
+    def write(self, folder: Path) -> None:
+        """A checkpoint: adapter (or whole model), action statistics, and everything that the next step depends on."""
+        assert not self.under_way, "settle first: a step's numbers are missing"
+        stats = {name: value for store in self.stores for name, value in store.statistics.items()}
+        if self.config.use_lora:
+            save_adapter(self.model, folder, adapter_name=POLICY, base=str(self.base), norm_stats=stats)
+        else:
+            save_model(self.model, folder, source=self.base, norm_stats=stats)
+        state = {"learner": self.learner.state_dict(), "smoothed": self.smoothed.value}
+        save_state(folder, state | {"samples": self.samples, "data": self.data})
+
+    def load(self, checkpoint: Path) -> None:
+        """Goes to exactly where the run stood. Raises CheckpointError, DatasetError."""
+        state = load_state(checkpoint)
+        if state["data"] != self.data:
+            raise DatasetError(
+                f"the data of {self.job.run} have changed since it began",
+                expected="the same episodes, so that no sample is seen twice or missed",
+                remedy="Start a new run with another --run_id.",
+            )
+        self.learner.load_state_dict(state["learner"])
+        self.smoothed, self.samples = Smoothed(value=state["smoothed"]), state["samples"]
+        self._feed()
+
+    def _feed(self) -> None:
+        """Batches from the very next sample: which one that is follows from the seed and the count so far alone."""
+        self.batches = iter(self._loader("train", start_sample=self.samples))
+        self.questions: deque[list[Question]] = deque()  # of the coming steps
+
+    def _ask(self) -> None:
+        """Has the opponent answer the coming steps, none of them beyond the run's end."""
+        start_s = time.perf_counter()
+        count = max(1, min(self.ahead, self.config.max_steps - self.step))
+        coming = [list(islice(self.batches, self.config.grad_accumulation_steps)) for _ in range(count)]
+        self.waited_s = (time.perf_counter() - start_s) / count
+        self.questions.extend(self.learner.ask(coming))
+
+    def _loader(self, split: Split, start_sample: int = 0) -> Loader:
+        config = self.config
+        return Loader(
+            self.stores,
+            self.tokenizer,
+            weights=[weight for _, _, weight in self.job.stores],
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=self.place.rank,
+            world_size=self.place.world,
+            image_aug=config.image_aug,
+            split=split,
+            val_split_from_train=config.val_split_from_train,
+            start_sample=start_sample,
+            workers=2 if self.place.device == CPU else 8,
+            prefetch=max(4, self.ahead * config.grad_accumulation_steps),  # batches taken at once
+        )
+
+    def _replies(self) -> ReplyStore | None:
+        """The opponent's answers of earlier epochs, where they hold: a fixed opponent that sees fixed images."""
+        config = self.config
+        if config.objective == "sft" or config.image_aug or config.opponent_update == "ema":
+            return None
+        flags = (config.objective, config.opponent_temperature, config.logit_scale, config.logit_softcap, config.seed)
+        return ReplyStore(
+            self.job.run / "replies" / f"rank_{self.place.rank}.bin",
+            num_samples=sum(len(store) for store in self.stores),
+            key=digest(self.job.start_digest, self.data, flags),
+        )
+
+
+def open_model(config: TrainConfig, base: Path, adapter: Path | None, device: torch.device) -> nn.Module:
+    """The base with adapter "policy" and, if the start policy is an adapter, its copy as "opponent".
+
+    Where the start policy has no adapter, the bare base is the opponent. Raises CheckpointError.
+    """
+    model = load_model(base, device=str(device), dtype=dtype_of(config, device))
+    if not config.use_lora:
+        return model
+    if adapter is None:
+        dropout, seed = config.lora_dropout, config.seed
+        return add_lora(model, rank=config.lora_rank, dropout=dropout, adapter_name=POLICY, seed=seed)
+    if config.objective != "sft":
+        model = load_adapter(model, adapter, adapter_name=OPPONENT)
+    return load_adapter(model, adapter, adapter_name=POLICY, trainable=True)
+
+
+def steps_ahead(config: TrainConfig, device: torch.device) -> int:
+    """Steps that the opponent answers at once; on a CPU one, so that a resumed run's arithmetic is the same to the bit.
+
+    An opponent that moves answers each step anew.
+    """
+    if device == CPU or config.objective == "sft" or config.opponent_update == "ema":
+        return 1
+    return max(1, together(config.batch_size) // config.grad_accumulation_steps)
+
+
+def steps_behind(device: torch.device) -> int:
+    """Steps whose numbers the host leaves unread, so that the device need not wait for it between two steps."""
+    return 0 if device == CPU else 1
+
+
+def dtype_of(config: TrainConfig, device: torch.device) -> str:
+    auto = "bf16" if device.type == "cuda" else "fp32"
+    return {"bf16": "bfloat16", "fp32": "float32"}[auto if config.precision == "auto" else config.precision]
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,0 +1,258 @@
+"""One update in plain torch: replies of the opponent, losses, gradient, clip, AdamW. No Ray, no files.
+
+    learner = Learner(model, config)            # the model carries adapter "policy", perhaps "opponent"
+    now, later = learner.ask([first, second])   # the micro-batches of two steps: the opponent answers them all
+    pending = learner.step(now)                 # one optimiser step, which the device may still be at
+    metrics = pending.read()                    # waits for its numbers
+
+The opponent has answered before the policy learns. So the number of pairs that count is known before the first
+backward pass, and the gradient is that of one mean over all micro-batches and workers.
+Workers (torch.distributed, if initialised) meet twice a step: once to add that number, once to add the gradient, which
+covers the adapter only. What is not finite is skipped on the device; the host learns of it when it reads.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spvla.config import StepConfig
+from spvla.errors import CheckpointError, TrainingError, UserError
+from spvla.model.transfer import Landing
+from spvla.policies.openvla import actions
+from spvla.train.adapters import Adapter, Flat, has_adapter
+from spvla.train.clock import Clock, memory_gib
+from spvla.train.measures import Margin, collided, extremes, imitation, selfplay
+from spvla.train.network import Loras, Network, bare
+from spvla.train.opponent import Opponent
+from spvla.train.optimizer import Optimizer
+from spvla.train.questions import Asker, Question, asking_s
+from spvla.train.replies import ReplyStore
+from spvla.train.scoring import Inputs, Reply, Speech, score_pair, score_real
+from spvla.train.settings import OPPONENT, POLICY, learning_rate
+from spvla.train.towers import Towers
+from spvla.types import ACTION_DIM, Batch
+
+
+class Shares(NamedTuple):
+    """What one sample, and one pair that counts, weigh in the mean over micro-batches and workers."""
+
+    sample: float
+    pair: float | Tensor
+
+
+class Measured(NamedTuple):
+    sums: dict[str, Tensor]  # scalars; added over micro-batches and workers they are the step's metrics
+    extremes: Tensor  # (2,) largest action logit, and smallest negated
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that the device may still be at. Each is read once, in the order of the steps."""
+
+    step: int  # from 1 on
+    read: Callable[[], dict[str, float]]  # waits for its metrics; raises TrainingError as max_nonfinite_steps says
+
+
+class Learner:
+    """Policy, opponent, optimiser and their state. `step` trains, `evaluate` does not."""
+
+    def __init__(self, model: nn.Module, config: StepConfig, *, replies: ReplyStore | None = None) -> None:
+        """`model` is an OpenVLA, under peft where use_lora, with adapter "policy" and, unless the bare base plays,
+        "opponent". `replies` keeps the opponent's answers over epochs: only where images are not augmented.
+        """
+        if replies is not None and config.opponent_update == "ema":
+            raise UserError(
+                "replies kept over epochs for an opponent that moves",
+                expected="a frozen opponent",
+                remedy="Use --opponent_update iteration, or keep no replies.",
+            )
+        self.config = config
+        self.network = Network(model, compiled=config.compile)
+        self.device = self.network.device
+        self.policy, self.loras = self._trained()
+        dropout = config.lora_dropout
+        self.dropping = partial(self.loras, dropout=dropout) if dropout else self.loras
+        recorded = self.device.type == "cuda" and config.use_lora and not dropout
+        self.towers = Towers(self.network, self.dropping, recorded=recorded)
+        self.average, opponent_loras = self._playing()
+        self.speech = Speech(
+            temperature=config.opponent_temperature,
+            logit_scale=config.logit_scale,
+            logit_softcap=config.logit_softcap,
+        )
+        self.margin = Margin(
+            beta=config.beta, eta=config.eta, loss_type=config.loss_type, reduction=config.logp_reduction
+        )
+        self.asker = Asker(Opponent(self.network, opponent_loras, self.speech), config, replies)
+        self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self._share_start()
+        self.optimizer = Optimizer(self.policy, self.average, config)
+        centers = actions.decode(np.arange(self.network.vocabulary))
+        self.centers = torch.from_numpy(centers).float().to(self.device)  # (V,) action of each id
+        self.steps = 0  # taken, skipped ones included
+        self.nonfinite = 0  # in a row, as far as read
+
+    def ask(self, coming: Sequence[Sequence[Batch]]) -> list[list[Question]]:
+        """The questions of the coming steps, from the micro-batches of each. A moving opponent answers one step."""
+        assert self.average is None or len(coming) == 1, "the opponent will have moved"
+        return self.asker.ask(coming, self.steps)
+
+    def step(self, questions: Sequence[Question]) -> Pending:
+        """One optimiser step over all micro-batches and workers. Does not wait for a GPU."""
+        clock = Clock(self.device)
+        self.optimizer.gradient.zero_()
+        self._seed_dropout()
+        shares = self._shares(questions)
+        measured = []
+        for question in questions:
+            with clock("forward"):
+                objective, measures = self._losses(question.inputs, question.reply, shares)
+            with clock("backward"):
+                self.policy.add_gradient(objective, self.optimizer.gradient)
+            measured.append(measures)
+        values, rate = self._gather(measured), learning_rate(self.config, self.steps)
+        values |= self.optimizer.update(values["total_loss"], values.get("hard_rate"), rate)
+        self.steps += 1
+        landing = Landing(torch.stack([value.float() for value in values.values()]))
+
+        def read() -> dict[str, float]:
+            metrics = dict(zip(values, landing.read()[0].tolist(), strict=True)) | {"learning_rate": rate}
+            self.asker.keep()
+            self._count_nonfinite(metrics)
+            return metrics | asking_s(questions) | clock.seconds() | {"memory_gib": memory_gib(self.device)}
+
+        return Pending(self.steps, read)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> dict[str, float]:
+        """Teacher-forced `train_loss`, `action_accuracy` and `l1_loss` of one batch on this worker, without a step."""
+        (inputs,) = self.asker.inputs([batch])
+        logits = score_real(self.network, inputs, self.loras)
+        measures = imitation(logits, inputs, self.centers, self.config.logit_softcap)
+        values = torch.stack([value.mean() for value in measures.values()]).tolist()
+        return dict(zip(measures, values, strict=True))
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything that a later step depends on, exactly: tensors and numbers. After all steps were read."""
+        return {
+            "steps": self.steps,
+            "nonfinite": self.nonfinite,
+            "policy": self.policy.master.clone(),
+            "opponent": None if self.average is None else self.average.master.clone(),
+            "moments": self.optimizer.moments(),
+        }
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Inverse of `state_dict`. Raises CheckpointError where the state is another model's."""
+        if state["policy"].shape != self.policy.master.shape:
+            raise CheckpointError(
+                f"a training state of {len(state['policy'])} trained numbers",
+                expected=f"{len(self.policy.master)}, as this model with this --lora_rank has",
+                remedy="Go on with the flags that the run was started with.",
+            )
+        self.steps, self.nonfinite = int(state["steps"]), int(state["nonfinite"])
+        self.policy.load(state["policy"])
+        if self.average is not None:
+            self.average.load(state["opponent"])
+        self.optimizer.load(state["moments"])
+
+    def _trained(self) -> tuple[Flat, Loras]:
+        if not self.config.use_lora:
+            return self.network.train_all(), bare
+        policy = Adapter(POLICY, self.network.parts, dtype=self.network.dtype, trainable=True)
+        return policy, policy.lora
+
+    def _playing(self) -> tuple[Adapter | None, Loras]:
+        """The moving average, if the opponent is one; and the adapter that plays."""
+        ema, named = self.config.opponent_update == "ema", has_adapter(self.network.parts, OPPONENT)
+        if self.config.objective == "sft" or not (ema or named):
+            return None, bare
+        name = OPPONENT if named else POLICY  # an average that has no adapter of its own starts as the policy
+        opponent = Adapter(name, self.network.parts, dtype=self.network.dtype, trainable=False, bind=named)
+        return (opponent if ema else None), opponent.lora
+
+    def _share_start(self) -> None:
+        """All workers start from rank 0's weights."""
+        if self.world > 1:
+            dist.broadcast(self.policy.master, 0)
+            self.policy.refresh()
+
+    def _seed_dropout(self) -> None:
+        """Stateless: step N draws the same masks whether or not the run was resumed before it."""
+        if self.config.lora_dropout:
+            rank = dist.get_rank() if self.world > 1 else 0
+            torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.steps, rank)).generate_state(1)[0]))
+
+    def _shares(self, questions: Sequence[Question]) -> Shares:
+        sample = 1 / (sum(len(q.samples) for q in questions) * self.world)
+        if self.config.objective == "sft" or not self.config.drop_collisions:
+            return Shares(sample=sample, pair=sample)
+        kept = sum((~collided(q.inputs, q.reply)).sum() for q in questions).float()
+        if self.world > 1:
+            dist.all_reduce(kept)
+        return Shares(sample=sample, pair=1 / kept.clamp(min=1))
+
+    def _losses(self, inputs: Inputs, reply: Reply | None, shares: Shares) -> tuple[Tensor, Measured]:
+        """A micro-batch's part of the objective, and of the metrics. Parts add up over the step."""
+        config = self.config
+        logits, generated_logps = self._score(inputs, reply)
+        measures = imitation(logits, inputs, self.centers, config.logit_softcap)
+        weights = dict.fromkeys(measures, shares.sample)
+        objective = (measures["train_loss"] * shares.sample).sum()
+        if reply is not None:
+            real_logps = self.speech.logps(logits[:, :ACTION_DIM], inputs.real)
+            same = collided(inputs, reply)
+            pairs = selfplay(real_logps, generated_logps, reply, self.margin) | {"collision_rate": same.float()}
+            weights |= dict.fromkeys(pairs, shares.sample)
+            weights["selfplay_loss"] = shares.pair * ~same if config.drop_collisions else shares.pair
+            measures |= pairs
+            objective = config.sft_weight * objective + (pairs["selfplay_loss"] * weights["selfplay_loss"]).sum()
+        sums = {name: (value.detach() * weights[name]).sum() for name, value in measures.items()}
+        if config.skip_hard_above is not None:
+            hard = measures["train_loss"].detach().mean() >= config.skip_hard_above
+            objective = objective.masked_fill(hard, 0.0)
+            sums["hard_rate"] = hard * (shares.sample * len(inputs.text))
+        sums["total_loss"] = objective.detach()
+        return objective, Measured(sums=sums, extremes=extremes(logits[:, :ACTION_DIM]))
+
+    def _score(self, inputs: Inputs, reply: Reply | None) -> tuple[Tensor, Tensor | None]:
+        """The policy's logits (B, A + 1, V), and its log-probs of the generated action (B, A)."""
+        patches = self.towers(inputs.pixels)
+        if self.config.objective == "spin":
+            pair = score_pair(self.network, inputs, reply.generated, self.dropping, patches=patches)
+            return pair.real, self.speech.logps(pair.generated, reply.generated)
+        logits = score_real(self.network, inputs, self.dropping, patches=patches)
+        return logits, None if reply is None else self.speech.greedy(logits[:, :ACTION_DIM])
+
+    def _gather(self, measured: Sequence[Measured]) -> dict[str, Tensor]:
+        """Adds up micro-batches and workers, gradient included."""
+        names = list(measured[0].sums)
+        sums = torch.stack([torch.stack([m.sums[name].float() for name in names]) for m in measured]).sum(0)
+        peaks = torch.stack([m.extremes for m in measured]).amax(0)
+        if self.world > 1:
+            dist.all_reduce(self.optimizer.gradient)
+            dist.all_reduce(sums)
+            dist.all_reduce(peaks, dist.ReduceOp.MAX)
+        high, low = peaks
+        return dict(zip(names, sums, strict=True)) | {"action_logit_max": high, "action_logit_min": -low}
+
+    def _count_nonfinite(self, metrics: dict[str, float]) -> None:
+        """Adds the count to the metrics. Raises TrainingError where it is hopeless."""
+        finite = math.isfinite(metrics["total_loss"]) and math.isfinite(metrics["grad_norm"])
+        self.nonfinite = 0 if finite else self.nonfinite + 1
+        metrics["nonfinite_in_a_row"] = float(self.nonfinite)
+        if self.nonfinite < self.config.max_nonfinite_steps:
+            return
+        steps = f"{self.nonfinite} step{'s' * (self.nonfinite > 1)} in a row"
+        raise TrainingError(
+            f"{steps} with a loss or gradient that is not finite (the last: loss "
+            f"{metrics['total_loss']}, gradient norm {metrics['grad_norm']}). The last checkpoint stays. "
+            "Lower --learning_rate, or set --max_grad_norm, --warmup_steps or --logit_softcap."
+        )
