@@ -72,6 +72,17 @@ def test_demonstrations_are_read_by_number(tmp_path: Path) -> None:
     assert demo.source == "a_demo.hdf5#demo_1"
 
 
+def test_gaps_between_numbers_lose_no_demonstration(tmp_path: Path) -> None:
+    file = write_demos(tmp_path / "a_demo.hdf5", [moves(0.1 * n) for n in range(1, 13)])
+    with h5py.File(file, "a") as opened:
+        for number in (2, 5, 6, 8):
+            del opened[f"data/demo_{number}"]
+        opened.create_group("data/mask")
+    read = [read_demo(file, k) for k in range(count_demos(file))]
+    assert [demo.source.split("_")[-1] for demo in read] == ["0", "1", "3", "4", "7", "9", "10", "11"]
+    assert [round(10 * float(demo.actions[0, 0])) for demo in read] == [1, 2, 4, 5, 8, 10, 11, 12]
+
+
 def test_a_folder_without_the_suites_files_is_refused(tmp_path: Path) -> None:
     write_demos(tmp_path / "other_demo.hdf5", [moves(0.1)])
     with pytest.raises(DatasetError, match="holds none of the suite's demonstrations"):

@@ -75,6 +75,57 @@ def test_a_folder_without_a_tokenizer_and_a_foreign_one_are_refused(tokenizer, t
         load_tokenizer(tmp_path)
 
 
+def used(tokenizer, **changes) -> str:
+    """tokenizer.json with parts of it replaced."""
+    return json.dumps(json.loads(tokenizer.to_str()) | changes)
+
+
+TRUNCATION = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": {"Fixed": 64},
+    **{"direction": "Right", "pad_to_multiple_of": None, "pad_id": 32000, "pad_type_id": 0, "pad_token": "<PAD>"},
+}
+
+
+@pytest.mark.parametrize("saved", [{"truncation": TRUNCATION}, {"padding": PADDING}])
+def test_lengths_that_a_used_tokenizer_was_saved_with_do_not_count(tokenizer, tmp_path: Path, saved: dict) -> None:
+    text = "put both the cream cheese box and the butter in the basket"
+    (tmp_path / "tokenizer.json").write_text(used(tokenizer, **saved))
+    assert prompt_ids(load_tokenizer(tmp_path), text) == prompt_ids(tokenizer, text)
+
+
+END_TOO = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "</s>", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {
+        "<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]},
+        "</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]},
+    },
+}
+LOWER = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, {"type": "Prepend", "prepend": "▁"}]}
+
+
+@pytest.mark.parametrize("saved", [{"post_processor": None}, {"post_processor": END_TOO}, {"normalizer": LOWER}])
+def test_another_post_processor_or_normaliser_is_refused(tokenizer, tmp_path: Path, saved: dict) -> None:
+    (tmp_path / "tokenizer.json").write_text(used(tokenizer, **saved))
+    with pytest.raises(CheckpointError, match="reads OpenVLA's prompt as"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "i"), [("basket", 32001), (chr(0x3400), 31744)])
+def test_added_tokens_in_place_of_words_or_actions_are_refused(tokenizer, tmp_path: Path, content: str, i: int) -> None:
+    added = {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False}
+    tokens = [*json.loads(tokenizer.to_str())["added_tokens"], added | {"normalized": False, "special": False}]
+    (tmp_path / "tokenizer.json").write_text(used(tokenizer, added_tokens=tokens))
+    with pytest.raises(CheckpointError, match="adds tokens in place"):
+        load_tokenizer(tmp_path)
+
+
 def test_ids_equal_the_originals(golden: Path) -> None:
     data, tokenizer = np.load(golden / "model/golden.npz"), load_tokenizer(golden / "model")
     for i in range(2):

@@ -4,9 +4,10 @@ Replaying drops steps in which nothing was asked of the arm, renders both camera
 demonstration only if its last step still solves the task, as OpenVLA's LIBERO data sets were made.
 """
 
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -18,6 +19,7 @@ from spvla.types import ACTION_DIM, Env, Episode
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 STILL = 1e-4  # norm of the six arm actions below which nothing was asked
 SUFFIX = "_demo.hdf5"
+_DEMO = re.compile(r"demo_\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +49,19 @@ def count_demos(file: Path) -> int:
         return len(_demos(opened, file))
 
 
-def read_demo(file: Path, number: int) -> Demo:
-    """The `number`-th demonstration of a file. Raises DatasetError for one that is not LIBERO's."""
+def read_demo(file: Path, index: int) -> Demo:
+    """The `index`-th demonstration that a file holds, in the order of their numbers, which may have gaps.
+
+    Raises DatasetError for one that is not LIBERO's.
+    """
     with _open(file) as opened:
-        demo = _demos(opened, file).get(f"demo_{number}")
+        name, demo = _demos(opened, file)[index]
         if not isinstance(demo, h5py.Group) or not {"actions", "states"} <= set(demo):
-            raise _broken(file, f"demo_{number} has no actions and states")
+            raise _broken(file, f"{name} has no actions and states")
         actions, states = np.asarray(demo["actions"], np.float64), np.asarray(demo["states"], np.float64)
     if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or len(states) < 1 or not np.isfinite(actions).all():
-        raise _broken(file, f"demo_{number} has actions of shape {actions.shape}")
-    return Demo(state=states[0], actions=actions, source=f"{file.name}#demo_{number}")
-
-
-def read_hdf5_demos(file: Path) -> Iterator[Demo]:
-    for number in range(count_demos(file)):
-        yield read_demo(file, number)
+        raise _broken(file, f"{name} has actions of shape {actions.shape}")
+    return Demo(state=states[0], actions=actions, source=f"{file.name}#{name}")
 
 
 def drop_noops(actions: np.ndarray) -> np.ndarray:
@@ -107,11 +107,13 @@ def _open(file: Path) -> h5py.File:
         raise _broken(file, "no HDF5 file, or a truncated one") from e
 
 
-def _demos(opened: h5py.File, file: Path) -> h5py.Group:
+def _demos(opened: h5py.File, file: Path) -> list[tuple[str, Any]]:
+    """(name, group) of each data/demo_N, by N."""
     data = opened.get("data")
     if not isinstance(data, h5py.Group):
         raise _broken(file, "no group 'data'")
-    return data
+    numbers = {int(name.removeprefix("demo_")): name for name in data if _DEMO.fullmatch(name)}
+    return [(numbers[number], data[numbers[number]]) for number in sorted(numbers)]
 
 
 def _broken(file: Path, what: str) -> DatasetError:

@@ -25,6 +25,8 @@ _LLAMA_IDS = {
     **{"▁In": 512, ":": 29901, "▁What": 1724, "▁action": 3158, "▁should": 881, "▁the": 278, "▁robot": 19964},
     **{"▁take": 2125, "▁to": 304, "?": 29973, "Out": 3744, "▁": BLANK},
 }
+_PROMPT_BEGIN = [BOS, 512, 29901, 1724, 3158, 881, 278, 19964, 2125, 304]  # In: What action should the robot take to
+_PROMPT_END = [29973, 13, 3744, 29901]  # ?, a line's end, Out:
 # The words of LIBERO's instructions. Others are spelt in bytes, which costs length, not meaning.
 _WORDS = """
 a akita alphabet and at back basket bbq between black book both bottle bottom bowl box butter cabinet caddy chocolate
@@ -58,7 +60,36 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             expected=f"{VOCAB_SIZE} ids with '▁' at {BLANK}",
             remedy="Copy tokenizer.json from the base checkpoint (openvla/openvla-7b).",
         )
+    tokenizer.no_truncation()  # a tokenizer that was used is saved with the lengths that its last call asked for
+    tokenizer.no_padding()
+    _require_prompt(tokenizer, path)
     return tokenizer
+
+
+def _require_prompt(tokenizer: Tokenizer, path: Path) -> None:
+    """Raises CheckpointError where the file's other parts (normaliser, post-processor, added tokens) give the prompt
+    other ids than Llama 2's: the policy would run, and read something else."""
+    ids = tokenizer.encode(_prompt("")).ids
+    first, last = ids[: len(_PROMPT_BEGIN)], [i for i in ids if i != BLANK][-len(_PROMPT_END) :]
+    if (first, last) != (_PROMPT_BEGIN, _PROMPT_END):
+        raise CheckpointError(
+            f"{path} reads OpenVLA's prompt as {ids}",
+            expected=f"ids that begin with {_PROMPT_BEGIN} and end with {_PROMPT_END}",
+            remedy="Its normaliser or post-processor is not Llama 2's: copy tokenizer.json from the base checkpoint.",
+        )
+    added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if i not in (0, BOS, EOS)}
+    words = set(tokenizer.encode(_WORDS).ids)
+    shadowing = {i: content for i, content in added.items() if i < VOCAB_SIZE or i in words}
+    if shadowing:
+        raise CheckpointError(
+            f"{path} adds tokens in place of Llama 2's: {shadowing}",
+            expected="added tokens with ids from 32000 on, which no instruction holds",
+            remedy="Copy tokenizer.json from the base checkpoint (openvla/openvla-7b).",
+        )
+
+
+def _prompt(instruction: str) -> str:
+    return f"In: What action should the robot take to {instruction.lower()}?\nOut:"
 
 
 def prompt_ids(tokenizer: Tokenizer, instruction: str) -> list[int]:
@@ -69,7 +100,7 @@ def prompt_ids(tokenizer: Tokenizer, instruction: str) -> list[int]:
             expected="a sentence, such as 'pick up the milk and place it in the basket'",
             remedy="Give each image its instruction.",
         )
-    ids = tokenizer.encode(f"In: What action should the robot take to {instruction.lower()}?\nOut:").ids
+    ids = tokenizer.encode(_prompt(instruction)).ids
     return ids if ids[-1] == BLANK else [*ids, BLANK]
 
 
