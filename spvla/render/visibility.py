@@ -13,6 +13,7 @@ HIDDEN = 5  # a group that is never drawn
 MARGIN = 1.01  # of a radius, and of a mirror's size
 SLACK = 1e-4  # metres
 ENDLESS = 1e6  # metres
+ODD_CAMERA = ("cam_sensorsize", "cam_orthographic", "cam_projection")  # the last is the newer name of the second
 
 
 class Visibility:
@@ -26,7 +27,7 @@ class Visibility:
         self.mirrors = [g for g in np.flatnonzero(np.isin(model.geom_group, SHOWN)) if _is_mirror(model, g)]
         # A shadow may fall into the picture from outside; no camera or site of LIBERO's is of the other kinds.
         casts_shadow = bool((model.light_castshadow & model.light_active).any())
-        odd_camera = bool(model.cam_projection.any() or model.cam_sensorsize.any())
+        odd_camera = any(getattr(model, name).any() for name in ODD_CAMERA if hasattr(model, name))
         mirror_site = any(m >= 0 and model.mat_reflectance[m] > 0 for m in model.site_matid)
         self.all_drawn = casts_shadow or odd_camera or mirror_site
         self.site_groups = model.site_group.copy()
