@@ -21,6 +21,7 @@ class Protocol:
 
     assets: str  # name of the asset set: "libero", "primitives"
     assets_digest: str
+    tasks_digest: str = ""  # of the tasks' names, goals and init states; none in ledgers from before it was kept
     renderer: str  # OpenGL renderer: pixels differ between software and each family of GPUs
     mujoco: str
     robosuite: str

@@ -16,6 +16,7 @@ from typing import Any
 
 from spvla import runs
 from spvla.benchmarks.libero import assets, suites
+from spvla.benchmarks.libero.genuine import TASKS_DIGEST
 from spvla.cluster.connect import connection
 from spvla.config import EvaluateConfig
 from spvla.errors import UserError
@@ -112,6 +113,7 @@ class Session:
         return {
             "assets": self.asset_set.name,
             "assets_digest": self.asset_set.digest,
+            "tasks_digest": TASKS_DIGEST,
             "num_steps_wait": c.num_steps_wait,
             "max_steps": c.max_steps,
             "center_crop": c.center_crop,

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from spvla.benchmarks.libero.genuine import require_libero
 from spvla.errors import UserError
 from spvla.types import MAX_STEPS
 
@@ -75,9 +76,18 @@ def load_file(name: str, path: Path) -> ModuleType:
 
 @cache
 def _task_map() -> dict[str, list[str]]:
-    return load_file(
-        "libero_suite_task_map", package("libero") / "libero/benchmark/libero_suite_task_map.py"
-    ).libero_task_map
+    """Suite -> names of its tasks. Raises UserError where the installed `libero` is not LIBERO."""
+    root = package("libero") / "libero"
+    try:
+        task_map = load_file("libero_suite_task_map", root / "benchmark/libero_suite_task_map.py").libero_task_map
+    except (OSError, AttributeError) as e:
+        raise UserError(
+            f"{root.parent} is a package `libero` without LIBERO's list of tasks",
+            expected="hf-libero 0.1.4, the only `libero` on Python's path",
+            remedy="Rename or remove it, and run `make setup`.",
+        ) from e
+    require_libero(root, task_map)
+    return task_map
 
 
 def _instruction(name: str) -> str:
