@@ -61,10 +61,10 @@ def reference_model() -> OpenVLA:
 
 
 def reference_weights(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    return {name: _reference_weight(name, shape) for name, shape in shapes.items()}
+    return {name: reference_weight(name, shape) for name, shape in shapes.items()}
 
 
-def _reference_weight(name: str, shape: torch.Size) -> Tensor:
+def reference_weight(name: str, shape: torch.Size) -> Tensor:
     seed = int.from_bytes(hashlib.sha256(f"0:{name}".encode()).digest()[:6], "little")
     r = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     bias = name.endswith("bias")
