@@ -30,6 +30,7 @@ from spvla.model.adapters import (
 from spvla.model.openvla import OpenVLA, OpenVLAConfig
 from spvla.model.quantized import quantise, require_quantiser
 from spvla.model.weights import Weights, open_weights, read_json, require_shapes, torch_dtype, write_weights
+from spvla.policies import packed
 from spvla.policies.openvla.policy import OpenVLAPolicy
 from spvla.policies.openvla.presets import TOWER_FILE, create_tiny
 from spvla.policies.openvla.prompt import load_tokenizer
@@ -121,7 +122,9 @@ def require_device(device: str) -> None:
 
 
 def resolve(path: str | Path) -> Path:
-    """The folder of a path, of the preset "tiny", or of a Hugging Face name in the local cache."""
+    """The folder of a path, of the preset "tiny", of a shipped policy, or of a Hugging Face name in the local cache."""
+    if str(path) in packed.shipped():
+        return packed.unpacked(str(path))
     if str(path) == "tiny":
         return create_once(cache_dir() / "presets" / f"tiny-{_TINY_VERSION}", create_tiny)
     folder = Path(path).expanduser()
@@ -139,7 +142,7 @@ def resolve(path: str | Path) -> Path:
         remedy = "Correct the path."
     raise CheckpointError(
         f"no checkpoint at {path}",
-        expected="a checkpoint or adapter folder, a Hugging Face name in the local cache, or 'tiny'",
+        expected=f"a folder, a Hugging Face name in the local cache, or {', '.join(['tiny', *packed.shipped()])}",
         remedy=remedy,
     )
 

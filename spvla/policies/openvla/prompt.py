@@ -133,6 +133,13 @@ def build_tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def known_ids() -> list[int]:
+    """Sorted ids that prompts in LIBERO's words, their answers and padding are made of, with `build_tiny_tokenizer`."""
+    words = range(_WORDS_BEGIN, _WORDS_BEGIN + len(_WORDS.split()))
+    actions = range(VOCAB_SIZE - 256, VOCAB_SIZE)
+    return sorted({0, BOS, EOS, PAD, 13, *_LLAMA_IDS.values(), *words, *actions})  # 13: a line's end
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """tokenizer.json, and the two files that transformers reads beside it."""
     write_text(folder / TOKENIZER_FILE, tokenizer.to_str())
