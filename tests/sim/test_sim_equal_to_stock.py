@@ -49,7 +49,7 @@ def test_a_trial_is_the_same_whatever_ran_before_it(assets: AssetSet) -> None:
 def test_the_furniture_stands_elsewhere_in_each_episode(assets: AssetSet) -> None:
     """The hidden state itself: without it, the tests above could pass by standing still."""
     with LiberoEnv("libero_spatial", 0, assets) as env:
-        poses = [np.array([p.position for p in env.placements.episode(i)]) for i in range(3)]
+        poses = [np.array([p.position for p in env.placements.episode(i).fixtures]) for i in range(3)]
     assert all(len(p) >= 2 for p in poses)  # cabinet and stove
     assert 1e-4 < np.abs(poses[0] - poses[1]).max() < 0.03  # metres
     assert not np.array_equal(poses[1], poses[2])

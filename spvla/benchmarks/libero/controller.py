@@ -14,6 +14,7 @@ import mujoco
 import numpy as np
 
 from spvla.benchmarks.libero.stock import nullspace_torques, opspace_matrices, orientation_error, set_goal_orientation
+from spvla.benchmarks.libero.warmstart import solve_again
 
 ARM = 7  # joints
 GRIPPER_SPEED = 0.01  # of the range [-1, 1], a substep
@@ -91,6 +92,7 @@ class Controller:
             return
         self.current = True
         model, data = self.model, self.data
+        solve_again(model, data)
         self.position[:] = data.site_xpos[self.site]
         self.rotation.ravel()[:] = data.site_xmat[self.site]
         mujoco.mj_jacSite(model, data, self._full_linear, self._full_angular, self.site)

@@ -18,6 +18,7 @@ from spvla.benchmarks.libero.init_states import init_states, num_init_states
 from spvla.benchmarks.libero.placements import Placements
 from spvla.benchmarks.libero.sampling import Sample, SensorClock
 from spvla.benchmarks.libero.suites import SUITES, TaskInfo, task_info, tasks
+from spvla.benchmarks.libero.warmstart import HardReset, solve_again
 from spvla.errors import UserError
 from spvla.render.rendering import Renderer, renderer_name
 from spvla.types import ACTION_DIM, MAX_STEPS
@@ -44,6 +45,7 @@ class LiberoEnv:
         self.robot = self.env.robots[0]
         self.controller = Controller(self.robot, self.model, self.data)
         self.placements = Placements(self.env, seed=seed)
+        self.hard_reset = HardReset(self.env)
         self.clock = SensorClock()
         self.sample = Sample(self.model, self.data)
         self.renderer: Renderer | None = None
@@ -66,8 +68,10 @@ class LiberoEnv:
     def reset_to(self, state: np.ndarray, *, episode: int) -> None:
         """Any state (1 + nq + nv,) of this task, in the world of its `episode`-th episode."""
         self._restore_model()
-        for pose in self.placements.episode(episode):
+        placement = self.placements.episode(episode)
+        for pose in placement.fixtures:
             self.model.body_pos[pose.body], self.model.body_quat[pose.body] = pose.position, pose.quaternion
+        self.hard_reset.leave(placement.objects)
         self._set_state(state)
 
     def step(self, action: np.ndarray) -> bool:
@@ -76,6 +80,7 @@ class LiberoEnv:
         model, data, controller = self.model, self.data, self.controller
         for substep in range(SUBSTEPS):
             mujoco.mj_step1(model, data)
+            solve_again(model, data)
             if substep == 0:
                 controller.set_goal(action)
             controller.actuate()
@@ -119,8 +124,7 @@ class LiberoEnv:
             names.update(off)
 
     def _set_state(self, state: np.ndarray) -> None:
-        """`state`: (1 + nq + nv,) time, qpos, qvel. Everything else is as in a fresh simulation."""
-        mujoco.mj_resetData(self.model, self.data)
+        """`state`: (1 + nq + nv,) time, qpos, qvel. Everything else is as a hard reset left it."""
         nq = self.model.nq
         self.data.time, self.data.qpos[:], self.data.qvel[:] = state[0], state[1 : 1 + nq], state[1 + nq :]
         mujoco.mj_forward(self.model, self.data)

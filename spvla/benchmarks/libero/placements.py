@@ -24,8 +24,16 @@ class Pose:
     quaternion: np.ndarray  # (4,) w, x, y, z
 
 
+@dataclass(frozen=True)
+class Placement:
+    """What one hard reset drew."""
+
+    fixtures: tuple[Pose, ...]
+    objects: np.ndarray  # (nq,) qpos of what has joints; the robot's entries are the model's own
+
+
 class Placements:
-    """The poses of a task's fixtures, episode after episode, worked out as far as asked for and kept."""
+    """A task's placements, episode after episode, worked out as far as asked for and kept."""
 
     def __init__(self, problem: Any, *, seed: int) -> None:
         """`problem` is LIBERO's, as built and not yet reset."""
@@ -33,17 +41,17 @@ class Placements:
         self.model, self.data = problem.sim.model._model, problem.sim.data._data
         self.properties = list(problem.object_property_initializers)
         self.resets = 0
-        self.known: list[tuple[Pose, ...]] = []
+        self.known: list[Placement] = []
         self.generator = np.random.RandomState(seed)
 
-    def episode(self, number: int) -> tuple[Pose, ...]:
-        """The fixtures' poses in episode `number`. Overwrites `data`; the model must be as built."""
+    def episode(self, number: int) -> Placement:
+        """What was drawn for episode `number`. Overwrites `data`; the model must be as built."""
         with drawing_from(self.generator):
             while number >= len(self.known):
                 self.known.append(self._next())
         return self.known[number]
 
-    def _next(self) -> tuple[Pose, ...]:
+    def _next(self) -> Placement:
         for _ in range(MAX_RESETS):
             self.resets += 1
             try:
@@ -52,7 +60,7 @@ class Placements:
                 continue
         raise InfrastructureError(f"{self.problem.bddl_file_name}: no room for its objects in {MAX_RESETS} resets")
 
-    def _draw(self) -> tuple[Pose, ...]:
+    def _draw(self) -> Placement:
         """One hard reset's draws, in LIBERO's order."""
         problem = self.problem
         mujoco.mj_resetData(self.model, self.data)
@@ -65,8 +73,10 @@ class Placements:
         placed = problem.placement_initializer.sample()
         placed = problem.conditional_placement_initializer.sample(problem.sim, placed)
         placed = problem.conditional_placement_on_objects_initializer.sample(placed)
-        return tuple(
-            Pose(self.model.body(thing.root_body).id, position, np.array(quaternion))
-            for position, quaternion, thing in placed.values()
-            if thing.name in problem.fixtures_dict
-        )
+        fixtures = []
+        for position, quaternion, thing in placed.values():
+            if thing.name in problem.fixtures_dict:
+                fixtures.append(Pose(self.model.body(thing.root_body).id, position, np.array(quaternion)))
+            else:
+                problem.sim.data.set_joint_qpos(thing.joints[-1], np.concatenate([position, quaternion]))
+        return Placement(tuple(fixtures), self.data.qpos.copy())

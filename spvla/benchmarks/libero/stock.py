@@ -117,9 +117,12 @@ def drawing_from(generator: np.random.RandomState) -> Iterator[None]:
 
 
 def build_problem(bddl_file: Path, assets: Path) -> MujocoEnv:
-    """LIBERO's problem for a task, its objects read from the folder `assets`, without cameras or a renderer."""
+    """LIBERO's problem for a task, its objects read from the folder `assets`, without cameras or a renderer.
+
+    Its `loaded_poses` are the model's body_pos (nbody, 3) and body_quat (nbody, 4) before furniture was placed.
+    """
     use_assets(assets)
-    kind = TASK_MAPPING[get_problem_info(str(bddl_file))["problem_name"]]
+    kind = _remembering(TASK_MAPPING[get_problem_info(str(bddl_file))["problem_name"]])
     controller = load_controller_config(default_controller="OSC_POSE")
     with drawing_from(np.random.RandomState(0)):
         for _ in range(MAX_RESETS):
@@ -136,6 +139,14 @@ def build_problem(bddl_file: Path, assets: Path) -> MujocoEnv:
                 _free_leftovers()
                 return problem
     raise InfrastructureError(f"{bddl_file}: no room for its objects in {MAX_RESETS} tries")
+
+
+def _remembering(kind: type[MujocoEnv]) -> type[MujocoEnv]:
+    def initialize_sim(problem: MujocoEnv, xml_string: str | None = None) -> None:
+        kind._initialize_sim(problem, xml_string)
+        problem.loaded_poses = problem.sim.model.body_pos.copy(), problem.sim.model.body_quat.copy()
+
+    return type(kind.__name__, (kind,), {"_initialize_sim": initialize_sim})  # LIBERO looks at the name
 
 
 def _free_leftovers() -> None:
