@@ -44,7 +44,7 @@ from spvla.eval.messages import Order, Request, ServerSettings, Version, WorkerS
 from spvla.eval.pool import Crew
 from spvla.eval.protocol import Protocol
 from spvla.eval.sizing import DECODER_CPUS, Sizes, decode_batch_size
-from spvla.types import MAX_STEPS, Env, Trial
+from spvla.types import MAX_STEPS, Env, Observation, Trial
 
 VERSION = Version(digest="random", name="random weights", path="random", base="random", is_adapter=False)
 STATISTICS = {
@@ -99,8 +99,8 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def random_policy(base: str, settings: ServerSettings) -> Any:
-    """A policy of a preset's size with random weights, made where it runs. `base` is the preset's name."""
+def random_policy(version: Version, settings: ServerSettings) -> Any:
+    """A policy of a preset's size with random weights, made where it runs. The version's base is the preset's name."""
     import torch
 
     from spvla.model.openvla import OpenVLA
@@ -110,7 +110,7 @@ def random_policy(base: str, settings: ServerSettings) -> Any:
 
     kind = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     with torch.device("meta"):
-        model = OpenVLA(preset(base)).to(kind)
+        model = OpenVLA(preset(version.base)).to(kind)
     model = model.to_empty(device=settings.device).eval().requires_grad_(False)
     generator = torch.Generator(settings.device).manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -120,7 +120,7 @@ def random_policy(base: str, settings: ServerSettings) -> Any:
         model=model,
         tokenizer=build_tiny_tokenizer(),
         norm_stats={suite: STATISTICS for suite in MAX_STEPS},
-        name=base,
+        name=version.base,
         decode_batch_size=settings.decode_batch_size,
     )
 
@@ -152,8 +152,8 @@ class SupplyWorker(EnvWorker):
         return steps, now - start, time.process_time() - cpu
 
     @staticmethod
-    def answer(image: np.ndarray, instruction: str) -> np.ndarray:
-        return np.array([0.1, 0, 0, 0, 0, 0, 1.0])
+    def answer(observation: Observation) -> np.ndarray:
+        return np.array([[0.1, 0, 0, 0, 0, 0, 1.0]])
 
 
 class DemandServer(PolicyServer):
@@ -174,7 +174,8 @@ class DemandServer(PolicyServer):
     def _demand(self, suite: str, instruction: str, seconds: float) -> tuple[int, float]:
         rng = np.random.default_rng(0)
         image = rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)
-        request = Request(version=VERSION.digest, image=image, instruction=instruction, unnorm_key=suite)
+        observation = Observation(images=(image,), instruction=instruction)
+        request = Request(version=VERSION.digest, observation=observation, unnorm_key=suite)
         batch = [request] * self.settings.max_batch
         actions, start = 0, time.monotonic()
         while (now := time.monotonic()) - start < seconds:
@@ -221,7 +222,12 @@ class Bench:
             for i in range(self.sizes.envs)
         ]
         orders = [
-            Order(trial=self.trial(i % len(self.instructions), i % 50), unnorm_key=self.suite, film=frozenset())
+            Order(
+                trial=self.trial(i % len(self.instructions), i % 50),
+                needs=VERSION.needs,
+                unnorm_key=self.suite,
+                film=frozenset(),
+            )
             for i in range(len(workers))
         ]
         found = ray.get([w.supply.remote(o, self.args.seconds) for w, o in zip(workers, orders, strict=True)])
@@ -259,6 +265,7 @@ class Bench:
             job = Job(
                 protocol=protocol,
                 trials=trials,
+                needs={VERSION.digest: VERSION.needs},
                 unnorm_keys={(VERSION.digest, self.suite): self.suite},
                 instructions={(self.suite, i): text for i, text in enumerate(self.instructions)},
                 steps_limit=MAX_STEPS,
@@ -320,11 +327,11 @@ class Window:
 
     @property
     def env_cpu_ms(self) -> float:
-        return 1000 * (self.ends[-1].env_cpu_s - self.ends[0].env_cpu_s) / max(1, self.difference("requests"))
+        return 1000 * (self.ends[-1].env_cpu_s - self.ends[0].env_cpu_s) / max(1, self.difference("actions"))
 
     @property
     def policy_cpu_ms(self) -> float:
-        return 1000 * (self.ends[-1].policy_cpu_s - self.ends[0].policy_cpu_s) / max(1, self.difference("requests"))
+        return 1000 * (self.ends[-1].policy_cpu_s - self.ends[0].policy_cpu_s) / max(1, self.difference("actions"))
 
     @property
     def seconds(self) -> float:
@@ -335,7 +342,7 @@ class Window:
 
     @property
     def rate(self) -> float:
-        return self.difference("requests") / self.seconds if self.seconds else float("nan")
+        return self.difference("actions") / self.seconds if self.seconds else float("nan")
 
     @property
     def mean_size(self) -> float:

@@ -1,6 +1,7 @@
 """What travels between rooms, and the two seams (`Policy`, `Env`), each with an honest fake in tests/fakes.py.
 
-Legend, used in shape comments everywhere: B batch, T tokens or time steps, V vocabulary, A action dims (7).
+Legend, used in shape comments everywhere: B batch, T tokens or time steps, V vocabulary, A action dims (7), K actions
+in a chunk.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 ACTION_DIM = 7
+PROPRIO_DIM = 8  # end-effector position, axis-angle, two fingers
 IMAGE_SIZE = 224  # what the policy sees
 CAMERA_SIZE = 256  # what the simulator renders and the data sets hold
 
@@ -104,19 +106,28 @@ class Needs:
     chunk: int = 1  # K actions that one call answers with
     execute: int = 1  # of these, the first so many are executed before the policy is asked again
 
+    def __post_init__(self) -> None:
+        assert self.cameras and 1 <= self.execute <= self.chunk, self
+
+
+ONE_STEP = Needs()
+
 
 class Policy(Protocol):
-    """What turns images and instructions into actions; `spvla.load_policy` returns one."""
+    """What turns observations into actions; `spvla.load_policy` returns one."""
+
+    @property
+    def needs(self) -> Needs:
+        """What each observation must hold, and how many actions answer it."""
 
     def act(
         self,
-        images: Sequence[np.ndarray],  # B of (224, 224, 3) uint8
-        instructions: Sequence[str],  # B
+        observations: Sequence[Observation],  # B
         *,
         unnorm_key: str | Sequence[str],
         adapters: Sequence[str | None] | None = None,  # B names of resident adapters; None: the base
-    ) -> np.ndarray:  # (B, 7) float64, un-normalised, gripper 1 open
-        ...
+    ) -> np.ndarray:
+        """(B, K, 7) float64: the next K actions for each observation, un-normalised, gripper 1 open."""
 
 
 class Env(Protocol):

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from spvla.types import ONE_STEP, Needs, Observation
+
 
 class FakeEnv:
     """A world of one number: each step adds the action's first dimension; success above `goal`."""
@@ -37,23 +39,24 @@ class FakeEnv:
 
 
 class FakePolicy:
-    """Moves right by `speed`, whatever it sees."""
+    """Moves right by `speed`, whatever it sees; asks for what its `needs` name, and refuses to do with less."""
 
-    def __init__(self, speed: float = 0.1) -> None:
-        self.speed = speed
+    def __init__(self, speed: float = 0.1, needs: Needs = ONE_STEP) -> None:
+        self.speed, self.needs = speed, needs
 
     def prepare(self, instructions: Sequence[str]) -> None:
         """It needs no preparation."""
 
     def act(
         self,
-        images: Sequence[np.ndarray],
-        instructions: Sequence[str],
+        observations: Sequence[Observation],
         *,
         unnorm_key: str | Sequence[str],
         adapters: Sequence[str | None] | None = None,
     ) -> np.ndarray:
-        assert len(images) == len(instructions)
-        actions = np.zeros((len(images), 7))
-        actions[:, 0] = self.speed
+        for observation in observations:
+            assert [image.shape for image in observation.images] == [(224, 224, 3)] * len(self.needs.cameras)
+            assert (observation.proprio is not None) == self.needs.proprio
+        actions = np.zeros((len(observations), self.needs.chunk, 7))
+        actions[..., 0] = self.speed
         return actions

@@ -15,7 +15,7 @@ from spvla.eval.ledger import Ledger
 from spvla.eval.messages import ServerSettings, Version, WorkerSettings
 from spvla.eval.protocol import Protocol
 from spvla.files import write_json
-from spvla.types import MAX_STEPS, Trial
+from spvla.types import MAX_STEPS, Needs, Trial
 
 cloudpickle.register_pickle_by_value(fakes)  # workers do not see the tests' folder
 
@@ -37,8 +37,8 @@ VERSION = Version(digest="p0", name="fake", path="/fake", base="/fake", is_adapt
 SUITE = "libero_object"
 
 
-def fake_policy(base: str, settings: ServerSettings) -> fakes.FakePolicy:
-    return fakes.FakePolicy(speed=0.2)
+def fake_policy(version: Version, settings: ServerSettings) -> fakes.FakePolicy:
+    return fakes.FakePolicy(speed=0.2, needs=version.needs)
 
 
 def fake_env(suite: str, task: int, assets: object) -> fakes.FakeEnv:
@@ -133,10 +133,11 @@ def open_ledger(folder: Path, wanted: list[Trial], versions: Sequence[Version] =
     return ledger
 
 
-def job(wanted: list[Trial], key: str = SUITE) -> Job:
+def job(wanted: list[Trial], key: str = SUITE, needs: Needs = VERSION.needs) -> Job:
     return Job(
         protocol=PROTOCOL.digest,
         trials=wanted,
+        needs={t.policy: needs for t in wanted},
         unnorm_keys={(t.policy, t.suite): key for t in wanted},
         instructions={(t.suite, t.task): f"task {t.task}" for t in wanted},
         steps_limit=MAX_STEPS,

@@ -17,6 +17,7 @@ from spvla.model.llama import LlamaConfig
 from spvla.model.openvla import OpenVLA, OpenVLAConfig
 from spvla.model.vision import TowerConfig
 from spvla.policies.checkpoint import load_model
+from spvla.types import Observation
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -90,6 +91,12 @@ def requests(count: int) -> tuple[list[np.ndarray], list[str]]:
     """Images and instructions of different lengths."""
     images = np.random.default_rng(7).integers(0, 256, (count, 14, 14, 3), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
     return list(images), [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(count)]
+
+
+def observations(count: int) -> list[Observation]:
+    """The same, as a policy of one image and one step is asked."""
+    pairs = zip(*requests(count), strict=True)
+    return [Observation(images=(image,), instruction=instruction) for image, instruction in pairs]
 
 
 def write_adapter(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from policy_parts import requests, write_adapter
+from policy_parts import observations, requests, write_adapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -396,7 +396,7 @@ c.save_model(c.load_model({str(tiny)!r}), c.Path({str(target)!r}), source={str(t
 def test_statistics_of_an_adapter_serve_its_own_requests(tiny: Path, adapter: Path) -> None:
     policy = spvla.load_policy(tiny)
     policy.add_adapter("a", adapter)
-    images, instructions = requests(1)
-    assert policy.act(images, instructions, unnorm_key="suite", adapters=["a"]).shape == (1, 7)
+    seen = observations(2)
+    assert policy.act(seen, unnorm_key="suite", adapters=["a", "a"]).shape == (2, 1, 7)
     with pytest.raises(UserError, match="suite"):
-        policy.act(images, instructions, unnorm_key="suite")  # the base was trained on nothing
+        policy.act(seen, unnorm_key="suite")  # the base was trained on nothing

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from policy_parts import reference_image, reference_model, reference_numbers, requests, write_adapter
+from policy_parts import observations, reference_image, reference_model, reference_numbers, requests, write_adapter
 from torch._dynamo.utils import counters
 
 import spvla
@@ -17,6 +17,7 @@ from spvla.policies.openvla.actions import ActionStats, decode
 from spvla.policies.openvla.decoding import Decoder, choose
 from spvla.policies.openvla.images import to_pixel_values
 from spvla.policies.openvla.prompt import build_tiny_tokenizer, prompt_ids
+from spvla.types import Observation
 
 
 @pytest.fixture(scope="module")
@@ -241,11 +242,24 @@ def test_bad_requests_get_one_clear_error(policy: OpenVLAPolicy, change: dict, m
         policy.decode(**{"images": images, "instructions": instructions, **change})
 
 
+@pytest.mark.parametrize(
+    ("observation", "message"),
+    [
+        (Observation(images=(), instruction="a"), r"observations\[0\] with 0 images; expected 1: agentview"),
+        (Observation(images=(np.zeros((256, 256, 3), np.uint8),), instruction="a"), r"observations\[0\].images\[0\]"),
+    ],
+)
+def test_an_observation_that_lacks_what_the_policy_needs_is_refused(
+    policy: OpenVLAPolicy, observation: Observation, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        policy.act([observation], unnorm_key="libero_goal")
+
+
 def test_an_unknown_unnorm_key_lists_the_known_ones(model: OpenVLA) -> None:
     stats = {"libero_goal": {"action": reference_numbers()["statistics"]}}
     policy = OpenVLAPolicy(model=model, tokenizer=build_tiny_tokenizer(), norm_stats=stats, name="reference")
-    images, instructions = requests(1)
     with pytest.raises(UserError, match="libero_goal"):
-        policy.act(images, instructions, unnorm_key="libero_spatial")
-    actions = policy.act(images, instructions, unnorm_key="libero_goal")
-    assert actions.shape == (1, 7) and actions.dtype == np.float64
+        policy.act(observations(1), unnorm_key="libero_spatial")
+    actions = policy.act(observations(1), unnorm_key="libero_goal")
+    assert actions.shape == (1, 1, 7) and actions.dtype == np.float64

@@ -5,22 +5,23 @@ import os
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 from fakes import FakeEnv, FakePolicy
-from farm_parts import PROTOCOL, adapter_of, fake_farm, job, open_ledger, tiny_with_statistics, trials
+from farm_parts import PROTOCOL, VERSION, adapter_of, fake_farm, job, open_ledger, tiny_with_statistics, trials
 
 from spvla.config import FarmConfig
 from spvla.errors import InfrastructureError
 from spvla.eval.actors import PolicyServer, load_checkpoint
 from spvla.eval.driver import Run
-from spvla.eval.messages import ServerSettings
+from spvla.eval.messages import ServerSettings, Version
 from spvla.eval.plan import describe
 from spvla.eval.pool import Crew
-from spvla.types import Outcome, Status
+from spvla.types import Needs, Observation, Outcome, Status
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 MARKS = "SPVLA_TEST_MARKS"  # folder where a fake notes what it has done once
@@ -53,6 +54,19 @@ def test_every_trial_is_played_and_comes_out_as_it_must(tmp_path: Path) -> None:
     # steps of 0.2 from -0.01 i until x > 1 + task
     assert [r.steps for r in rows] == [6, 6, 6, 11, 11, 11]
     assert {r.worker for r in rows} <= {"env-0", "env-1"}
+
+
+def test_a_chunk_is_executed_before_its_policy_is_asked_again(tmp_path: Path) -> None:
+    needs = Needs(cameras=("agentview", "robot0_eye_in_hand"), proprio=True, chunk=8, execute=4)
+    version, wanted = replace(VERSION, needs=needs), trials(tasks=2, init_states=2)
+    farm_of = fake_farm(tmp_path, quiet(num_envs=1), versions=[version])
+    with open_ledger(tmp_path, wanted) as ledger, farm_of as (farm, _):
+        run = Run(farm, job(wanted, needs=needs), ledger)
+        run.play()
+        assert [r.steps for r in ledger.trials()] == [6, 6, 11, 11]
+        (server,) = farm.servers.ready()
+        stats = ray.get(server.actor.stats.remote())
+    assert (stats.requests, stats.actions) == (2 + 2 + 3 + 3, 4 * 10)
 
 
 def test_death_by_any_signal_is_an_error_and_the_trial_is_played_elsewhere(tmp_path: Path, marks: str) -> None:
@@ -106,7 +120,7 @@ def test_an_exception_is_given_up_after_its_retries_and_is_no_failure(tmp_path: 
 def test_an_action_that_is_no_number_is_the_policys_failure(tmp_path: Path) -> None:
     wanted = trials(tasks=1, init_states=1)
 
-    def policy(base: str, settings: object) -> FakePolicy:
+    def policy(version: object, settings: object) -> FakePolicy:
         return FakePolicy(speed=float("nan"))
 
     with open_ledger(tmp_path, wanted) as ledger, fake_farm(tmp_path, quiet(), load=policy) as (farm, _):
@@ -119,14 +133,15 @@ def test_a_policy_actor_that_dies_or_raises_is_replaced(tmp_path: Path, marks: s
     wanted = trials(tasks=1, init_states=6)
 
     class Frail(FakePolicy):
-        def act(self, images: list, instructions: list, **rest: object) -> np.ndarray:
-            if images[0].mean() > 150 and once("killed"):
+        def act(self, observations: list[Observation], **rest: object) -> np.ndarray:
+            brightness = observations[0].images[0].mean()
+            if brightness > 150 and once("killed"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            if images[0].mean() > 180 and once("raised"):
+            if brightness > 180 and once("raised"):
                 raise RuntimeError("CUDA error")
-            return super().act(images, instructions, **rest)
+            return super().act(observations, **rest)
 
-    def policy(base: str, settings: object) -> FakePolicy:
+    def policy(version: object, settings: object) -> FakePolicy:
         os.environ[MARKS] = marks
         return Frail(speed=0.2)
 
@@ -259,9 +274,9 @@ def test_a_new_version_moves_its_adapter_and_leaves_the_base_where_it_is(tmp_pat
     first, second = (describe(str(adapter_of(base, tmp_path / f"step{seed}", seed=seed))) for seed in (1, 2))
     loaded: list[str] = []
 
-    def load(path: str, settings: ServerSettings) -> object:
-        loaded.append(path)
-        return load_checkpoint(path, settings)
+    def load(version: Version, settings: ServerSettings) -> object:
+        loaded.append(version.base)
+        return load_checkpoint(version, settings)
 
     async def follow(server: PolicyServer) -> None:
         files = {path.name: path.read_bytes() for path in Path(second.path).iterdir()}

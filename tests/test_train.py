@@ -34,6 +34,7 @@ from spvla.train import session as session_module
 from spvla.train.prepare import datasets_of, locked, require_same_run, require_startable, run_id, start_policy
 from spvla.train.run import train
 from spvla.train.session import Place, Session
+from spvla.types import Observation
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +230,9 @@ def test_a_checkpoint_is_a_policy_by_itself_and_a_start_for_the_next_iteration(d
     with pytest.raises(UserError, match="--lora_rank 8 .* expected 4"):
         require_startable(quick_flags(data, tmp_path, vla_path=str(checkpoint), lora_rank=8))
     policy = load_policy(checkpoint)
-    action = policy.act([np.zeros((224, 224, 3), np.uint8)], ["follow the light"], unnorm_key=DATASET)
-    assert action.shape == (1, 7) and np.isfinite(action).all()
+    dark = Observation(images=(np.zeros((224, 224, 3), np.uint8),), instruction="follow the light")
+    action = policy.act([dark], unnorm_key=DATASET)
+    assert action.shape == (1, 1, 7) and np.isfinite(action).all()
     second = quick_flags(data, tmp_path, run_id="second", vla_path=str(checkpoint), max_steps=1)
     row = next(runs.read_metrics(train_here(second)))
     assert row["total_loss"] == pytest.approx(np.log(2), abs=1e-5)  # opponent = start policy, adapter and all

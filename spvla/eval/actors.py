@@ -1,6 +1,6 @@
 """What runs on the cluster: environment workers, and policy servers that batch their requests.
 
-A worker plays whole trials; each of its steps asks a server for one action, so the driver is in no step's way. Both
+A worker plays whole trials and asks a server for its actions, so the driver is in no step's way. Both
 are plain classes; `ray.remote` comes last. Neither is ever restarted by Ray: the driver sees a death, keeps the books,
 and starts another.
 """
@@ -13,9 +13,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from spvla.benchmarks.libero import assets, suites
 from spvla.benchmarks.libero.assets import AssetSet
 from spvla.errors import InfrastructureError
 from spvla.eval.batcher import Batcher, BatchStats
-from spvla.eval.episode import run_trial
+from spvla.eval.episode import Act, run_trial
 from spvla.eval.messages import (
     EXCEPTION,
     POLICY_GONE,
@@ -43,7 +44,7 @@ from spvla.eval.messages import (
 )
 from spvla.eval.pool import LOG_HEADER
 from spvla.eval.videos import encode_mp4
-from spvla.types import Env, Trial
+from spvla.types import Env, Observation, Trial
 
 
 def every_instruction() -> list[str]:
@@ -51,12 +52,12 @@ def every_instruction() -> list[str]:
     return [task.instruction for suite in suites.SUITES for task in suites.tasks(suite)]
 
 
-def load_checkpoint(base: str, settings: ServerSettings) -> Any:
-    """An OpenVLAPolicy: a `Policy` that also takes adapters in and lets them go."""
+def load_checkpoint(version: Version, settings: ServerSettings) -> Any:
+    """A version's base, an OpenVLAPolicy: a `Policy` that also takes adapters in and lets them go."""
     from spvla.policies.checkpoint import load_policy
 
     return load_policy(
-        base,
+        version.base,
         device=settings.device,
         dtype=settings.dtype,
         load_in_8bit=settings.load_in_8bit,
@@ -88,7 +89,8 @@ class PolicyServer:
     def __init__(self, name: str, settings: ServerSettings) -> None:
         log_to(settings.log_folder, name)
         self.settings = settings
-        self.policies: dict[str, Any] = {}  # base path -> OpenVLAPolicy
+        self.policies: dict[str, Any] = {}  # base path -> a `Policy` that takes adapters in
+        self.actions = 0  # given out to be executed
         self.versions: dict[str, Version] = {}
         self.changing = asyncio.Lock()
         self.depth = 2 if settings.device == "cuda" else 1
@@ -129,7 +131,9 @@ class PolicyServer:
     def add(self, version: Version, files: dict[str, bytes] | None = None) -> None:
         """Loads a base checkpoint, or an adapter beside its base: from its folder, or from `files`."""
         if version.base not in self.policies:
-            self.policies[version.base] = self.settings.load(version.base, self.settings)
+            policy = self.settings.load(version, self.settings)
+            assert policy.needs == version.needs, f"{version.base}: {policy.needs}, described as {version.needs}"
+            self.policies[version.base] = policy
         if version.is_adapter:
             with unpacked(files, otherwise=Path(version.path)) as folder:
                 self.policies[version.base].add_adapter(version.digest, folder)
@@ -144,35 +148,36 @@ class PolicyServer:
             del self.policies[version.base]
 
     async def act(self, client: str, request: Request) -> np.ndarray:
-        """(7,) float64: un-normalised, gripper 1 open."""
+        """(K, 7) float64: un-normalised, gripper 1 open."""
         return await self.batcher.submit(request, client=client)
 
     async def rest(self, client: str) -> None:
         self.batcher.rest(client)
 
     async def stats(self) -> BatchStats:
-        return self.batcher.stats()
+        return replace(self.batcher.stats(), actions=self.actions)
 
     async def _decode(self, requests: list[Request]) -> Sequence[np.ndarray]:
-        return await asyncio.get_running_loop().run_in_executor(self.decoding, self.act_now, requests)
+        answers = await asyncio.get_running_loop().run_in_executor(self.decoding, self.act_now, requests)
+        self.actions += sum(self.versions[r.version].needs.execute for r in requests)
+        return answers
 
     def act_now(self, requests: list[Request]) -> list[np.ndarray]:
         """One pass for each base among the requests; adapters of one base share a pass."""
-        actions: list[np.ndarray] = [np.empty(0)] * len(requests)
+        answers: list[np.ndarray] = [np.empty(0)] * len(requests)
         by_base: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             by_base.setdefault(self.versions[request.version].base, []).append(i)
         for base, rows in by_base.items():
             group = [requests[i] for i in rows]
-            answers = self.policies[base].act(
-                [r.image for r in group],
-                [r.instruction for r in group],
+            chunks = self.policies[base].act(
+                [r.observation for r in group],
                 unnorm_key=[r.unnorm_key for r in group],
                 adapters=[r.version if self.versions[r.version].is_adapter else None for r in group],
             )
-            for i, action in zip(rows, answers, strict=True):
-                actions[i] = action
-        return actions
+            for i, chunk in zip(rows, chunks, strict=True):
+                answers[i] = chunk
+        return answers
 
 
 class EnvWorker:
@@ -214,7 +219,7 @@ class EnvWorker:
         finally:
             server.rest.remote(self.name)
 
-    def play(self, order: Order, act: Callable[[np.ndarray, str], np.ndarray]) -> Report:
+    def play(self, order: Order, act: Act) -> Report:
         """Plays one trial with any `act`. Raises InfrastructureError."""
         frames: list[np.ndarray] = []
         trial = order.trial
@@ -222,6 +227,7 @@ class EnvWorker:
             self._env_of(trial),
             act,
             trial,
+            needs=order.needs,
             num_steps_wait=self.settings.num_steps_wait,
             center_crop=self.settings.center_crop,
             max_steps=self.settings.max_steps[trial.suite],
@@ -235,11 +241,9 @@ class EnvWorker:
                 no_video = f"{type(e).__name__}: {e}"
         return Report(outcome=outcome, video=video, no_video=no_video, rss_bytes=resident_bytes())
 
-    def _remote_act(self, order: Order, server: Any) -> Callable[[np.ndarray, str], np.ndarray]:
-        def act(image: np.ndarray, instruction: str) -> np.ndarray:
-            request = Request(
-                version=order.trial.policy, image=image, instruction=instruction, unnorm_key=order.unnorm_key
-            )
+    def _remote_act(self, order: Order, server: Any) -> Act:
+        def act(observation: Observation) -> np.ndarray:
+            request = Request(version=order.trial.policy, observation=observation, unnorm_key=order.unnorm_key)
             try:
                 return ray.get(server.act.remote(self.name, request), timeout=self.settings.call_timeout_s)
             except (ray.exceptions.RayError, TimeoutError) as e:

@@ -9,7 +9,7 @@ then a GPU need not wait for the host. Plain asyncio: no cluster, no torch, no c
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Generic, TypeVar
 
@@ -87,6 +87,7 @@ class BatchStats:
 
     batches: int = 0
     requests: int = 0
+    actions: int = 0  # that those who asked were given to execute
     busy_s: float = 0.0
     oldest_wait_s: float = 0.0  # age of the request that has waited longest, in a batch or for one
     quiet_s: dict[str, float] = field(default_factory=dict)  # client -> seconds since its last answer; 0 while it waits
@@ -154,7 +155,7 @@ class Batcher(Generic[Item, Answer]):
         waiting = [*chain(*self._under_way.values()), *self._queue]
         oldest = max((now - r.arrived_at_s for r in waiting), default=0.0)
         quiet = {n: 0.0 if c.answered_at_s is None else now - c.answered_at_s for n, c in self._clients.items()}
-        return BatchStats(t.batches, t.requests, t.busy_s, oldest, quiet)
+        return replace(t, oldest_wait_s=oldest, quiet_s=quiet)
 
     async def close(self) -> None:
         for task in (self._task, *self._under_way):

@@ -58,7 +58,7 @@ class View:
         fill = min(1.0, self.batches.mean_size / self.batch_size)
         return (
             f"{self.label}  {done}/{planned} trials  success {rate}  errors {errors}  {self.per_minute:.1f} trials/min"
-            f"  batch fill {fill:.0%}  {self.batches.requests} actions"
+            f"  batch fill {fill:.0%}  {self.batches.actions} actions"
             f"  {self.workers} envs, {self.servers} policy actors  {left} left"
         )
 

@@ -21,7 +21,7 @@ from spvla.eval.scheduler import Scheduler
 from spvla.eval.videos import FilmQuota, video_name
 from spvla.files import safe_name
 from spvla.runs import VIDEOS
-from spvla.types import Outcome, Status, Trial
+from spvla.types import Needs, Outcome, Status, Trial
 
 WATCH_EVERY_S = 1.0
 HEARTBEAT_EVERY_S = 5.0
@@ -33,6 +33,7 @@ class Job:
 
     protocol: str  # digest
     trials: Sequence[Trial]
+    needs: dict[str, Needs]  # policy digest -> what it must be shown
     unnorm_keys: dict[tuple[str, str], str]  # (policy digest, suite) -> key
     instructions: dict[tuple[str, int], str]  # (suite, task) -> text
     steps_limit: dict[str, int]  # suite -> steps
@@ -44,7 +45,7 @@ class Work:
 
     order: Order
     server: str
-    quiet_since_s: float  # the worker owes a step since
+    quiet_since_s: float  # the worker owes a request since: it resets, or executes what it was given
 
 
 @dataclass
@@ -110,7 +111,8 @@ class Run:
             if slot.name in self.work or (trial := self._claimed(slot.name, living)) is None:
                 continue
             key = self.job.unnorm_keys[trial.policy, trial.suite]
-            order = Order(trial=trial, unnorm_key=key, film=self.quota.begin(trial))
+            needs = self.job.needs[trial.policy]
+            order = Order(trial=trial, needs=needs, unnorm_key=key, film=self.quota.begin(trial))
             server = min(servers, key=lambda s: sum(w.server == s.name for w in self.work.values()))
             self.reports[slot.actor.run.remote(order, server.actor)] = slot.name
             self.work[slot.name] = Work(order, server.name, time.monotonic())
@@ -245,7 +247,7 @@ class Run:
         for name, work in list(self.work.items()):
             if (quiet_s := now - work.quiet_since_s) > self.farm.config.call_timeout_s:
                 self.reports = {r: n for r, n in self.reports.items() if n != name}
-                self._worker_fell(self._worker(name), kind="hang", message=f"no step for {quiet_s:.0f} s")
+                self._worker_fell(self._worker(name), kind="hang", message=f"no request for {quiet_s:.0f} s")
 
     def _fault_of_server(self, slot: Slot, now: float) -> str:
         """Takes the server's last answer and asks anew. Returns what is wrong with it, if anything."""
@@ -257,7 +259,7 @@ class Run:
             except ray.exceptions.RayError as e:
                 return first_line(str(e))
             watch.suspect = False
-            self._note_steps(slot.name, watch.stats, now)
+            self._note_requests(slot.name, watch.stats, now)
         if watch.asked is None:
             watch.asked, watch.asked_at_s = slot.actor.stats.remote(), now
         if (silent_s := now - watch.asked_at_s) > limit_s:
@@ -269,7 +271,7 @@ class Run:
     def _watch_of(self, slot: Slot) -> Watch:
         return self.watches.setdefault(slot.name, Watch())
 
-    def _note_steps(self, server: str, stats: BatchStats, now: float) -> None:
+    def _note_requests(self, server: str, stats: BatchStats, now: float) -> None:
         for name, quiet_s in stats.quiet_s.items():
             if name in self.work and self.work[name].server == server:
                 work = self.work[name]
@@ -296,6 +298,7 @@ def total(every: Sequence[BatchStats]) -> BatchStats:
     return BatchStats(
         batches=sum(s.batches for s in every),
         requests=sum(s.requests for s in every),
+        actions=sum(s.actions for s in every),
         busy_s=sum(s.busy_s for s in every),
     )
 

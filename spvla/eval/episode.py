@@ -1,6 +1,11 @@
-"""The evaluation protocol on one page: reset, settle unseen, then frame -> action -> step until success or limit."""
+"""The evaluation protocol on one page: reset, settle unseen, then observe -> act -> step until success or limit.
+
+A policy answers with a chunk of K actions, of which the first n wait in a queue; it is asked again when that is empty,
+and only then are pictures drawn. A policy of one step is the case K = n = 1.
+"""
 
 import time
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -8,11 +13,12 @@ import numpy as np
 from spvla.errors import InfrastructureError, SpvlaError
 from spvla.policies.openvla.actions import gripper_to_env
 from spvla.policies.openvla.images import evaluation_image
-from spvla.types import ACTION_DIM, Env, Outcome, Status, Trial
+from spvla.types import ACTION_DIM, Env, Needs, Observation, Outcome, Status, Trial
 
 WAIT_ACTION = np.array([0.0, 0, 0, 0, 0, 0, -1])  # stand still, gripper open
+FILM_CAMERA = "agentview"
 
-Act = Callable[[np.ndarray, str], np.ndarray]  # (224, 224, 3) uint8, instruction -> (7,) action, gripper 1 open
+Act = Callable[[Observation], np.ndarray]  # observation -> (K, 7) actions, gripper 1 open
 
 
 def run_trial(
@@ -20,30 +26,36 @@ def run_trial(
     act: Act,
     trial: Trial,
     *,
+    needs: Needs,
     num_steps_wait: int,
     center_crop: bool,
     max_steps: int,
     on_frame: Callable[[np.ndarray], None] | None = None,
 ) -> Outcome:
-    """Plays one trial to its end. `on_frame` gets every frame the policy acts on, (256, 256, 3) uint8, upright.
+    """Plays one trial to its end. `on_frame` gets the frame before each action, (256, 256, 3) uint8, upright.
 
-    A policy that answers with anything but seven finite numbers has failed the trial. Whatever else goes wrong is no
-    verdict on the policy and raises InfrastructureError, which names the task, init state and step.
+    A policy that answers with anything but K times seven finite numbers has failed the trial. Whatever else goes wrong
+    is no verdict on the policy and raises InfrastructureError, which names the task, init state and step.
     """
     started = time.monotonic()
     step, taken, status, note = -num_steps_wait, 0, Status.FAILURE, ""
+    queue: deque[np.ndarray] = deque()  # actions (7,) that the policy has given and that are still to be executed
     try:
         env.reset(trial.init_state)
         for step in range(-num_steps_wait, max_steps):
             if step < 0:
                 env.step(WAIT_ACTION)  # objects fall before the policy acts; success does not count yet
                 continue
-            observation = env.image()
+            frames = Frames(env)
             if on_frame is not None:
-                on_frame(observation[::-1, ::-1])
-            action = act(evaluation_image(observation, center_crop=center_crop), env.instruction)
-            if fault := fault_of(action):
-                note = f"{fault} at step {step}"
+                on_frame(frames[FILM_CAMERA][::-1, ::-1])
+            if not queue:
+                chunk = act(observe(env, frames, needs, center_crop=center_crop))
+                if note := fault_of_chunk(chunk, needs.chunk, step):
+                    break
+                queue.extend(chunk[: needs.execute])
+            action = queue.popleft()
+            if note := fault_of_action(action, step):
                 break
             taken = step + 1
             if env.step(gripper_to_env(action)):
@@ -58,10 +70,34 @@ def run_trial(
     return Outcome(status=status, steps=taken, seconds=time.monotonic() - started, state_digest=digest, note=note)
 
 
-def fault_of(action: np.ndarray) -> str:
-    """What is wrong with a policy's answer, or nothing."""
-    if np.shape(action) != (ACTION_DIM,):
-        return f"action of shape {np.shape(action)}"
+class Frames(dict[str, np.ndarray]):
+    """What the cameras show at one moment, each drawn when it is first looked at: (256, 256, 3) uint8, not rotated."""
+
+    def __init__(self, env: Env) -> None:
+        self.env = env
+
+    def __missing__(self, camera: str) -> np.ndarray:
+        self[camera] = self.env.image(camera)
+        return self[camera]
+
+
+def observe(env: Env, frames: Frames, needs: Needs, *, center_crop: bool) -> Observation:
+    """What the policy sees now, and no more than it needs. The wrist's image goes the main image's way."""
+    return Observation(
+        images=tuple(evaluation_image(frames[camera], center_crop=center_crop) for camera in needs.cameras),
+        instruction=env.instruction,
+        proprio=env.proprio()[0] if needs.proprio else None,
+    )
+
+
+def fault_of_chunk(chunk: np.ndarray, length: int, step: int) -> str:
+    """What is wrong with the form of a policy's answer, or nothing."""
+    fits = np.shape(chunk) == (length, ACTION_DIM)
+    return "" if fits else f"actions of shape {np.shape(chunk)} at step {step}"
+
+
+def fault_of_action(action: np.ndarray, step: int) -> str:
+    """Why an action cannot be executed, or nothing."""
     if np.isnan(action).any():
-        return "NaN action"
-    return "" if np.isfinite(action).all() else "infinite action"
+        return f"NaN action at step {step}"
+    return "" if np.isfinite(action).all() else f"infinite action at step {step}"

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from spvla.benchmarks.libero.assets import AssetSet
-from spvla.types import Env, Outcome, Status, Trial
+from spvla.types import ONE_STEP, Env, Needs, Observation, Outcome, Status, Trial
 
 
 def differing(one: object, other: object, names: Sequence[str]) -> list[str]:
@@ -25,11 +23,12 @@ class Version:
     path: str
     base: str  # checkpoint that is loaded; the adapter, if any, joins it
     is_adapter: bool
+    needs: Needs = ONE_STEP  # what environments must show it, and how many of its actions they execute
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """`load(base, settings)` opens a policy that also takes adapters in: an OpenVLAPolicy, or a test's fake."""
+    """`load(version, settings)` opens a version's base, a policy that also takes adapters in; tests give fakes."""
 
     device: str  # "cpu" or "cuda"
     dtype: str
@@ -39,7 +38,7 @@ class ServerSettings:
     max_batch: int
     wait_ms: float | None
     log_folder: str | None
-    load: Callable[[str, "ServerSettings"], Any]
+    load: Callable[[Version, "ServerSettings"], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +54,10 @@ class ServerFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One step's question. 150 KB, mostly image: it travels inline in Ray's message."""
+    """One question to a policy. 150 KB an image: with two it still travels inline in Ray's message."""
 
     version: str  # digest
-    image: np.ndarray  # (224, 224, 3) uint8
-    instruction: str
+    observation: Observation
     unnorm_key: str
 
 
@@ -91,7 +89,10 @@ class WorkerFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
+    """A trial for a worker to play."""
+
     trial: Trial
+    needs: Needs  # of the trial's policy
     unnorm_key: str
     film: frozenset[Status]  # outcomes worth a video
 

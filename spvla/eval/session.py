@@ -140,6 +140,7 @@ class Session:
         job = Job(
             protocol=protocol.digest,
             trials=missing,
+            needs={v.digest: v.needs for v in plan.versions},
             unnorm_keys=plan.unnorm_keys,
             instructions=plan.instructions,
             steps_limit={suite: protocol.steps_limit(suite) for suite in plan.suites},

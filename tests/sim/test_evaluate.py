@@ -114,8 +114,9 @@ def test_a_real_evaluation_equals_the_same_trials_played_one_by_one(
     for row in reversed(rows):
         alone = run_trial(
             env,
-            lambda image, text: policy.act([image], [text], unnorm_key="libero_object_no_noops")[0],
+            lambda observation: policy.act([observation], unnorm_key="libero_object_no_noops")[0],
             row.trial,
+            needs=policy.needs,
             num_steps_wait=2,
             center_crop=True,
             max_steps=6,

@@ -1,4 +1,4 @@
-"""`OpenVLAPolicy`: images and instructions in, actions out, for any number of resident adapters on one base.
+"""`OpenVLAPolicy`: observations in, actions out, for any number of resident adapters on one base.
 
 Legend: B batch, A action dims (7), V vocabulary.
 """
@@ -18,20 +18,23 @@ from spvla.model.adapters import STATISTICS, read_adapter
 from spvla.model.openvla import OpenVLA
 from spvla.model.resident import Residents, read_statistics
 from spvla.model.transfer import to_device
+from spvla.policies.observations import check_images, check_length, check_observations
 from spvla.policies.openvla.actions import ActionStats, decode
 from spvla.policies.openvla.decoding import Decoder
 from spvla.policies.openvla.images import to_pixel_values
 from spvla.policies.openvla.prompt import prompt_ids
-from spvla.types import IMAGE_SIZE
+from spvla.types import ONE_STEP, Observation
 
 PROMPT_MULTIPLE = 8  # a fixed bucket whose prompts turn out longer grows in these steps
 
 
 class OpenVLAPolicy:
-    """What `load_policy` returns. `norm_stats` are the base's; each adapter brings its own over them.
+    """A `Policy` of one image and one step. `norm_stats` are the base's; each adapter brings its own over them.
 
     Two threads may use it: on a GPU the second's batch is then ready when the first's is done.
     """
+
+    needs = ONE_STEP
 
     def __init__(
         self,
@@ -53,24 +56,24 @@ class OpenVLAPolicy:
 
     def act(
         self,
-        images: Sequence[np.ndarray],
-        instructions: Sequence[str],
+        observations: Sequence[Observation],
         *,
         unnorm_key: str | Sequence[str],
         adapters: Sequence[str | None] | None = None,
     ) -> np.ndarray:
-        """B images (224, 224, 3) uint8 and instructions -> (B, A) float64 actions, un-normalised, gripper 1 open.
+        """B observations -> (B, 1, A) float64 actions, un-normalised, gripper 1 open.
 
         adapters: for each request the name of a resident adapter, or None for the base; by default all use what
         the policy was loaded as. Raises UserError.
         """
-        check_images(images)
-        keys = [unnorm_key] * len(images) if isinstance(unnorm_key, str) else list(unnorm_key)
-        check_length("unnorm_key", keys, len(images))
-        names = self._adapter_names(adapters, len(images))
+        check_observations(observations, self.needs)
+        count = len(observations)
+        keys = [unnorm_key] * count if isinstance(unnorm_key, str) else list(unnorm_key)
+        check_length("unnorm_key", keys, count)
+        names = self._adapter_names(adapters, count)
         stats = [self.action_stats(key, name) for key, name in zip(keys, names, strict=True)]
-        ids = self.decode(images, instructions, adapters=names)
-        return np.stack([s.unnormalise(decode(row)) for s, row in zip(stats, ids, strict=True)])
+        ids = self.decode([o.images[0] for o in observations], [o.instruction for o in observations], adapters=names)
+        return np.stack([s.unnormalise(decode(row))[None] for s, row in zip(stats, ids, strict=True)])
 
     def decode(
         self,
@@ -82,7 +85,8 @@ class OpenVLAPolicy:
         seeds: Sequence[int] | None = None,
         adapters: Sequence[str | None] | None = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """As `act`, giving ids (B, A) int64, or with `logits` (ids, logits (B, A, V) float32).
+        """B images (224, 224, 3) uint8 and instructions -> ids (B, A) int64, or with `logits` (ids, logits
+        (B, A, V) float32).
 
         Sampling (temperature above 0) needs a seed for each request.
         """
@@ -174,24 +178,3 @@ class OpenVLAPolicy:
 
     def _pixels(self, images: Sequence[np.ndarray]) -> Tensor:
         return to_pixel_values(to_device(torch.from_numpy(np.stack(images)), self.model.device))
-
-
-def check_images(images: Sequence[np.ndarray]) -> None:
-    wanted = (IMAGE_SIZE, IMAGE_SIZE, 3)
-    if not len(images):
-        raise UserError("no images", expected="at least one", remedy="Give images and instructions.")
-    for i, image in enumerate(images):
-        shape, dtype = getattr(image, "shape", type(image).__name__), getattr(image, "dtype", None)
-        if shape != wanted or dtype != np.uint8:
-            raise UserError(
-                f"images[{i}] of shape {shape} and type {dtype}",
-                expected=f"{wanted} uint8",
-                remedy="Use spvla.policies.openvla.images.evaluation_image for camera frames, or resize_lanczos.",
-            )
-
-
-def check_length(name: str, values: Sequence[Any], count: int) -> None:
-    if len(values) != count or isinstance(values, str):
-        raise UserError(
-            f"{name}: {len(values)} for {count} images", expected="one for each image", remedy=f"Correct {name}."
-        )
