@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ _ENVIRONMENT = {
     "RAY_max_direct_call_object_size": "400000",  # a 256 x 256 frame (196 KB) travels inline: twice the rate
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+
+ANSWER_S = 5.0
 
 
 @contextmanager
@@ -63,6 +66,8 @@ def _start(num_cpus: int | None) -> None:
 
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _require_answer(address)
     try:
         if address or os.environ.get("RAY_JOB_ID"):
             ray.init(**quiet)
@@ -70,12 +75,56 @@ def _start(num_cpus: int | None) -> None:
         print("ray  starting a cluster on this machine", file=sys.stderr)
         _keep_token_private()
         ray.init(address="local", num_cpus=num_cpus, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as e:
+    except Exception as e:  # Ray raises what its parts raise: OSError, RuntimeError, its own, and bare Exception
+        raise explained(e, address) from e
+
+
+def _require_answer(address: str) -> None:
+    """Raises ClusterError where nobody listens at RAY_ADDRESS: Ray itself would try for minutes."""
+    scheme, _, place = address.rpartition("://")
+    host, _, port = place.rpartition(":")
+    if scheme in ("http", "https"):
         raise ClusterError(
-            f"no Ray cluster at {address or 'this machine'} ({str(e).splitlines()[0]})",
-            expected="a running cluster that accepts this user's token",
-            remedy="Correct or unset RAY_ADDRESS; `ray status` shows whether a cluster answers.",
+            f"RAY_ADDRESS={address} is a job server's address",
+            expected="a cluster's, such as 10.0.0.1:6379 or auto",
+            remedy="Unset RAY_ADDRESS; `ray job submit` takes that address from RAY_API_SERVER_ADDRESS.",
+        )
+    if not port.isdigit() or scheme not in ("", "ray"):
+        return  # "auto", or what Ray will have an opinion on
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+    except OSError as e:
+        raise ClusterError(
+            f"nobody answers at RAY_ADDRESS={address} ({e.strerror or e})",
+            expected="a running Ray cluster",
+            remedy="Start it (`ray start --head`), correct RAY_ADDRESS, or unset it for a cluster on this machine.",
         ) from e
+
+
+def explained(e: Exception, address: str | None) -> ClusterError:
+    """What kept Ray from starting, or from joining the cluster at `address`, with its remedy."""
+    text = " ".join(str(e).split())
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    if "path length" in text:
+        expected = "a folder whose sockets have names of at most 107 bytes"
+        remedy = f"Give Ray a shorter folder than {folder} in RAY_TMPDIR."
+    elif "ersion mismatch" in text or "was started with" in text:
+        expected = "one version of Ray and Python everywhere"
+        remedy = "Install on this machine what the cluster has, or run on one of its machines."
+    elif "token" in text.lower() or "Authentication" in type(e).__name__ or "UNAUTHENTICATED" in text:
+        expected = "the cluster's own token"
+        remedy = "Copy its ~/.ray/auth_token (mode 600) here, or unset RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH."
+    elif isinstance(e, OSError):
+        expected = "a folder for Ray's session, writable and with room"
+        remedy = f"Free {folder}, or give Ray a folder of this user's own in RAY_TMPDIR."
+    elif address:
+        expected = "a running cluster that accepts this user's token"
+        remedy = "Correct or unset RAY_ADDRESS; `ray status` shows whether a cluster answers."
+    else:
+        expected = "a local cluster within a minute"
+        remedy = f"Its logs are in {folder}/ray/session_latest/logs; free memory and try again."
+    got = f"no Ray cluster at RAY_ADDRESS={address} ({text})" if address else f"Ray does not start here ({text})"
+    return ClusterError(got, expected=expected, remedy=remedy)
 
 
 def _keep_token_private() -> None:
