@@ -74,12 +74,13 @@ def stove() -> Asset:
         parts=(
             box((0, 0, 0), (0.095, 0.095, 0.02), STEEL, name="base"),
             box((0, 0, 0.025), (0.095, 0.095, 5e-4), STEEL, seen=False, name="collision_burner"),
+            *plate,
+            *bars,
         ),
         sites=(
             Site(name="cook_region", pos=(0, 0, 0), size=(0.075, 0.075, 0.0025)),
             Site(name="burner", pos=(0, 0, 0.022), size=(0.0625, 5e-4), shape="cylinder", rgba=(0.9, 0.05, 0.05, 1.0)),
         ),
-        children=(Body(name="burner_plate", parts=(*plate, *bars)),),
     )
     knob = (
         *round_bar((0.0013, 0.0043, 0.0066), 0.046, 0.0062, DARK),
