@@ -17,6 +17,8 @@ Objective = Literal["spin", "spvla", "sft"]
 LossType = Literal["sigmoid", "hinge"]
 Reduction = Literal["sum", "mean"]
 OpponentUpdate = Literal["iteration", "ema"]
+DecayOn = Literal["all", "matrices"]
+LossColumns = Literal["all", "action"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "bf16", "fp32"]
 WandbMode = Literal["online", "offline"]
@@ -31,11 +33,21 @@ ABOVE_0 = (
     *("worker_memory_gb",),
 )
 AT_LEAST_0 = (
-    *("decode_batch_size", "lora_dropout", "max_concurrent", "max_failure_videos", "max_failures", "max_retries"),
+    *("adam_beta1", "adam_beta2"),
+    *(
+        "adam_beta1",
+        "adam_beta2",
+        "decode_batch_size",
+        "lora_dropout",
+        "max_concurrent",
+        "max_failure_videos",
+        "max_failures",
+        "max_retries",
+    ),
     *("num_decoders", "num_envs", "num_steps_wait", "num_videos", "num_workers", "opponent_temperature", "seed"),
     *("sft_weight", "val_steps", "wait_ms", "warmup_steps", "weight_decay"),
 )
-BELOW_1 = ("lora_dropout", "promote_level")
+BELOW_1 = ("adam_beta1", "adam_beta2", "lora_dropout", "promote_level")
 
 
 def require(condition: bool, got: str, *, expected: str, remedy: str) -> None:
@@ -145,6 +157,10 @@ class StepConfig:
     opponent_update: OpponentUpdate = "iteration"
     """iteration: the opponent stays the start policy; ema: it follows the policy after each step"""
     ema_decay: float = 0.9999
+    loss_columns: LossColumns = "all"
+    """action: sft takes the loss of the action tokens alone, not of the end of sequence, and computes no logits of
+    other words. Their rows of the output head must be zeros, as in the presets, and stay so; the probabilities are
+    those of all"""
     skip_hard_above: float | None = None
     """spvla: skip a batch whose cross entropy is at least this"""
     logit_scale: float = 1.0
@@ -158,6 +174,11 @@ class StepConfig:
     lora_dropout: float = 0.0
     learning_rate: float = 5e-4
     weight_decay: float = 0.01
+    weight_decay_on: DecayOn = "all"
+    """matrices: not norms, biases and scales, as is usual where a policy is learnt from nothing"""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    """0.95 is usual where a policy is learnt from nothing"""
     lr_schedule: LrSchedule = "constant"
     warmup_steps: int = 0
     max_grad_norm: float | None = None
@@ -175,7 +196,8 @@ class TrainConfig(StepConfig):
     """Fine-tune a policy by self-play (or plain behaviour cloning), as a Ray Train run."""
 
     vla_path: str = "openvla/openvla-7b"
-    """start policy: a checkpoint or adapter folder, a Hugging Face name in the local cache, or the preset 'tiny'"""
+    """start policy: a checkpoint or adapter folder, a Hugging Face name in the local cache, or random weights
+    (from --seed) of the preset 'small' or 'tiny'"""
     data_root_dir: Path = Path("datasets")
     """folder of TFDS data sets; an index is built beside each when it is missing"""
     dataset_name: str = "libero_spatial_no_noops"
@@ -234,6 +256,12 @@ class TrainConfig(StepConfig):
             f"--use_lora False with --lora_dropout {self.lora_dropout}",
             expected="LoRA, whose rows the dropout is for",
             remedy="Drop one of the two.",
+        )
+        require(
+            self.loss_columns == "all" or self.objective == "sft",
+            f"--loss_columns {self.loss_columns} with --objective {self.objective}",
+            expected="all, for self-play",
+            remedy="Drop --loss_columns: the probabilities are the same.",
         )
         require(
             0 <= self.ema_decay <= 1,

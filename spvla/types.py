@@ -60,6 +60,7 @@ class Batch:
     labels: np.ndarray  # (B, T) int64: the last eight real positions, -100 elsewhere
     actions: np.ndarray  # (B, 7) float32, normalised to [-1, 1]
     samples: np.ndarray  # (B,) int64: index of each frame in the store, stable over epochs
+    proprio: np.ndarray | None = None  # (B, 8) float32, normalised; where the policy needs it
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

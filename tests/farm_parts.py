@@ -89,9 +89,9 @@ def fake_farm(
 
 def tiny_with_statistics(folder: Path) -> Path:
     """A tiny checkpoint with random weights that may act in any suite."""
-    from spvla.policies.openvla.presets import create_tiny
+    from spvla.policies.openvla.presets import create_preset
 
-    create_tiny(folder)
+    create_preset(folder, "tiny")
     low, high = [-0.9] * 6 + [0.0], [0.9] * 6 + [1.0]
     limits = {"q01": low, "q99": high, "min": low, "max": high, "mean": [0.0] * 7, "std": [1.0] * 7}
     statistics = {"action": limits | {"mask": [True] * 6 + [False]}}

@@ -79,12 +79,13 @@ def take_step(learner: Learner, *batches: Batch) -> dict[str, float]:
 
 def take(batch: Batch, rows: slice) -> Batch:
     """Some samples of a batch."""
-    return Batch(**{name: value[rows] for name, value in vars(batch).items()})
+    return Batch(**{name: None if value is None else value[rows] for name, value in vars(batch).items()})
 
 
 def join(*batches: Batch) -> Batch:
     """Batches of one width as one."""
-    return Batch(**{name: np.concatenate([getattr(b, name) for b in batches]) for name in vars(batches[0])})
+    held = [name for name, value in vars(batches[0]).items() if value is not None]
+    return Batch(**{name: np.concatenate([getattr(b, name) for b in batches]) for name in held})
 
 
 def golden_core(golden: Path) -> OpenVLA:
@@ -95,9 +96,11 @@ def golden_core(golden: Path) -> OpenVLA:
 def golden_inputs(arrays: Mapping[str, np.ndarray]) -> Inputs:
     """The reference's training batch of four, from its pixel values on."""
     ids, start = arrays["train_input_ids"].astype(np.int64), arrays["train_attention_mask"].sum(1) - REAL_ROWS
+    targets = torch.from_numpy(np.take_along_axis(ids, start[:, None] + np.arange(REAL_ROWS), 1))
     return Inputs(
         pixels=torch.from_numpy(arrays["train_pixel_values"]),
         text=torch.from_numpy(ids[:, :-1]),
         start=torch.from_numpy(start.astype(np.int64)),
-        targets=torch.from_numpy(np.take_along_axis(ids, start[:, None] + np.arange(REAL_ROWS), 1)),
+        targets=targets,
+        real=targets[:, :ACTION_DIM],
     )

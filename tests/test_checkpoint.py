@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import spvla
 from spvla.errors import CheckpointError, UserError
 from spvla.model.adapters import add_lora, load_adapter, lora_layers, read_adapter, use_adapter
 from spvla.model.convert import convert
+from spvla.model.openvla import OpenVLA
 from spvla.model.weights import INDEX, SINGLE, open_weights, write_weights
 from spvla.policies.checkpoint import (
     base_of,
@@ -30,14 +32,14 @@ from spvla.policies.checkpoint import (
     save_merged,
     save_model,
 )
-from spvla.policies.openvla.presets import create_tiny
+from spvla.policies.openvla.presets import create_preset, preset
 
 STATS = {"suite": {"action": {"q01": [0.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}}
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return create_tiny(tmp_path_factory.mktemp("tiny") / "base")
+    return create_preset(tmp_path_factory.mktemp("tiny") / "base", "tiny")
 
 
 @pytest.fixture
@@ -68,8 +70,19 @@ def reshard(folder: Path, max_shard_bytes: int) -> None:
 
 def test_tiny_is_a_few_million_parameters_and_the_same_for_equal_seeds(tiny: Path, tmp_path: Path) -> None:
     assert sum(t.numel() for t in state_of(tiny).values()) < 10_000_000
-    assert (create_tiny(tmp_path / "again") / SINGLE).read_bytes() == (tiny / SINGLE).read_bytes()
-    assert (create_tiny(tmp_path / "other", seed=1) / SINGLE).read_bytes() != (tiny / SINGLE).read_bytes()
+    assert (create_preset(tmp_path / "again", "tiny") / SINGLE).read_bytes() == (tiny / SINGLE).read_bytes()
+    assert (create_preset(tmp_path / "other", "tiny", seed=1) / SINGLE).read_bytes() != (tiny / SINGLE).read_bytes()
+
+
+def test_what_libero_uses_of_small_fits_23_and_a_half_mib_in_bfloat16() -> None:
+    """Without what never runs in the towers, and with 400 rows of the vocabulary going in, 256 coming out."""
+    with torch.device("meta"):
+        model = OpenVLA(preset("small"))
+    never_run = re.compile(r"vision_backbone\.\w+\.(blocks\.5\.|norm\.|attn_pool\.)")
+    sizes = {name: p.numel() for name, p in model.named_parameters() if not never_run.match(name)}
+    vocabulary = [name for name in sizes if "embed_tokens" in name or "lm_head" in name]
+    used = sum(sizes.values()) - sum(sizes[name] for name in vocabulary) + (400 + 256) * 256
+    assert used == 12_108_544 and 2 * used < 23.5 * 2**20
 
 
 def test_the_name_tiny_makes_its_checkpoint_in_the_cache(monkeypatch, tmp_path: Path) -> None:
@@ -228,7 +241,7 @@ def test_a_full_disk_is_an_error_of_the_disk(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr("spvla.model.weights.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        create_tiny(tmp_path / "tiny")
+        create_preset(tmp_path / "tiny", "tiny")
     assert not list(tmp_path.iterdir())
 
 

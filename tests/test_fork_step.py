@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from selfplay_parts import golden_core, golden_inputs, ragged_batch, take_step
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from spvla.config import StepConfig
 from spvla.model.adapters import add_lora
 from spvla.train import questions
+from spvla.train.adapters import Adapter
 from spvla.train.scoring import Inputs, Reply, score_real
 from spvla.train.step import Learner, Shares
 from spvla.types import ACTION_DIM
@@ -49,7 +51,7 @@ def golden_model(golden: Path, *names: str) -> nn.Module:
 def test_a_step_equals_the_forks_against_the_base(golden: Path, inputs: Inputs, loss_type: str) -> None:
     expected, batch = golden_numbers(golden, f"{loss_type}/seed0base"), ragged_batch(4)
     learner = Learner(golden_model(golden, "policy"), StepConfig(**{**vars(FORK), "loss_type": loss_type}))
-    reply = learner.asker.opponent.own_greedy(inputs)
+    reply = learner.asker.answer(inputs, torch.zeros(4, ACTION_DIM))
     objective, measured = learner._losses(inputs, reply, Shares(1 / 4, 1 / 4))
     objective.backward()
     check_gradient(learner, expected)
@@ -76,10 +78,9 @@ def test_a_step_equals_the_forks_against_its_own_copy(golden: Path, inputs: Inpu
     bound to the original). Ours is frozen as a whole; with the towers tied for this test its numbers come out."""
     expected, batch = golden_numbers(golden, f"{loss_type}/same"), ragged_batch(4)
     learner = Learner(golden_model(golden, "policy", "opponent"), StepConfig(**{**vars(FORK), "loss_type": loss_type}))
-    frozen = learner.asker.opponent.loras
 
-    def tied(inputs: object) -> Reply:
-        loras = lambda site: (learner.policy.lora if site.startswith("vision") else frozen)(site)  # noqa: E731
+    def tied(inputs: object, uniforms: object) -> Reply:
+        loras = lambda site: (learner.policy.lora if site.startswith("vision") else frozen.lora)(site)  # noqa: E731
         logits = score_real(learner.network, inputs, loras)[:, :ACTION_DIM]
         return Reply(
             generated=logits.detach().argmax(-1),
@@ -91,7 +92,8 @@ def test_a_step_equals_the_forks_against_its_own_copy(golden: Path, inputs: Inpu
     assert first["selfplay_loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert first["real_rewards"] == first["generated_rewards"] == 0
     learner = Learner(golden_model(golden, "policy", "opponent"), learner.config)
-    frozen, learner.asker.opponent.own_greedy = learner.asker.opponent.loras, tied
+    frozen = Adapter("opponent", learner.network.parts, dtype=torch.float32, trainable=False, bind=False)
+    learner.asker.answer = tied
     first, second = take_step(learner, batch), take_step(learner, batch)
     assert first["grad_norm"] == pytest.approx(expected["lora_grad_norm"], rel=1e-5)
     assert second["total_loss"] == pytest.approx(expected["after1/total"], abs=1e-5)

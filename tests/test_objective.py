@@ -64,6 +64,12 @@ def test_token_log_probs_of_three_logits() -> None:
     )
 
 
+def test_logits_that_are_zero_need_not_be_given() -> None:
+    logits, ids = torch.tensor([[1.0, -2.0, 3.0]]), torch.tensor([2])
+    whole = torch.cat((logits, torch.zeros(1, 5)), 1)
+    assert token_logps(logits, ids, zeros=5).item() == pytest.approx(token_logps(whole, ids).item(), rel=1e-6)
+
+
 def test_low_precision_logits_give_float32_log_probs() -> None:
     logits = torch.randn(2, 7, 100, dtype=torch.bfloat16)
     ids = torch.randint(0, 100, (2, 7))

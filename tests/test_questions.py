@@ -43,13 +43,13 @@ def test_of_several_questions_only_the_unknown_are_passed_on(tmp_path: Path) -> 
     learner = Learner(tiny_model("policy"), StepConfig(), replies=store)
     old, new = ragged_batch(2, seed=1), ragged_batch(3, seed=2)
     take_step(learner, old)
-    before, reply = learner.ask([[old]])[0][0].reply, learner.asker.opponent.reply
+    before, reply = learner.ask([[old]])[0][0].reply, learner.asker.answer
 
     def only_three(inputs: Inputs, uniforms: torch.Tensor) -> Reply:
         assert len(inputs.text) == 3
         return reply(inputs, uniforms)
 
-    learner.asker.opponent.reply = only_three
+    learner.asker.answer = only_three
     (known,), (asked,) = learner.ask([[old], [new]])
     assert torch.equal(known.reply.generated, before.generated) and len(asked.reply.generated) == 3
 
@@ -80,13 +80,13 @@ def test_compiled_code_sees_passes_of_one_size_and_answers_stay_the_same() -> No
     model, coming = tiny_model("policy"), [[ragged_batch(2, seed=seed)] for seed in range(3)]
     plain, filled = Learner(model, StepConfig()).asker, Learner(model, StepConfig()).asker
     filled.config = StepConfig(compile=True)  # what is padded, without the compiler
-    sizes, reply = [], filled.opponent.reply
+    sizes, reply = [], filled.answer
 
     def watched(inputs: Inputs, uniforms: torch.Tensor) -> Reply:
         sizes.append(tuple(inputs.text.shape))
         return reply(inputs, uniforms)
 
-    filled.opponent.reply = watched
+    filled.answer = watched
     filled.ask(coming, 0)
     ((ours,),), ((theirs,),) = filled.ask(coming[:1], 3), plain.ask(coming[:1], 3)
     assert torch.equal(ours.reply.generated, theirs.reply.generated)

@@ -14,6 +14,9 @@ from selfplay_parts import join, ragged_batch, take, take_step, tiny_core, tiny_
 from spvla.config import StepConfig
 from spvla.errors import CheckpointError, TrainingError, UserError
 from spvla.model.adapters import add_lora
+from spvla.train.adapters import Flat
+from spvla.train.objective import token_logps
+from spvla.train.optimizer import Optimizer
 from spvla.train.replies import ReplyStore
 from spvla.train.scoring import to_inputs
 from spvla.train.settings import learning_rate
@@ -68,7 +71,7 @@ def collided_batch(learner: Learner, size: int) -> Batch:
     """A batch whose real actions are the opponent's own, but for the last sample."""
     batch = ragged_batch(size, even=True)
     inputs = to_inputs(batch, "cpu")
-    own = learner.asker.opponent.reply(inputs, torch.zeros(size, ACTION_DIM)).generated.numpy()
+    own = learner.asker.answer(inputs, torch.zeros(size, ACTION_DIM)).generated.numpy()
     own[-1] = inputs.real[-1]
     start = int(inputs.start[0])
     ids = batch.input_ids.copy()
@@ -161,6 +164,36 @@ def test_the_gradient_is_clipped_to_its_norm() -> None:
     assert (moment.norm() / 0.1).item() == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_the_gradients_norm_loses_no_small_terms() -> None:
+    """5 million terms of 1e-4 beside one of 10: the norm is sqrt(100 + 0.05) = 10.0025, and 10 if they are lost."""
+    optimizer = Optimizer(Flat([torch.zeros(5_000_000)], dtype=torch.float32, trainable=False), None, SPIN)
+    optimizer.gradient.fill_(1e-4)
+    optimizer.gradient[0] = 10.0
+    norm = optimizer.update(torch.zeros(()), None, 0.0)["grad_norm"]
+    assert norm.item() == pytest.approx(math.sqrt(100.05), rel=1e-6)
+
+
+def test_weight_decay_can_spare_norms_biases_and_scales() -> None:
+    """With a gradient of zero AdamW only decays: by 0.9 here, of all or of what has two dimensions."""
+    flags = {"objective": "sft", "use_lora": False, "learning_rate": 0.5, "weight_decay": 0.2}
+    for on, expected in (("all", 0.9), ("matrices", 1.0)):
+        learner = Learner(tiny_core(), StepConfig(weight_decay_on=on, **flags))
+        tower = learner.network.core.vision_backbone.featurizer
+        before = tower.pos_embed.clone(), tower.blocks[0].norm1.weight.clone()
+        learner.optimizer.update(torch.zeros(()), None, 0.5)
+        torch.testing.assert_close(tower.pos_embed, 0.9 * before[0])
+        torch.testing.assert_close(tower.blocks[0].norm1.weight, expected * before[1])
+
+
+def test_betas_decide_the_moments() -> None:
+    """After one step exp_avg is (1 - beta1) g and exp_avg_sq (1 - beta2) g^2."""
+    learner = Learner(tiny_model("policy"), StepConfig(adam_beta1=0.8, adam_beta2=0.95))
+    take_step(learner, ragged_batch(2))
+    moments, gradient = learner.optimizer.moments(), learner.optimizer.gradient
+    torch.testing.assert_close(moments["exp_avg"], 0.2 * gradient)
+    torch.testing.assert_close(moments["exp_avg_sq"], 0.05 * gradient.square(), rtol=1e-4, atol=1e-12)
+
+
 def test_schedules_warm_up_and_fall() -> None:
     base = {"learning_rate": 1.0, "warmup_steps": 4, "max_steps": 14}
     rates = {
@@ -214,7 +247,7 @@ def test_kept_replies_spare_the_opponent_and_change_nothing(tmp_path: Path) -> N
     batches = [ragged_batch(2, seed=seed) for seed in (1, 2)]
     for batch in batches:
         take_step(kept, batch), take_step(fresh, batch)
-    kept.asker.opponent.reply = None  # from here on it must not be asked
+    kept.asker.answer = lambda *_: pytest.fail("asked")  # from here on it must not be asked
     for batch in batches:
         mixed = take(join(batch), slice(None, None, -1))  # another order
         ours, theirs = take_step(kept, mixed), take_step(fresh, mixed)
@@ -276,6 +309,29 @@ def test_a_state_of_another_rank_is_refused() -> None:
     state = Learner(tiny_model("policy", rank=2), SPIN).state_dict()
     with pytest.raises(CheckpointError, match="lora_rank"):
         Learner(tiny_model("policy", rank=4), SPIN).load_state_dict(state)
+
+
+def test_the_action_columns_alone_give_the_numbers_of_all() -> None:
+    """The other rows of a preset's head are zeros: the same log-probs, over seven positions rather than eight."""
+    batch, flags = ragged_batch(3), {"objective": "sft", "use_lora": False, "learning_rate": 1e-3}
+    whole, narrow = (Learner(tiny_core(), StepConfig(loss_columns=c, **flags)) for c in ("all", "action"))
+    inputs = to_inputs(batch, "cpu")
+    with torch.no_grad():
+        logits = whole.family.score(inputs, whole.loras)[:, :ACTION_DIM]
+        assert torch.equal(logits[..., 31_744:32_000], narrow.family.score(inputs, narrow.loras)[:, :ACTION_DIM])
+    expected = -token_logps(logits, inputs.real).mean().item()
+    wide, metrics = take_step(whole, batch), take_step(narrow, batch)
+    assert metrics["train_loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["l1_loss"] == pytest.approx(wide["l1_loss"], rel=1e-5)
+    head = narrow.network.core.language_model.lm_head.weight
+    assert not head[:31_744].any() and not head[32_000:].any() and head[31_744:32_000].any()
+
+
+def test_the_action_columns_are_not_enough_for_a_head_that_has_learnt_other_words() -> None:
+    core = tiny_core()
+    core.language_model.lm_head.weight[5, 0] = 0.1
+    with pytest.raises(UserError, match="loss_columns"):
+        Learner(core, StepConfig(objective="sft", use_lora=False, loss_columns="action"))
 
 
 def test_every_weight_can_be_trained_and_is_saved_by_the_model() -> None:

@@ -20,7 +20,7 @@ from spvla.errors import ClusterError, UserError
 from spvla.eval.ledger import Ledger
 from spvla.eval.summary import Summary
 from spvla.policies.checkpoint import policy_digest
-from spvla.policies.openvla.presets import create_tiny
+from spvla.policies.openvla.presets import create_preset
 from spvla.sweep import folder as sweep_folder
 from spvla.sweep.judge import evaluation, judge_new_checkpoints, success_rates
 from spvla.sweep.space import search_space
@@ -192,7 +192,7 @@ def test_a_sweep_trains_judges_ranks_and_tells_of_a_trial_that_fails_at_once(
     capsys: pytest.CaptureFixture[str],
     ray_cluster: None,
 ) -> None:
-    create_tiny(tmp_path / "start")
+    create_preset(tmp_path / "start", "tiny")
     (tmp_path / "data").symlink_to(data)
     monkeypatch.chdir(tmp_path)  # a trial's own working folder is another, where none of these paths would hold
     config = real_config(Path("data"), Path("."), space={"beta": "0.3", "learning_rate": "2e-4,5e-4,1e30"})

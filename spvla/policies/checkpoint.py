@@ -32,7 +32,7 @@ from spvla.model.quantized import quantise, require_quantiser
 from spvla.model.weights import Weights, open_weights, read_json, require_shapes, torch_dtype, write_weights
 from spvla.policies import packed
 from spvla.policies.openvla.policy import OpenVLAPolicy
-from spvla.policies.openvla.presets import TOWER_FILE, create_tiny
+from spvla.policies.openvla.presets import PRESETS, TOWER_FILE, create_preset
 from spvla.policies.openvla.prompt import load_tokenizer
 
 __all__ = [
@@ -52,7 +52,7 @@ __all__ = [
 CONFIG = "config.json"
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # written by old versions of transformers; computed here
 _COPIED = ("*.json", "*.model", "*.py")  # tokenizer, processor, and the original's code (never run here)
-_TINY_VERSION = 1  # raised when the tiny preset's bytes change
+_PRESETS_VERSION = 2  # raised when a preset's bytes change
 
 
 def load_policy(
@@ -64,7 +64,7 @@ def load_policy(
     load_in_4bit: bool = False,
     decode_batch_size: int = 0,
 ) -> OpenVLAPolicy:
-    """Opens a checkpoint folder, an adapter folder (with its base), a Hugging Face name in the local cache, or "tiny".
+    """Opens a checkpoint folder, an adapter folder (with its base), a cached Hugging Face name, or a preset.
 
     decode_batch_size: pad every batch to this many rows, so that no result depends on who shares its batch (and, on a
     GPU, so that it runs as one CUDA graph); 0 decodes each batch at its own size. Raises CheckpointError.
@@ -122,11 +122,12 @@ def require_device(device: str) -> None:
 
 
 def resolve(path: str | Path) -> Path:
-    """The folder of a path, of the preset "tiny", of a shipped policy, or of a Hugging Face name in the local cache."""
+    """The folder of a path, of a shipped policy, of a preset (at random weights), or of a cached Hugging Face name."""
     if str(path) in packed.shipped():
         return packed.unpacked(str(path))
-    if str(path) == "tiny":
-        return create_once(cache_dir() / "presets" / f"tiny-{_TINY_VERSION}", create_tiny)
+    if str(path) in PRESETS:
+        folder = cache_dir() / "presets" / f"{path}-{_PRESETS_VERSION}"
+        return create_once(folder, lambda new: create_preset(new, str(path)))
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -142,7 +143,7 @@ def resolve(path: str | Path) -> Path:
         remedy = "Correct the path."
     raise CheckpointError(
         f"no checkpoint at {path}",
-        expected=f"a folder, a Hugging Face name in the local cache, or {', '.join(['tiny', *packed.shipped()])}",
+        expected=f"a folder, a Hugging Face name in the local cache, or {', '.join([*PRESETS, *packed.shipped()])}",
         remedy=remedy,
     )
 

@@ -102,6 +102,12 @@ class Flat:
         grads = torch.autograd.grad(objective, self.trained, materialize_grads=True)
         total.add_(torch.cat([grad.flatten() for grad in grads]))
 
+    def matrices(self) -> Tensor:
+        """(N,) bool: what belongs to tensors of two dimensions or more, so not to norms, biases and scales."""
+        sizes = torch.tensor([math.prod(shape) for shape in self.shapes])
+        kinds = torch.tensor([len(shape) > 1 for shape in self.shapes])
+        return kinds.repeat_interleave(sizes).to(self.master.device)
+
     @torch.no_grad()
     def load(self, values: Tensor) -> None:
         self.master.copy_(values)

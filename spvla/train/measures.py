@@ -6,12 +6,13 @@ action_accuracy and l1_loss (teacher-forced), normalized_loss, selfplay_loss, an
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from spvla.policies.openvla import actions
 from spvla.train.objective import LossType, Reduction, cap_logits, reduce_tokens, spin_loss, token_logps
 from spvla.train.scoring import Inputs, Reply
-from spvla.types import ACTION_DIM
 
 Measures = dict[str, Tensor]
 
@@ -26,13 +27,34 @@ class Margin:
     reduction: Reduction
 
 
-def imitation(logits: Tensor, inputs: Inputs, centers: Tensor, softcap: float | None) -> Measures:
-    """Behaviour cloning's measures from (B, A + 1, V). `centers` (V,) is the action that each id stands for."""
-    guesses = logits[:, :ACTION_DIM].detach().argmax(-1)
-    miss = centers[guesses] - centers[inputs.real]
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The columns of the logits that are computed: all of the vocabulary, or those of actions.
+
+    The others are then known to be zeros, and the end of sequence, which is among them, has no loss.
+    """
+
+    start: int
+    zeros: int  # columns that are not computed
+    centers: Tensor  # (columns,) the action that each stands for
+
+    @classmethod
+    def of(cls, vocabulary: int, chosen: slice, device: torch.device) -> "Columns":
+        start, end, _ = chosen.indices(vocabulary)
+        centers = torch.from_numpy(actions.decode(np.arange(start, end))).float().to(device)
+        return cls(start=start, zeros=vocabulary - (end - start), centers=centers)
+
+
+def imitation(logits: Tensor, inputs: Inputs, columns: Columns, softcap: float | None) -> Measures:
+    """Behaviour cloning's measures from logits (B, R, columns); action tokens come first."""
+    real = inputs.real - columns.start
+    targets = real if columns.zeros else inputs.targets
+    logits = logits[:, : targets.shape[1]]
+    guesses = logits[:, : real.shape[1]].detach().argmax(-1)
+    miss = columns.centers[guesses] - columns.centers[real]
     return {
-        "train_loss": -token_logps(cap_logits(logits.float(), softcap), inputs.targets).mean(-1),
-        "action_accuracy": (guesses == inputs.real).float().mean(-1),
+        "train_loss": -token_logps(cap_logits(logits.float(), softcap), targets, zeros=columns.zeros).mean(-1),
+        "action_accuracy": (guesses == real).float().mean(-1),
         "l1_loss": miss.abs().mean(-1),
     }
 

@@ -47,7 +47,9 @@ class Network:
     With `compiled`, torch.compile is used on each half layer; call with few distinct shapes.
     """
 
-    def __init__(self, model: nn.Module, *, compiled: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, compiled: bool = False, columns: slice = slice(None)) -> None:
+        """`columns` are those of the logits that are wanted, in float32; the others' weights are not multiplied."""
+        self.columns = columns
         self.core: OpenVLA = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.llm = self.core.config.llm
         self.parts: dict[str, list[nn.Module]] = {}  # site -> the modules it stacks; where adapters look
@@ -130,8 +132,13 @@ class Network:
         return rms_norm(x, self._norm(f"{LLAMA}.norm"))
 
     def logits(self, hidden: Tensor, loras: Loras) -> Tensor:
-        """(..., D) -> (..., V)."""
-        return adapted(hidden, self.sites["lm_head"], loras("lm_head"))
+        """(..., D) -> (..., V), or the columns that are wanted."""
+        site, lora = self.sites["lm_head"], loras("lm_head")
+        if self.columns == slice(None):
+            return adapted(hidden, site, lora)
+        rows = site.weight[self.columns]
+        lora = lora and lora._replace(a=lora.a.float(), b=lora.b[self.columns].float())
+        return adapted(hidden.float(), Site(rows.float(), None, (len(rows),)), lora)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T) -> cos and sin (B, T, 1, K), float32."""

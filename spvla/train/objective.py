@@ -8,6 +8,7 @@ Two forms use the same loss and differ in the generated log-probs they put in:
   spvla  the original fork's: each model's own teacher-forced argmax, so two different sequences
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,10 +59,16 @@ def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def token_logps(logits: Tensor, ids: Tensor, *, scale: float = 1.0) -> Tensor:
-    """Log-prob of each token under float32 logits divided by `scale`: (..., V), (...) -> (...)."""
+def token_logps(logits: Tensor, ids: Tensor, *, scale: float = 1.0, zeros: int = 0) -> Tensor:
+    """Log-prob of each token under float32 logits divided by `scale`: (..., V), (...) -> (...).
+
+    `zeros` counts further tokens, whose logits are 0 and are not given.
+    """
     logits = logits.float() / scale
-    return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
+    total = logits.logsumexp(-1)
+    if zeros:
+        total = torch.logaddexp(total, total.new_full((), math.log(zeros)))
+    return logits.gather(-1, ids[..., None])[..., 0] - total
 
 
 def greedy_logps(logits: Tensor, *, scale: float = 1.0) -> Tensor:

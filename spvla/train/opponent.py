@@ -14,7 +14,7 @@ from spvla.types import ACTION_DIM
 
 
 class Opponent:
-    """`reply` is SPIN's, drawn token after token; `own_greedy` the fork's."""
+    """Answers a prompt with an action of its own, drawn token after token."""
 
     def __init__(self, network: Network, loras: Loras, speech: Speech) -> None:
         self.network, self.loras, self.speech = network, loras, speech
@@ -37,16 +37,6 @@ class Opponent:
             generated=torch.stack(ids, 1),
             real_logps=self.speech.logps(scored, inputs.real),
             generated_logps=torch.stack(logps, 1),
-        )
-
-    @torch.no_grad()
-    def own_greedy(self, inputs: Inputs) -> Reply:
-        """The fork's form: the most likely token at each position, given the real ones before it."""
-        logits = score_real(self.network, inputs, self.loras)[:, :ACTION_DIM]
-        return Reply(
-            generated=logits.argmax(-1),
-            real_logps=self.speech.logps(logits, inputs.real),
-            generated_logps=self.speech.greedy(logits),
         )
 
     def _next(self, ids: Tensor, at: Tensor, cache: Cache) -> Tensor:

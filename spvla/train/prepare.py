@@ -21,9 +21,7 @@ from spvla.files import safe_name, write_json
 from spvla.model.adapters import read_adapter
 from spvla.model.weights import open_weights
 from spvla.policies.checkpoint import base_of, policy_digest
-from spvla.policies.openvla.presets import create_tiny
-
-TINY = "tiny"  # the preset's name
+from spvla.policies.openvla.presets import PRESETS, create_preset
 
 # Flags that change how a run is carried out, not what it learns: they may differ when it goes on. The start policy and
 # the data are compared by what they hold, not by where they lie.
@@ -125,11 +123,11 @@ def require_datasets(config: TrainConfig) -> None:
 
 
 def start_policy(config: TrainConfig, run: Path) -> str:
-    """Absolute path (or local name) of the policy to start from; the preset 'tiny' is made in RUN/base first."""
-    if config.vla_path == TINY:
+    """Absolute path (or local name) of the policy to start from; a preset is made in RUN/base first, from --seed."""
+    if config.vla_path in PRESETS:
         base = run / "base"
         if not base.exists():
-            create_tiny(base, seed=config.seed)
+            create_preset(base, config.vla_path, seed=config.seed)
         return str(base)
     path = Path(config.vla_path).expanduser()
     return str(path.resolve()) if path.exists() else config.vla_path
@@ -137,7 +135,7 @@ def start_policy(config: TrainConfig, run: Path) -> str:
 
 def require_startable(config: TrainConfig) -> None:
     """The start policy is whole, and where it is an adapter, which training goes on with, the flags fit it."""
-    if config.vla_path == TINY:
+    if config.vla_path in PRESETS:
         return
     base, adapter = base_of(config.vla_path)
     open_weights(base)

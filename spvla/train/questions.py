@@ -4,7 +4,7 @@ A frozen opponent answers alike whenever it is asked. Asked for several steps at
 recorded graphs, and its keys and values lie in memory that the policy's activations use afterwards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from spvla.config import StepConfig
 from spvla.model.transfer import Landing
 from spvla.train.clock import Clock
-from spvla.train.opponent import Opponent
 from spvla.train.replies import ReplyStore
 from spvla.train.scoring import Inputs, Reply, draw_uniforms, join, split, to_inputs
 from spvla.types import Batch
@@ -27,6 +26,9 @@ MICRO_BATCHES = 8  # at most: a sample's keys and values (0.15 GiB, 7B) are a te
 def together(batch_size: int) -> int:
     """Micro-batches in one pass."""
     return min(MICRO_BATCHES, max(1, ROWS // batch_size))
+
+
+Answer = Callable[[Inputs, Tensor], Reply]  # a batch, and (B, A) numbers in [0, 1) that decide what is sampled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +45,11 @@ class Question:
 class Asker:
     """Moves batches to the device and collects the opponent's replies, known ones from the store."""
 
-    def __init__(self, opponent: Opponent, config: StepConfig, replies: ReplyStore | None) -> None:
-        self.opponent, self.config, self.replies = opponent, config, replies
-        self.device = opponent.network.device
+    def __init__(
+        self, answer: Answer | None, device: torch.device, config: StepConfig, replies: ReplyStore | None
+    ) -> None:
+        """Without `answer` no opponent plays."""
+        self.answer, self.device, self.config, self.replies = answer, device, config, replies
         self.answered: list[tuple[np.ndarray, Landing]] = []  # samples, and replies to be kept
         self.width, self.filled = 0, 0  # text tokens and micro-batches to pad to: compiled code wants few shapes
 
@@ -83,7 +87,7 @@ class Asker:
         self.answered.clear()
 
     def _replies(self, batches: Sequence[Batch], inputs: Sequence[Inputs], steps: Sequence[int]) -> list[Reply | None]:
-        if self.config.objective == "sft":
+        if self.answer is None:
             return [None] * len(batches)
         replies = [self.replies.get(batch.samples, self.device) if self.replies else None for batch in batches]
         unknown = [i for i, reply in enumerate(replies) if reply is None]
@@ -99,10 +103,7 @@ class Asker:
         """One pass over the rows of all micro-batches; under torch.compile as many as ever, some repeated."""
         self.filled = max(self.filled, len(inputs)) if self.config.compile else len(inputs)
         whole = join(list(islice(cycle(inputs), self.filled)))
-        if self.config.objective == "spvla":
-            reply = self.opponent.own_greedy(whole)
-        else:
-            reply = self.opponent.reply(whole, torch.cat(list(islice(cycle(uniforms), self.filled))).to(self.device))
+        reply = self.answer(whole, torch.cat(list(islice(cycle(uniforms), self.filled))).to(self.device))
         return split(reply, [len(x.text) for x in inputs])
 
     def _note(self, batch: Batch, reply: Reply) -> None:
@@ -113,7 +114,8 @@ class Asker:
 
     def _uniforms(self, batch: Batch, step: int) -> Tensor:
         """(B, A). Replies that are kept are drawn once for all epochs."""
-        return torch.from_numpy(draw_uniforms(self.config.seed, 0 if self.replies else step, batch.samples))
+        tokens = batch.actions[0].size
+        return torch.from_numpy(draw_uniforms(self.config.seed, 0 if self.replies else step, batch.samples, tokens))
 
 
 def asking_s(questions: Sequence[Question]) -> dict[str, float]:

@@ -31,14 +31,12 @@ FED = ACTION_DIM - 1  # generated tokens that are fed back
 class Inputs:
     """A batch on the device."""
 
-    pixels: Tensor  # (B, 6, 224, 224) float32
+    pixels: Tensor  # (B C, 6, 224, 224) float32, the C cameras of a sample one after another
     text: Tensor  # (B, T) int64: the batch's ids without the last column, which predicts nothing
     start: Tensor  # (B,) column of the first action token
-    targets: Tensor  # (B, A + 1) the real action tokens and the end of sequence
-
-    @property
-    def real(self) -> Tensor:
-        return self.targets[:, :ACTION_DIM]
+    targets: Tensor  # (B, R) what has a loss: the real action's A tokens, and the end of sequence
+    real: Tensor  # (B, A) the real action's tokens
+    proprio: Tensor | None = None  # (B, 8) float32, normalised
 
     @property
     def first(self) -> Tensor:
@@ -49,21 +47,25 @@ class Inputs:
 def to_inputs(batch: Batch, device: torch.device | str, *, width: int = 0) -> Inputs:
     """Moves a batch to the device, its text padded to `width` tokens at least."""
     ids, lengths = batch.input_ids, batch.attention_mask.sum(1)
-    start = lengths - REAL_ROWS
-    targets = np.take_along_axis(ids, start[:, None] + np.arange(REAL_ROWS), 1)
+    tokens = batch.actions[0].size
+    start = lengths - tokens - 1
+    targets = _to(np.take_along_axis(ids, start[:, None] + np.arange(tokens + 1), 1), device)
     text = np.zeros((len(ids), max(ids.shape[1], width) - 1), np.int64)  # what pads is never seen: attention is causal
     text[:, : ids.shape[1] - 1] = ids[:, :-1]
     return Inputs(
-        pixels=to_pixel_values(_to(batch.images, device)),
+        pixels=to_pixel_values(_to(batch.images.reshape(-1, *batch.images.shape[-3:]), device)),
         text=_to(text, device),
         start=_to(start, device),
-        targets=_to(targets, device),
+        targets=targets,
+        real=targets[:, :tokens],
+        proprio=None if batch.proprio is None else _to(batch.proprio, device),
     )
 
 
 def join(parts: Sequence[Inputs]) -> Inputs:
     """Inputs of one width as one."""
-    return Inputs(**{f.name: torch.cat([getattr(x, f.name) for x in parts]) for f in fields(Inputs)})
+    whole = {f.name: [getattr(x, f.name) for x in parts] for f in fields(Inputs)}
+    return Inputs(**{name: None if values[0] is None else torch.cat(values) for name, values in whole.items()})
 
 
 def _to(array: np.ndarray, device: torch.device | str) -> Tensor:
@@ -160,7 +162,7 @@ class Speech:
         return ids.clamp(max=logits.shape[-1] - 1)
 
 
-def draw_uniforms(seed: int, visit: int, samples: np.ndarray) -> np.ndarray:
+def draw_uniforms(seed: int, visit: int, samples: np.ndarray, tokens: int = ACTION_DIM) -> np.ndarray:
     """(B,) sample numbers -> (B, A) float32 in [0, 1), the same for a sample whoever shares its batch."""
-    rows = [np.random.default_rng((seed, visit, int(s))).random(ACTION_DIM, np.float32) for s in samples]
+    rows = [np.random.default_rng((seed, visit, int(s))).random(tokens, np.float32) for s in samples]
     return np.stack(rows)

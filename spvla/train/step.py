@@ -25,19 +25,19 @@ from torch import Tensor, nn
 from spvla.config import StepConfig
 from spvla.errors import CheckpointError, TrainingError, UserError
 from spvla.model.transfer import Landing
-from spvla.policies.openvla import actions
+from spvla.policies.openvla.presets import ACTION_IDS
 from spvla.train.adapters import Adapter, Flat, has_adapter
 from spvla.train.clock import Clock, memory_gib
-from spvla.train.measures import Margin, collided, extremes, imitation, selfplay
+from spvla.train.family import family_of, own_greedy
+from spvla.train.measures import Columns, Margin, collided, extremes, imitation, selfplay
 from spvla.train.network import Loras, Network, bare
-from spvla.train.opponent import Opponent
 from spvla.train.optimizer import Optimizer
-from spvla.train.questions import Asker, Question, asking_s
+from spvla.train.questions import Answer, Asker, Question, asking_s
 from spvla.train.replies import ReplyStore
-from spvla.train.scoring import Inputs, Reply, Speech, score_pair, score_real
+from spvla.train.scoring import Inputs, Reply, Speech
 from spvla.train.settings import OPPONENT, POLICY, learning_rate
 from spvla.train.towers import Towers
-from spvla.types import ACTION_DIM, Batch
+from spvla.types import Batch
 
 
 class Shares(NamedTuple):
@@ -74,7 +74,10 @@ class Learner:
                 remedy="Use --opponent_update iteration, or keep no replies.",
             )
         self.config = config
-        self.network = Network(model, compiled=config.compile)
+        columns = ACTION_IDS if config.loss_columns == "action" else slice(None)
+        self.network = Network(model, compiled=config.compile, columns=columns)
+        require_zeros_beside(self.network)
+        self.family = family_of(self.network)
         self.device = self.network.device
         self.policy, self.loras = self._trained()
         dropout = config.lora_dropout
@@ -90,12 +93,11 @@ class Learner:
         self.margin = Margin(
             beta=config.beta, eta=config.eta, loss_type=config.loss_type, reduction=config.logp_reduction
         )
-        self.asker = Asker(Opponent(self.network, opponent_loras, self.speech), config, replies)
+        self.asker = Asker(self._answers(opponent_loras), self.device, config, replies)
         self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._share_start()
         self.optimizer = Optimizer(self.policy, self.average, config)
-        centers = actions.decode(np.arange(self.network.vocabulary))
-        self.centers = torch.from_numpy(centers).float().to(self.device)  # (V,) action of each id
+        self.columns = Columns.of(self.network.vocabulary, columns, self.device)
         self.steps = 0  # taken, skipped ones included
         self.nonfinite = 0  # in a row, as far as read
 
@@ -134,8 +136,8 @@ class Learner:
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Teacher-forced `train_loss`, `action_accuracy` and `l1_loss` of one batch on this worker, without a step."""
         (inputs,) = self.asker.inputs([batch])
-        logits = score_real(self.network, inputs, self.loras)
-        measures = imitation(logits, inputs, self.centers, self.config.logit_softcap)
+        logits = self.family.score(inputs, self.loras)
+        measures = imitation(logits, inputs, self.columns, self.config.logit_softcap)
         values = torch.stack([value.mean() for value in measures.values()]).tolist()
         return dict(zip(measures, values, strict=True))
 
@@ -178,6 +180,13 @@ class Learner:
         opponent = Adapter(name, self.network.parts, dtype=self.network.dtype, trainable=False, bind=named)
         return (opponent if ema else None), opponent.lora
 
+    def _answers(self, loras: Loras) -> Answer | None:
+        if self.config.objective == "sft":
+            return None
+        if self.config.objective == "spvla":
+            return lambda inputs, uniforms: own_greedy(self.family, inputs, loras, self.speech)
+        return lambda inputs, uniforms: self.family.propose(inputs, loras, self.speech, uniforms)
+
     def _share_start(self) -> None:
         """All workers start from rank 0's weights."""
         if self.world > 1:
@@ -203,11 +212,12 @@ class Learner:
         """A micro-batch's part of the objective, and of the metrics. Parts add up over the step."""
         config = self.config
         logits, generated_logps = self._score(inputs, reply)
-        measures = imitation(logits, inputs, self.centers, config.logit_softcap)
+        measures = imitation(logits, inputs, self.columns, config.logit_softcap)
+        action_logits = logits[:, : inputs.real.shape[1]]
         weights = dict.fromkeys(measures, shares.sample)
         objective = (measures["train_loss"] * shares.sample).sum()
         if reply is not None:
-            real_logps = self.speech.logps(logits[:, :ACTION_DIM], inputs.real)
+            real_logps = self.speech.logps(action_logits, inputs.real)
             same = collided(inputs, reply)
             pairs = selfplay(real_logps, generated_logps, reply, self.margin) | {"collision_rate": same.float()}
             weights |= dict.fromkeys(pairs, shares.sample)
@@ -220,16 +230,16 @@ class Learner:
             objective = objective.masked_fill(hard, 0.0)
             sums["hard_rate"] = hard * (shares.sample * len(inputs.text))
         sums["total_loss"] = objective.detach()
-        return objective, Measured(sums=sums, extremes=extremes(logits[:, :ACTION_DIM]))
+        return objective, Measured(sums=sums, extremes=extremes(action_logits))
 
     def _score(self, inputs: Inputs, reply: Reply | None) -> tuple[Tensor, Tensor | None]:
-        """The policy's logits (B, A + 1, V), and its log-probs of the generated action (B, A)."""
+        """The policy's logits (B, R, V), and its log-probs of the generated action (B, A)."""
         patches = self.towers(inputs.pixels)
         if self.config.objective == "spin":
-            pair = score_pair(self.network, inputs, reply.generated, self.dropping, patches=patches)
+            pair = self.family.score_pair(inputs, reply.generated, self.dropping, patches=patches)
             return pair.real, self.speech.logps(pair.generated, reply.generated)
-        logits = score_real(self.network, inputs, self.dropping, patches=patches)
-        return logits, None if reply is None else self.speech.greedy(logits[:, :ACTION_DIM])
+        logits = self.family.score(inputs, self.dropping, patches=patches)
+        return logits, None if reply is None else self.speech.greedy(logits[:, : inputs.real.shape[1]])
 
     def _gather(self, measured: Sequence[Measured]) -> dict[str, Tensor]:
         """Adds up micro-batches and workers, gradient included."""
@@ -255,4 +265,16 @@ class Learner:
             f"{steps} with a loss or gradient that is not finite (the last: loss "
             f"{metrics['total_loss']}, gradient norm {metrics['grad_norm']}). The last checkpoint stays. "
             "Lower --learning_rate, or set --max_grad_norm, --warmup_steps or --logit_softcap."
+        )
+
+
+def require_zeros_beside(network: Network) -> None:
+    """Raises UserError where columns of the logits that are left out are not zero."""
+    rows = network.sites["lm_head"].weight.detach()
+    start, end, _ = network.columns.indices(len(rows))
+    if rows[:start].any() or rows[end:].any():
+        raise UserError(
+            "--loss_columns action from a policy whose output head has learnt other words than actions",
+            expected="a preset, or a policy that was trained from one with this flag",
+            remedy="Leave --loss_columns out.",
         )

@@ -1,0 +1,79 @@
+"""What a training step asks of a policy family, and which families there are.
+
+A family scores an action that it is shown, and proposes one of its own. Everything else of a step (vision towers,
+adapters, losses, optimiser) is common. Its file stands beside this one, its model's class in FAMILIES below; weights
+that it trains beside OpenVLA's are modules of that class.
+
+Legend: B batch, C cameras, K chunk, A action tokens (7 K), R rows with logits, V vocabulary, D width.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spvla.model.openvla import OpenVLA
+from spvla.train.network import Loras, Network
+from spvla.train.opponent import Opponent
+from spvla.train.scoring import Inputs, PairLogits, Reply, Speech, score_pair, score_real
+from spvla.types import Needs
+
+
+class Family(Protocol):
+    """One family's passes over a network. `loras` says which adapter runs; gradients flow where torch records them.
+
+    `patches` (B C, 256, D) are the projected patches of all images, if the caller has them already.
+    """
+
+    needs: Needs  # what its batches hold
+
+    def score(self, inputs: Inputs, loras: Loras, *, patches: Tensor | None = None) -> Tensor:
+        """Logits (B, R, V) of `inputs.targets` (B, R): the demonstrated action's A tokens, then what else has loss."""
+
+    def score_pair(
+        self, inputs: Inputs, generated: Tensor, loras: Loras, *, patches: Tensor | None = None
+    ) -> PairLogits:
+        """The same, and logits (B, A, V) of another action `generated` (B, A), in one pass."""
+
+    def propose(self, inputs: Inputs, loras: Loras, speech: Speech, uniforms: Tensor) -> Reply:
+        """An action of its own, drawn by `uniforms` (B, A) in [0, 1), and the log-probs of both. No gradient."""
+
+
+class OneStep:
+    """OpenVLA itself: seven tokens, one after another, and the end of sequence. R = A + 1 = 8."""
+
+    needs = Needs()
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+
+    def score(self, inputs: Inputs, loras: Loras, *, patches: Tensor | None = None) -> Tensor:
+        return score_real(self.network, inputs, loras, patches=patches)
+
+    def score_pair(
+        self, inputs: Inputs, generated: Tensor, loras: Loras, *, patches: Tensor | None = None
+    ) -> PairLogits:
+        return score_pair(self.network, inputs, generated, loras, patches=patches)
+
+    def propose(self, inputs: Inputs, loras: Loras, speech: Speech, uniforms: Tensor) -> Reply:
+        return Opponent(self.network, loras, speech).reply(inputs, uniforms)
+
+
+FAMILIES: dict[type[nn.Module], Callable[[Network], Family]] = {OpenVLA: OneStep}
+
+
+def family_of(network: Network) -> Family:
+    """By the class of the model."""
+    return FAMILIES[type(network.core)](network)
+
+
+@torch.no_grad()
+def own_greedy(family: Family, inputs: Inputs, loras: Loras, speech: Speech) -> Reply:
+    """The fork's form: the most likely token at each position, given the real ones before it."""
+    logits = family.score(inputs, loras)[:, : inputs.real.shape[1]]
+    return Reply(
+        generated=logits.argmax(-1),
+        real_logps=speech.logps(logits, inputs.real),
+        generated_logps=speech.greedy(logits),
+    )
