@@ -1,5 +1,8 @@
 """What a cluster may grow to, and that a farm asks for so much and for nothing once it needs it no more."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ from farm_parts import VERSION, fake_farm, job, open_ledger, trials
 from ray._private.state import actors
 from training_parts import when
 
-from spvla.cluster.connect import machines
+from spvla.cluster import machines
+from spvla.cluster.machines import usable_cpus
 from spvla.config import FarmConfig
 from spvla.errors import ClusterError, InfrastructureError
 from spvla.eval import farm as farm_module
@@ -133,3 +137,19 @@ def test_a_farm_waits_for_cpus_that_others_hold(tmp_path: Path, ray_cluster: Non
         farm.start([VERSION])
         Run(farm, job(wanted), ledger).play()
         assert [r.status for r in ledger.trials()] == ["success"] * 4
+
+
+def test_a_process_counts_the_cpus_that_it_may_use_not_those_of_the_machine(tmp_path: Path) -> None:
+    ask = "from spvla.cluster.machines import usable_cpus; print(usable_cpus())"
+    one = str(min(os.sched_getaffinity(0)))
+    done = subprocess.run(["taskset", "-c", one, sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize(("quota", "cpus"), [("150000 100000", 1), ("50000 100000", 1), ("max 100000", None)])
+def test_a_containers_quota_counts_too(tmp_path: Path, quota: str, cpus: int | None) -> None:
+    (tmp_path / "slice/job").mkdir(parents=True)
+    (tmp_path / "slice/cpu.max").write_text(quota + "\n")
+    (tmp_path / "slice/job/cpu.max").write_text("max 100000\n")
+    (tmp_path / "own").write_text("0::/slice/job\n")
+    assert usable_cpus(tmp_path, tmp_path / "own") == (cpus or len(os.sched_getaffinity(0)))

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from spvla.cluster.machines import grows
+from spvla.cluster.machines import grows, usable_cpus
 from spvla.errors import ClusterError
 
 _GROWING = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900"}  # a machine that must boot first
@@ -33,8 +33,8 @@ def connection(*, num_cpus: int | None = None) -> Iterator[None]:
     """A Ray connection for the length of a command.
 
     Joins the cluster that RAY_ADDRESS names or that the job runs on; otherwise starts one on this machine
-    (`num_cpus` logical CPUs, all by default) and stops it at the end. Within an open connection it does nothing.
-    `ray job stop` (SIGTERM) ends the command as Ctrl-C does. Raises ClusterError.
+    (`num_cpus` logical CPUs, by default all that this process may use) and stops it at the end. Within an open
+    connection it does nothing. `ray job stop` (SIGTERM) ends the command as Ctrl-C does. Raises ClusterError.
     """
     import ray
 
@@ -74,7 +74,7 @@ def _start(num_cpus: int | None) -> None:
             return
         print("ray  starting a cluster on this machine", file=sys.stderr)
         _keep_token_private()
-        ray.init(address="local", num_cpus=num_cpus, **quiet)
+        ray.init(address="local", num_cpus=num_cpus or usable_cpus(), **quiet)
     except Exception as e:  # Ray raises what its parts raise: OSError, RuntimeError, its own, and bare Exception
         raise explained(e, address) from e
 

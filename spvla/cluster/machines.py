@@ -69,6 +69,18 @@ def cpus_to_use() -> int:
     return int(there or max((m.get("CPU", 0) for m in machines() if not m.get("GPU")), default=0)) or 1
 
 
+def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """CPUs of this machine that this process may use: what taskset or SLURM leaves it, and its container's quota."""
+    count = float(len(os.sched_getaffinity(0)))
+    lines = own.read_text().splitlines() if own.exists() else []
+    place = next((line.removeprefix("0::").strip("/") for line in lines if line.startswith("0::")), "")
+    for group in (cgroups / place, *(cgroups / place).parents):
+        if group.is_relative_to(cgroups) and (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+            count = min(count, float("inf") if quota == "max" else int(quota) / int(period))
+    return max(1, int(count))
+
+
 def require_resources(what: str, **needed: float) -> None:
     """Raises ClusterError where the cluster lacks what `what` needs and cannot grow so far: Ray would wait for ever."""
     held = {name: total(name) for name in needed}
