@@ -324,11 +324,10 @@ def random_batch(size: int, text: int, seed: int) -> Batch:
     ids[:, 0], ids[:, -1], ids[:, -REAL_ROWS - 1] = 1, 2, 29871
     ids[:, -REAL_ROWS:-1] = rng.integers(31_744, 32_000, (size, ACTION_DIM))
     return Batch(
-        images=rng.integers(0, 256, (size, 224, 224, 3), dtype=np.uint8),
+        images=rng.integers(0, 256, (size, 1, 224, 224, 3), dtype=np.uint8),
         input_ids=ids,
-        attention_mask=np.ones_like(ids, bool),
-        labels=np.where(np.arange(text) >= text - REAL_ROWS, ids, -100),
-        actions=np.zeros((size, ACTION_DIM), np.float32),
+        lengths=np.full(size, text),
+        actions=np.zeros((size, 1, ACTION_DIM), np.float32),
         samples=np.arange(size) + size * seed,
     )
 

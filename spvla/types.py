@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 ACTION_DIM = 7
-PROPRIO_DIM = 8  # end-effector position, axis-angle, two fingers
+PROPRIO_DIM = 8  # end-effector position, axis-angle, two gripper joints
 IMAGE_SIZE = 224  # what the policy sees
 CAMERA_SIZE = 256  # what the simulator renders and the data sets hold
 
@@ -28,12 +28,15 @@ MAX_STEPS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """One demonstration of T steps: raw LIBERO actions, frames as JPEG (q95, 4:2:0) rotated by 180 degrees."""
+    """One demonstration of T steps: raw LIBERO actions, frames as JPEG (q95, 4:2:0) rotated by 180 degrees.
+
+    A data set may lack what plain OpenVLA does not look at: wrist images, states and joint states are then empty.
+    """
 
     images: Sequence[bytes]  # T JPEGs of (256, 256, 3), agentview
-    wrist_images: Sequence[bytes]  # T JPEGs of (256, 256, 3)
-    states: np.ndarray  # (T, 8) float32: end-effector position, axis-angle, two gripper joints
-    joint_states: np.ndarray  # (T, 7) float32
+    wrist_images: Sequence[bytes]  # T JPEGs of (256, 256, 3), or none
+    states: np.ndarray  # (T, 8) float32: end-effector position, axis-angle, two gripper joints; or (0, 8)
+    joint_states: np.ndarray  # (T, 7) float32, or (0, 7)
     actions: np.ndarray  # (T, 7) float32, gripper -1 open, +1 closed
     instruction: str
     source: str  # where it came from; `episode_metadata/file_path` in RLDS
@@ -41,9 +44,11 @@ class Episode:
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """One training transition, after the LIBERO transform (gripper 1 open, 0 closed), before normalisation."""
+    """One recorded step, after the LIBERO transform (gripper 1 open, 0 closed), before normalisation."""
 
-    image: bytes  # JPEG of (256, 256, 3)
+    image: bytes  # JPEG of (256, 256, 3), agentview
+    wrist_image: bytes | None  # JPEG of (256, 256, 3); None where the data set has none
+    proprio: np.ndarray | None  # (8,) float32, as in `Episode.states`
     action: np.ndarray  # (7,) float32
     instruction: str
     episode: int
@@ -52,15 +57,18 @@ class Frame:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B training samples as the loader hands them out; right-padded with the tokenizer's PAD."""
+    """B training samples as the loader hands them out: C cameras, K actions from the current step on.
 
-    images: np.ndarray  # (B, 224, 224, 3) uint8, resized or augmented
-    input_ids: np.ndarray  # (B, T) int64: BOS, prompt, 29871, seven action tokens, EOS
-    attention_mask: np.ndarray  # (B, T) bool
-    labels: np.ndarray  # (B, T) int64: the last eight real positions, -100 elsewhere
-    actions: np.ndarray  # (B, 7) float32, normalised to [-1, 1]
-    samples: np.ndarray  # (B,) int64: index of each frame in the store, stable over epochs
+    Ids are right-padded with the tokenizer's PAD; what a policy learns to say are the last 7 K + 1 of each `lengths`.
+    """
+
+    images: np.ndarray  # (B, C, 224, 224, 3) uint8; `augmentation` still to be applied, if there is one
+    input_ids: np.ndarray  # (B, T) int64: BOS, prompt, 29871, 7 K action tokens, EOS
+    lengths: np.ndarray  # (B,) int64: how many of them are no padding
+    actions: np.ndarray  # (B, K, 7) float32, normalised to [-1, 1]
+    samples: np.ndarray  # (B,) int64: number of each current frame over all stores, stable over epochs
     proprio: np.ndarray | None = None  # (B, 8) float32, normalised; where the policy needs it
+    augmentation: np.ndarray | None = None  # (B, C, 6) float32: what was drawn, for `augment_on_device`
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

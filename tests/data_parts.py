@@ -1,5 +1,6 @@
 """Small real data sets for the tests: TFDS folders of JPEG frames of 256 x 256, written by the project itself."""
 
+import shutil
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -7,7 +8,18 @@ from pathlib import Path
 import numpy as np
 
 from spvla.data import index, layout
-from spvla.data.store import FrameStore
+from spvla.data.store import (
+    FORMAT,
+    INDEX,
+    STATISTICS,
+    FrameStore,
+    actions_of,
+    proprio_of,
+    read_batches,
+    statistics_of,
+    write_batches,
+)
+from spvla.files import write_json
 from spvla.policies.openvla.images import encode_jpeg
 from spvla.types import Episode
 
@@ -59,6 +71,27 @@ def index_here(root: Path, name: str = NAME, *, skip_corrupt: bool = False) -> F
         index.index_shard(shard, folder, skip_corrupt)
     index.finish(folder, source)
     return FrameStore.open(folder)
+
+
+def store_of(root: Path, episodes: Sequence[Episode], name: str = NAME) -> FrameStore:
+    """A store of one file, written without TFDS files behind it."""
+    folder = root / name / index.FOLDER
+    folder.mkdir(parents=True)
+    path = folder / "episodes.arrow"
+    lengths = write_batches(path, episodes)
+    entry = {"file": path.name, "bytes": path.stat().st_size, "split": "train", "episodes": len(lengths)}
+    batches = read_batches(path, entry["bytes"])
+    statistics = statistics_of(actions_of(batches), proprio_of(batches), len(lengths))
+    write_json(folder / STATISTICS, {name: statistics})
+    whole = {"format": FORMAT, "dataset_name": name, "digest": "0", "shards": [entry | {"frames": sum(lengths)}]}
+    write_json(folder / INDEX, whole)
+    return FrameStore.open(folder)
+
+
+def copy_dataset(source: Path, target: Path) -> None:
+    """Of files that may be read-only."""
+    shutil.copytree(source, target, copy_function=shutil.copyfile)
+    target.chmod(0o755)
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -54,19 +54,16 @@ def ragged_batch(size: int = 3, *, seed: int = 0, actions: np.ndarray | None = N
     rng = np.random.default_rng(seed)
     prompts = np.full(size, 9) if even else rng.integers(4, 12, size)
     width = prompts.max() + ACTION_DIM + 1
-    ids, mask = np.full((size, width), PAD), np.zeros((size, width), bool)
-    labels = np.full((size, width), -100)
+    ids = np.full((size, width), PAD)
     for i, prompt in enumerate(prompts):
         action = rng.integers(31_744, 32_000, ACTION_DIM) if actions is None else actions[i]
         row = [1, *rng.integers(3, 29_000, prompt - 2), 29_871, *action, 2]
-        ids[i, : len(row)], mask[i, : len(row)] = row, True
-        labels[i, prompt : len(row)] = row[prompt:]
+        ids[i, : len(row)] = row
     return Batch(
-        images=rng.integers(0, 256, (size, 224, 224, 3), dtype=np.uint8),
+        images=rng.integers(0, 256, (size, 1, 224, 224, 3), dtype=np.uint8),
         input_ids=ids.astype(np.int64),
-        attention_mask=mask,
-        labels=labels.astype(np.int64),
-        actions=np.zeros((size, ACTION_DIM), np.float32),
+        lengths=prompts.astype(np.int64) + ACTION_DIM + 1,
+        actions=np.zeros((size, 1, ACTION_DIM), np.float32),
         samples=np.arange(size, dtype=np.int64) + 100 * seed,
     )
 

@@ -91,6 +91,19 @@ def test_normalising_by_hand() -> None:
     assert stats(mask=[True, False, True]).normalise(np.array([0.0, 1.0, 2.0])).tolist() == [0.0, 1.0, 0.0]
 
 
+def test_normalising_is_equal_to_the_bit(golden: Path) -> None:
+    z = np.load(golden / "normalise.npz")
+    stats = ActionStats.from_json({key: z[key] for key in ("q01", "q99", "mask", "min", "max")})
+    assert np.array_equal(stats.normalise(z["raw"]), z["normalised"])
+
+
+def test_the_width_of_a_dimension_is_rounded_once() -> None:
+    """0.3 - 0.1 + 1e-8 is 0.20000002 in float32; with each term rounded first, 0.20000003."""
+    found = stats(q01=[0.1] * 3, q99=[0.3] * 3).normalise(np.full(3, 0.15, np.float32))
+    x, width = np.float32(0.15) - np.float32(0.1), np.float32(0.3 - 0.1 + 1e-8)
+    assert found[0] == np.float32(2) * x / width - np.float32(1)
+
+
 def test_normalised_actions_equal_the_originals(golden: Path) -> None:
     d = json.loads((golden / "rlds/dataset_statistics.json").read_text())["libero_spatial_no_noops"]["action"]
     z = np.load(golden / "rlds/golden.npz")

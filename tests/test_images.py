@@ -23,7 +23,7 @@ from spvla.policies.openvla.images import (
     to_pixel_values,
 )
 
-STILL = Augmentation(crop_offset=0.0, brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0)
+STILL = Augmentation(top=0.0, left=0.0, brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0)
 
 
 def waves(size: int) -> np.ndarray:
@@ -56,7 +56,7 @@ def test_the_evaluation_image_equals_tensorflow() -> None:
 
 
 def test_augmentation_equals_tensorflow() -> None:
-    drawn = Augmentation(crop_offset=0.03, brightness=0.1, contrast=1.1, saturation=0.85, hue=-0.04)
+    drawn = Augmentation(top=0.03, left=0.03, brightness=0.1, contrast=1.1, saturation=0.85, hue=-0.04)
     assert digest(augment(resize_lanczos(waves(256)), drawn)) == "f76586919129aa50"
 
 
@@ -64,7 +64,7 @@ def tensorflow_steps(image: np.ndarray, drawn: Augmentation) -> Iterator[np.ndar
     """The image after each operation, by TensorFlow itself: float32, and the last one uint8."""
     import tensorflow as tf
 
-    start = np.float32(drawn.crop_offset)
+    start = np.float32(drawn.top)
     box = [[start, start, start + CROP_SIDE, start + CROP_SIDE]]
     x = tf.image.convert_image_dtype(image, tf.float32)
     for step in (
@@ -85,7 +85,7 @@ def test_every_operation_equals_tensorflows_in_every_bit(seed: int) -> None:
     image = rng.integers(0, 256, (224, 224, 3), dtype=np.uint8) if seed % 2 else resize_lanczos(waves(256))
     drawn = draw_augmentation(rng)
     *floats, final = tensorflow_steps(image, drawn)
-    start = np.float32(drawn.crop_offset)
+    start = np.float32(drawn.top)
     planes = pixels.crop(pixels.to_planes(image), start, start, start + CROP_SIDE, start + CROP_SIDE)
     for name, theirs in zip(("crop", "brightness", "contrast", "saturation", "hue"), floats, strict=True):
         if name != "crop":
@@ -194,7 +194,9 @@ def test_bytes_are_cut_off_rather_than_rounded() -> None:
 def test_a_crop_up_to_the_very_edge_stays_inside() -> None:
     image = np.full((224, 224, 3), 200, np.uint8)
     for offset in np.nextafter(np.float32(1) - CROP_SIDE, [0, 1], dtype=np.float32):
-        drawn = Augmentation(crop_offset=float(offset), brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0)
+        drawn = Augmentation(
+            top=float(offset), left=float(offset), brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0
+        )
         assert (augment(image, drawn) == 200).all()
 
 
@@ -202,7 +204,7 @@ def test_the_same_seed_draws_the_same_augmentation_within_the_originals_ranges()
     drawn = [draw_augmentation(np.random.default_rng(i)) for i in range(200)]
     assert drawn[3] == draw_augmentation(np.random.default_rng(3)) != drawn[4]
     for name, low, high in [
-        ("crop_offset", 0, 1 - CROP_SIDE),
+        ("top", 0, 1 - CROP_SIDE),
         ("brightness", -0.2, 0.2),
         ("contrast", 0.8, 1.2),
         ("saturation", 0.8, 1.2),

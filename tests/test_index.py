@@ -15,7 +15,7 @@ from spvla import cli
 from spvla.config import IndexConfig
 from spvla.data import index, layout
 from spvla.data.index import ensure_index
-from spvla.data.store import FrameStore
+from spvla.data.store import FORMAT, FrameStore
 from spvla.errors import DatasetError
 
 
@@ -80,6 +80,16 @@ def test_an_index_that_is_current_is_left_alone(root: Path) -> None:
     before = times(arrow_files(root))
     ensure_index(root, NAME)  # would ask for Ray if it had work to do
     assert times(arrow_files(root)) == before
+
+
+def test_an_index_of_an_older_format_is_made_again_with_one_line(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = index_here(root).folder / "index.json"
+    path.write_text(path.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
+    assert len(FrameStore.open(ensure_index(root, NAME))) == 24
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith(f"has format 1: made again in format {FORMAT}, which keeps wrist frames and proprio")
 
 
 def is_current(root: Path) -> list[bool]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_parts import NAME, corrupt, episode, flip_byte, frame, shard_files, write
+from data_parts import NAME, corrupt, episode, flip_byte, frame, index_here, shard_files, write
 
 from spvla.data import layout, rlds
 from spvla.errors import DatasetError
@@ -231,6 +231,29 @@ def test_wrong_feature_names_are_listed(small: Path) -> None:
     edit_features(small, rename)
     with pytest.raises(DatasetError, match="lacks steps/observation/image .*it has .*steps/observation/rgb"):
         read(small)
+
+
+def test_a_data_set_may_lack_what_plain_openvla_does_not_look_at(small: Path) -> None:
+    import tensorflow as tf
+
+    def drop(steps: dict) -> None:
+        for name in ("wrist_image", "state", "joint_state"):
+            del steps["observation"]["featuresDict"]["features"][name]
+
+    edit_features(small, drop)
+    records = [record for _, record in rlds.read_records(layout.find(small, NAME).shards[0], None)]
+    with tf.io.TFRecordWriter(str(only_shard(small))) as writer:
+        for record in records:
+            example = tf.train.Example.FromString(record)
+            for name in ("wrist_image", "state", "joint_state"):
+                del example.features.feature[f"steps/observation/{name}"]
+            writer.write(example.SerializeToString())
+    episodes = read(small)
+    assert len(episodes) == 6
+    for e in episodes:
+        assert not e.wrist_images and e.states.shape == (0, 8) and e.joint_states.shape == (0, 7)
+    store = index_here(small)
+    assert store.cameras == ("agentview",) and store.proprio is None
 
 
 def test_actions_declared_of_another_dimension_are_refused(small: Path) -> None:

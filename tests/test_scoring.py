@@ -26,11 +26,12 @@ GREEDY = Speech()
 
 def plain_logps(model: nn.Module, batch: Batch, actions: Tensor) -> Tensor:
     """Log-probs (B, A) of `actions` by an ordinary teacher-forced pass with a padding mask."""
-    ids, mask = torch.from_numpy(batch.input_ids).clone(), torch.from_numpy(batch.attention_mask)
-    start = mask.sum(1) - ACTION_DIM - 1
+    ids, lengths = torch.from_numpy(batch.input_ids).clone(), torch.from_numpy(batch.lengths)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    start = lengths - ACTION_DIM - 1
     columns = start[:, None] + torch.arange(ACTION_DIM)
     ids.scatter_(1, columns, actions)
-    logits = model(pixel_values=to_pixel_values(batch.images), input_ids=ids, attention_mask=mask).logits
+    logits = model(pixel_values=to_pixel_values(batch.images[:, 0]), input_ids=ids, attention_mask=mask).logits
     rows = NUM_PATCHES + columns - 1
     return token_logps(logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1])), actions)
 
@@ -94,7 +95,7 @@ def test_real_and_generated_do_not_see_each_other() -> None:
 
 
 def swap_actions(batch: Batch) -> Batch:
-    ids, starts = batch.input_ids.copy(), batch.attention_mask.sum(1) - ACTION_DIM - 1
+    ids, starts = batch.input_ids.copy(), batch.lengths - ACTION_DIM - 1
     for row, start in zip(ids, starts, strict=True):
         row[start : start + ACTION_DIM] = row[start : start + ACTION_DIM][::-1]
     return Batch(**{**vars(batch), "input_ids": ids})

@@ -4,14 +4,15 @@ import json
 import pickle
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_parts import NAME, SENTENCES, episode, index_here, write
+from data_parts import NAME, SENTENCES, copy_dataset, episode, index_here, store_of, write
 
 from spvla.data import layout, rlds
-from spvla.data.store import INDEX, FrameStore, statistics_of
+from spvla.data.store import INDEX, FrameStore, statistics_of, without_proprio
 from spvla.errors import DatasetError
 from spvla.policies.openvla.actions import env_to_dataset
 
@@ -36,7 +37,8 @@ def test_every_frame_is_where_its_episode_has_it(root: Path, store: FrameStore) 
         for t in range(len(e.images)):
             frame = store[i]
             assert (frame.episode, frame.step, frame.instruction) == (number, t, e.instruction)
-            assert frame.image == e.images[t]
+            assert (frame.image, frame.wrist_image) == (e.images[t], e.wrist_images[t])
+            assert np.array_equal(frame.proprio, e.states[t]) and frame.proprio.dtype == np.float32
             assert np.array_equal(frame.action, env_to_dataset(e.actions[t])) and frame.action.dtype == np.float32
             i += 1
     assert i == len(store) == 70
@@ -88,29 +90,52 @@ def test_a_validation_split_of_the_source_is_used_instead(tmp_path: Path) -> Non
 
 def test_statistics_equal_the_originals_in_every_field(golden: Path, tmp_path: Path) -> None:
     name = "libero_spatial_no_noops"
-    shutil.copytree(golden / "rlds" / name, tmp_path / name, copy_function=shutil.copyfile)
-    (tmp_path / name).chmod(0o755)
+    copy_dataset(golden / "rlds" / name, tmp_path / name)
     store = index_here(tmp_path, name)
-    assert store.statistics == json.loads((golden / "rlds/dataset_statistics.json").read_text())
+    plain = {name: without_proprio(store.statistics[name])}  # what a checkpoint of OpenVLA gets
+    assert plain == json.loads((golden / "rlds/dataset_statistics.json").read_text())
 
 
 def test_statistics_by_hand() -> None:
-    actions = np.zeros((101, 7), np.float32)
-    actions[:, 0] = np.arange(101)
-    found = statistics_of(actions, trajectories=3)
+    actions, proprio = np.zeros((101, 7), np.float32), np.zeros((101, 8), np.float32)
+    actions[:, 0], proprio[:, 7] = np.arange(101), np.arange(101) * 2
+    found = statistics_of(actions, proprio, trajectories=3)
     first = {k: v[0] for k, v in found["action"].items()}
     assert first == pytest.approx(
         {"mean": 50, "std": np.sqrt(850), "min": 0, "max": 100, "q01": 1, "q99": 99, "mask": True}
     )
     assert found["action"]["mask"] == [True] * 6 + [False]
     assert (found["num_transitions"], found["num_trajectories"]) == (101, 3)
-    assert found["proprio"]["q99"] == [0.0] * 7
+    assert found["proprio"]["q99"] == [0.0] * 7 + [198.0] and "mask" not in found["proprio"]
+    assert without_proprio(found)["proprio"]["q99"] == [0.0] * 7
+    assert statistics_of(actions, None, trajectories=3) == without_proprio(found)
 
 
 def test_statistics_are_of_the_transformed_actions(store: FrameStore) -> None:
     action = store.statistics[NAME]["action"]
     assert (action["min"][6], action["max"][6]) == (0.0, 1.0)  # gripper 1 open, 0 closed
     assert store.action_stats.q99.tolist() == action["q99"]
+
+
+def test_columns_in_memory_are_those_of_the_frames(store: FrameStore) -> None:
+    assert np.array_equal(store.actions, [store[i].action for i in range(70)])
+    assert np.array_equal(store.proprio, [store[i].proprio for i in range(70)])
+    assert [store.instructions[e] for e in store.episodes] == [store[i].instruction for i in range(70)]
+    assert store.cameras == ("agentview", "robot0_eye_in_hand")
+
+
+def test_what_a_data_set_lacks_is_none(tmp_path: Path) -> None:
+    bare = store_of(tmp_path, [replace(episode(0), wrist_images=[], states=np.zeros((0, 8), np.float32)), episode(1)])
+    assert bare.cameras == ("agentview",) and bare.proprio is None
+    assert bare[0].wrist_image is None and bare[0].proprio is None
+    assert bare.statistics[NAME]["proprio"]["q99"] == [0.0] * 7
+
+
+def test_current_frames_have_a_whole_chunk_ahead(tmp_path: Path) -> None:
+    store = store_of(tmp_path, [episode(i, steps=steps) for i, steps in enumerate((2, 5, 3))])
+    for chunk, expected in ((1, [*range(10)]), (3, [2, 3, 4, 7]), (5, [2]), (6, [])):
+        found = store.current_frames("train", chunk=chunk, val_split_from_train=False)
+        assert found.tolist() == expected
 
 
 def test_both_instructions_are_kept(store: FrameStore) -> None:

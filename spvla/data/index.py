@@ -25,6 +25,7 @@ from spvla.data.store import (
     STATISTICS,
     FrameStore,
     actions_of,
+    proprio_of,
     read_batches,
     read_index,
     statistics_of,
@@ -60,6 +61,8 @@ def ensure_index(data_root_dir: Path, dataset_name: str, *, skip_corrupt: bool =
         return folder
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    if (old := format_of(folder)) not in (None, FORMAT):
+        print(f"index  {folder} has format {old}: made again in format {FORMAT}, which keeps wrist frames and proprio")
     if stale:
         with connection():
             index_shards(stale, folder, source, skip_corrupt, num_workers)
@@ -93,6 +96,14 @@ def matches(folder: Path, source: Layout) -> bool:
         return [s["file"] for s in read_index(folder)["shards"]] == [file_name(s) for s in source.shards]
     except DatasetError:
         return False
+
+
+def format_of(folder: Path) -> int | None:
+    """Of the index that is there; None where there is none."""
+    try:
+        return json.loads((folder / INDEX).read_text()).get("format")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def fingerprint(shard: Shard) -> dict[str, Any]:
@@ -188,7 +199,8 @@ def finish(folder: Path, source: Layout) -> None:
             expected="at least one",
             remedy="Download or make the data set again.",
         )
-    write_json(folder / STATISTICS, {source.name: statistics_of(actions_of(batches), len(batches))})
+    statistics = statistics_of(actions_of(batches), proprio_of(batches), len(batches))
+    write_json(folder / STATISTICS, {source.name: statistics})
     whole = {
         "format": FORMAT,
         "dataset_name": source.name,

@@ -8,24 +8,26 @@ DATA_ROOT/libero_10_no_noops/1.0.0/dataset_info.json     splits, and how many re
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spvla.errors import DatasetError
 from spvla.files import safe_name
-from spvla.types import ACTION_DIM, CAMERA_SIZE
+from spvla.types import ACTION_DIM, CAMERA_SIZE, PROPRIO_DIM
 
 SPLITS = ("train", "val")
 FRAME_SHAPE = (CAMERA_SIZE, CAMERA_SIZE, 3)
-FEATURES: Mapping[str, tuple[int, ...]] = {
+FEATURES: dict[str, tuple[int, ...]] = {
     "steps/observation/image": FRAME_SHAPE,
-    "steps/observation/wrist_image": FRAME_SHAPE,
-    "steps/observation/state": (8,),
-    "steps/observation/joint_state": (7,),
     "steps/action": (ACTION_DIM,),
     "steps/language_instruction": (),
+}
+OPTIONAL: dict[str, tuple[int, ...]] = {  # what plain OpenVLA does not look at
+    "steps/observation/wrist_image": FRAME_SHAPE,
+    "steps/observation/state": (PROPRIO_DIM,),
+    "steps/observation/joint_state": (7,),
 }
 
 
@@ -97,16 +99,16 @@ def versions(folder: Path) -> Iterator[Path]:
 
 
 def check_features(folder: Path) -> None:
-    """Names and shapes as in the LIBERO data sets that OpenVLA trains on."""
+    """Names and shapes as in the LIBERO data sets that OpenVLA trains on; wrist images and states may be missing."""
     found = dict(flatten(read_json(folder / "features.json")))
     if missing := [name for name in FEATURES if name not in found]:
         raise DatasetError(
             f"{folder}/features.json lacks {', '.join(missing)} (it has {', '.join(sorted(found))})",
-            expected="the features of OpenVLA's modified_libero_rlds",
+            expected="at least image, action and language_instruction, as in OpenVLA's modified_libero_rlds",
             remedy="Write the data set in that form, or give another --dataset_name.",
         )
-    for name, shape in FEATURES.items():
-        if found[name] != shape:
+    for name, shape in (FEATURES | OPTIONAL).items():
+        if found.get(name, shape) != shape:
             raise DatasetError(
                 f"{folder}/features.json says that {name} has shape {found[name]}",
                 expected=f"{shape}",

@@ -1,110 +1,52 @@
-"""Frames -> batches: which sample comes when is a pure function of (seed, sample number), so any run can be resumed.
+"""Frames -> batches. Which sample comes when is `stream.py`'s matter; here it becomes pictures, ids and actions.
 
-All ranks share one endless stream of samples s = 0, 1, 2, ...; step t gives rank r of W the B samples from
-(t W + r) B on. For one data set of N frames, s is position s % N of the permutation drawn for epoch s // N: every frame
-once an epoch, whatever W and B are. The stream does not stop at an epoch's end: where B W does not divide N, the last
-step of an epoch is filled up with the next one's first samples, and none is dropped. A run that stopped after s samples
-goes on at s, with as many workers as it likes.
+Legend: B batch, C cameras, K actions a sample (chunk), T text tokens.
 
-Several data sets share the stream in blocks of 10,000 samples, shuffled, of which each gets its weight's share; each
-walks through its own epochs.
+Threads, not processes: decoding, arithmetic and copies release the GIL, and a batch need not be copied. A batch's rows
+are written in parts, straight to where they stay: on a GPU machine to pinned memory, which torch hands out again when
+the copy to the device is done.
 
-Threads, not processes: decoding and arithmetic release the GIL, and a batch need not be copied.
+Augmentation is drawn for each picture from (seed, data set, epoch, frame), wherever it is then carried out: here, in
+the original's own arithmetic, or on the device (`augmentation.py`), for which the batch carries what was drawn.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from spvla.data.frames import Frames, StoredFrames
 from spvla.data.store import FrameStore
-from spvla.errors import DatasetError, UserError
+from spvla.data.stream import Places, Stream, order
+from spvla.errors import DatasetError
 from spvla.policies.openvla import actions
-from spvla.policies.openvla.images import augment, crop_center, decode_jpeg, draw_augmentation, resize_lanczos
-from spvla.policies.openvla.prompt import IGNORED, PAD, training_ids
-from spvla.types import Batch
+from spvla.policies.openvla.images import Augmentation, augment, crop_center, draw_augmentation
+from spvla.policies.openvla.prompt import EOS, PAD, prompt_ids
+from spvla.types import ACTION_DIM, IMAGE_SIZE, PROPRIO_DIM, Batch, Needs
 
-BLOCK = 10_000  # samples in which several data sets have exactly their shares
 Split = Literal["train", "val"]
+CropOffsets = Literal["diagonal", "independent"]
+AugmentOn = Literal["host", "device"]
+PART = 8  # samples, at least, that a thread prepares at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a sample lies."""
+class _Draft:
+    """A batch whose pictures are being prepared."""
 
-    dataset: int
-    epoch: int
-    position: int  # in that data set's frames of the split
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Sample number -> Place. `sizes` are the data sets' frames, `weights` their shares of the samples."""
-
-    sizes: tuple[int, ...]
-    weights: tuple[float, ...]
-    seed: int
-
-    def place(self, sample: int) -> Place:
-        dataset, drawn = self._draw(sample)
-        epoch, k = divmod(drawn, self.sizes[dataset])
-        return Place(
-            dataset=dataset, epoch=epoch, position=int(_order(self.sizes[dataset], self.seed, dataset, epoch)[k])
-        )
-
-    def _draw(self, sample: int) -> tuple[int, int]:
-        """The data set, and how many samples it gave before."""
-        if len(self.sizes) == 1:
-            return 0, sample
-        block, k = divmod(sample, BLOCK)
-        labels, ranks = _block(self.weights, self.seed, block)
-        dataset = int(labels[k])
-        return dataset, block * shares(self.weights)[dataset] + int(ranks[k])
-
-
-@lru_cache(maxsize=16)
-def _order(size: int, *seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(np.arange(size, dtype=np.int32))
-
-
-def shares(weights: Sequence[float]) -> list[int]:
-    """Samples of each data set in a block: proportional, at least one, summing to BLOCK."""
-    exact = np.asarray(weights) / np.sum(weights) * BLOCK
-    counts = np.maximum(1, np.floor(exact)).astype(int)
-    for i in np.argsort(counts - exact)[: BLOCK - counts.sum()]:  # the largest remainders
-        counts[i] += 1
-    counts[np.argmax(counts)] += BLOCK - counts.sum()
-    return counts.tolist()
-
-
-@lru_cache(maxsize=4)
-def _block(weights: tuple[float, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which data set each sample of a block comes from, and how many of the same came before it in the block."""
-    labels = np.repeat(np.arange(len(weights)), shares(weights))
-    np.random.default_rng((seed, block)).shuffle(labels)
-    ranks = np.empty(BLOCK, np.int64)
-    for dataset in range(len(weights)):
-        mine = labels == dataset
-        ranks[mine] = np.arange(mine.sum())
-    return labels, ranks
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sample:
-    image: np.ndarray  # (224, 224, 3) uint8
-    input_ids: list[int]
-    labels: list[int]
-    action: np.ndarray  # (7,) float32, normalised
-    number: int
+    samples: np.ndarray  # (B,) numbers in the stream
+    places: Places
+    numbers: np.ndarray  # (B,) frame in its store
+    images: np.ndarray  # (B, C, 224, 224, 3) uint8
+    augmentation: np.ndarray | None  # (B, C, 6) float32
 
 
 class Loader:
-    """Iterates over Batches: for ever over "train", once over "val" (each frame once, in a fixed shuffled order).
+    """Iterates over Batches: for ever over "train", once over "val" (each sample once, in a fixed shuffled order).
 
     Frames of "train" are augmented if `image_aug`; those of "val" are then center-cropped, as evaluation crops for
     policies trained so. `workers` threads prepare up to `prefetch` batches ahead; 0 prepares them in the caller's.
@@ -115,143 +57,213 @@ class Loader:
         stores: Sequence[FrameStore],
         tokenizer: Tokenizer,
         *,
+        needs: Needs = Needs(),  # noqa: B008 (frozen)
         weights: Sequence[float] | None = None,
         batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         image_aug: bool,
+        crop_offsets: CropOffsets = "diagonal",
+        augment_on: AugmentOn = "host",
+        frames: Sequence[Frames] | None = None,
         split: Split = "train",
         val_split_from_train: bool = True,
         start_sample: int = 0,
         workers: int = 2,
         prefetch: int = 4,
+        pinned: bool = False,
     ) -> None:
-        """`weights` are the data sets' shares of samples, equal by default. Raises DatasetError if a split is empty."""
-        self.stores, self.tokenizer = list(stores), tokenizer
+        """`needs` says which cameras, whether proprio, and how many actions. `weights` are the data sets' shares of
+        samples, equal by default. `frames` are where each store's pictures come from, by default its JPEGs.
+
+        Raises DatasetError where a split is empty or a data set lacks what is needed, UserError for an instruction that
+        makes no prompt.
+        """
+        self.stores, self.needs = list(stores), needs
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.image_aug, self.split, self.workers, self.prefetch = image_aug, split, workers, prefetch
-        self.sample = start_sample  # of the whole stream, all ranks together: the next one to be handed out
-        self.frames = [s.split(split, val_split_from_train=val_split_from_train) for s in self.stores]
+        self.augments, self.crops = image_aug and split == "train", image_aug and split == "val"
+        self.diagonal, self.on_device = crop_offsets == "diagonal", augment_on == "device"
+        self.split, self.workers, self.prefetch, self.pinned = split, workers, prefetch, pinned
+        self.start_sample = start_sample
+        self.frames = list(frames or map(StoredFrames, self.stores))
+        self.current = [
+            s.current_frames(split, chunk=needs.chunk, val_split_from_train=val_split_from_train) for s in self.stores
+        ]
+        for store, current in zip(self.stores, self.current, strict=True):
+            require_needs(store, needs)
+            require_frames(store, current, split, chunk=needs.chunk)
         self.offsets = np.cumsum([0, *(len(s) for s in self.stores)])
-        for store, frames in zip(self.stores, self.frames, strict=True):
-            require_frames(store, frames, split)
-        sizes = tuple(len(f) for f in self.frames)
+        sizes = tuple(len(c) for c in self.current)
         self.stream = Stream(sizes, tuple(weights or [1.0] * len(sizes)), seed)
+        self.prompts = _Prompts(self.stores, tokenizer)
 
     def __len__(self) -> int:
-        """Frames in the split: for one data set, an epoch."""
-        return sum(len(f) for f in self.frames)
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the data handed out so far."""
-        return self.sample / len(self)
-
-    def state_dict(self) -> dict[str, object]:
-        """Where the stream stands: the same on every rank, so that rank 0 may save it for all."""
-        return {"sample": self.sample, "seed": self.seed, "digests": [s.digest for s in self.stores]}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Goes on with the very next sample. Raises DatasetError if the data or the seed are others."""
-        now = self.state_dict()
-        for key in ("seed", "digests"):
-            if state[key] != now[key]:
-                raise DatasetError(
-                    f"a checkpoint whose data has {key} {state[key]}",
-                    expected=f"{now[key]}",
-                    remedy="Start a new run, or give the data set and seed that this one began with.",
-                )
-        self.sample = int(state["sample"])  # type: ignore[call-overload]
+        """Samples in the split: for one data set, an epoch."""
+        return sum(self.stream.sizes)
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.workers:
-            for numbers in self._steps():
-                batch = collate([self._make(n) for n in numbers])
-                self._advance()
-                yield batch
+            for samples in self._steps():
+                draft = self._draft(samples)
+                self._fill(draft, slice(0, len(samples)))
+                yield self._batch(draft)
             return
         with ThreadPoolExecutor(self.workers, thread_name_prefix="loader") as pool:
-            ahead: deque[list[Future[_Sample]]] = deque()
+            ahead: deque[tuple[list[Future[None]], Future[Batch]]] = deque()
             try:
-                for numbers in self._steps():
-                    ahead.append([pool.submit(self._make, n) for n in numbers])
+                for samples in self._steps():
+                    ahead.append(self._submit(pool, samples))
                     if len(ahead) > self.prefetch:
-                        yield self._take(ahead)
+                        yield _take(ahead)
                 while ahead:
-                    yield self._take(ahead)
+                    yield _take(ahead)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _take(self, ahead: deque[list[Future[_Sample]]]) -> Batch:
-        batch = collate([f.result() for f in ahead.popleft()])
-        self._advance()
-        return batch
+    def _submit(self, pool: ThreadPoolExecutor, samples: np.ndarray) -> tuple[list[Future[None]], Future[Batch]]:
+        draft = self._draft(samples)
+        size = max(PART, -(-len(samples) // self.workers))
+        parts = [pool.submit(self._fill, draft, slice(i, i + size)) for i in range(0, len(samples), size)]
+        return parts, pool.submit(self._batch, draft)
 
-    def _advance(self) -> None:
-        self.sample += self.batch_size * self.world_size
-
-    def _steps(self) -> Iterator[range]:
+    def _steps(self) -> Iterator[np.ndarray]:
         """This rank's sample numbers, step by step."""
-        first = self.sample + self.rank * self.batch_size
+        first = self.start_sample + self.rank * self.batch_size
         end = None if self.split == "train" else len(self)
         while end is None or first < end:
-            yield range(first, first + self.batch_size if end is None else min(end, first + self.batch_size))
+            last = first + self.batch_size if end is None else min(end, first + self.batch_size)
+            yield np.arange(first, last, dtype=np.int64)
             first += self.batch_size * self.world_size
 
-    def _place(self, sample: int) -> Place:
+    def _places(self, samples: np.ndarray) -> Places:
         if self.split == "train":
-            return self.stream.place(sample)
-        k = int(_order(len(self), self.seed)[sample])
-        dataset = int(np.searchsorted(np.cumsum(self.stream.sizes), k, side="right"))
-        return Place(dataset=dataset, epoch=0, position=k - sum(self.stream.sizes[:dataset]))
+            return self.stream.places(samples)
+        k = order(len(self), self.seed)[samples].astype(np.int64)
+        ends = np.cumsum(self.stream.sizes)
+        dataset = np.searchsorted(ends, k, side="right")
+        return Places(dataset=dataset, epoch=np.zeros_like(k), position=k - (ends - self.stream.sizes)[dataset])
 
-    def _make(self, sample: int) -> _Sample:
-        place = self._place(sample)
-        store, number = self.stores[place.dataset], self.frames[place.dataset][place.position]
-        frame = store[number]
-        normalised = store.action_stats.normalise(frame.action)
-        input_ids, labels = training_ids(self.tokenizer, frame.instruction, actions.encode(normalised))
-        try:
-            image = resize_lanczos(decode_jpeg(frame.image))
-        except UserError as e:
-            raise DatasetError(
-                f"frame {number} of {store.folder}: {e.got}", expected=e.expected, remedy="Run spvla index again."
-            ) from e
-        if self.image_aug and self.split == "train":
-            rng = np.random.default_rng((self.seed, place.dataset, place.epoch, number))
-            image = augment(image, draw_augmentation(rng))
-        elif self.image_aug:
-            image = crop_center(image)
-        offset = int(self.offsets[place.dataset])
-        return _Sample(image=image, input_ids=input_ids, labels=labels, action=normalised, number=offset + number)
+    def _draft(self, samples: np.ndarray) -> _Draft:
+        places = self._places(samples)
+        numbers = np.empty_like(samples)
+        for d, current in enumerate(self.current):
+            here = places.dataset == d
+            numbers[here] = current[places.position[here]]
+        shape = (len(samples), len(self.needs.cameras))
+        return _Draft(
+            samples=samples,
+            places=places,
+            numbers=numbers,
+            images=new_images((*shape, IMAGE_SIZE, IMAGE_SIZE, 3), pinned=self.pinned),
+            augmentation=np.empty((*shape, 6), np.float32) if self.augments and self.on_device else None,
+        )
 
+    def _fill(self, draft: _Draft, rows: slice) -> None:
+        """Writes the pictures of some samples, and what was drawn for them."""
+        for row in range(*rows.indices(len(draft.samples))):
+            dataset, number = int(draft.places.dataset[row]), int(draft.numbers[row])
+            for c, camera in enumerate(self.needs.cameras):
+                image = draft.images[row, c]
+                self.frames[dataset].read(number, camera, image)
+                if draft.augmentation is not None:
+                    draft.augmentation[row, c] = self._drawn(draft.places, row, number, c).row()
+                elif self.augments:
+                    image[...] = augment(image, self._drawn(draft.places, row, number, c))
+                elif self.crops:
+                    image[...] = crop_center(image)
 
-def require_frames(store: FrameStore, frames: range, split: Split) -> None:
-    if len(frames) == 0:
-        raise DatasetError(
-            f"the {split} split of {store.name} is empty ({len(store.episode_lengths)} episodes in all)",
-            expected="at least one episode" + (" held out: 5% of at least 11" if split == "val" else ""),
-            remedy="Use more demonstrations"
-            + (", or do without validation (--val_steps 0)." if split == "val" else "."),
+    def _drawn(self, places: Places, row: int, number: int, camera: int) -> Augmentation:
+        key = (self.seed, int(places.dataset[row]), int(places.epoch[row]), number)
+        rng = np.random.default_rng((*key, camera) if camera else key)
+        return draw_augmentation(rng, diagonal=self.diagonal)
+
+    def _batch(self, draft: _Draft) -> Batch:
+        """All but the pictures, which may still be under way."""
+        dataset, numbers, size = draft.places.dataset, draft.numbers, len(draft.samples)
+        chunks = np.empty((size, self.needs.chunk, ACTION_DIM), np.float32)
+        proprio = np.empty((size, PROPRIO_DIM), np.float32) if self.needs.proprio else None
+        prompts = np.empty(size, np.int64)
+        for d, store in enumerate(self.stores):
+            here = dataset == d
+            own = numbers[here]
+            chunks[here] = store.action_stats.normalise(store.actions[own[:, None] + np.arange(self.needs.chunk)])
+            prompts[here] = self.prompts.rows[d][store.episodes[own]]
+            if proprio is not None and store.proprio is not None:
+                proprio[here] = store.proprio_stats.normalise(store.proprio[own])
+        input_ids, lengths = self.prompts.with_answers(prompts, actions.encode(chunks))
+        return Batch(
+            images=draft.images,
+            augmentation=draft.augmentation,
+            proprio=proprio,
+            input_ids=input_ids,
+            lengths=lengths,
+            actions=chunks,
+            samples=self.offsets[dataset] + numbers,
         )
 
 
-def collate(samples: Sequence[_Sample]) -> Batch:
-    """Pads on the right to the longest."""
-    width = max(len(s.input_ids) for s in samples)
-    input_ids = np.full((len(samples), width), PAD, np.int64)
-    labels = np.full((len(samples), width), IGNORED, np.int64)
-    mask = np.zeros((len(samples), width), bool)
-    for row, s in enumerate(samples):
-        input_ids[row, : len(s.input_ids)] = s.input_ids
-        labels[row, : len(s.labels)] = s.labels
-        mask[row, : len(s.input_ids)] = True
-    return Batch(
-        images=np.stack([s.image for s in samples]),
-        input_ids=input_ids,
-        attention_mask=mask,
-        labels=labels,
-        actions=np.stack([s.action for s in samples]),
-        samples=np.array([s.number for s in samples]),
-    )
+class _Prompts:
+    """Each instruction's ids, made once."""
+
+    def __init__(self, stores: Sequence[FrameStore], tokenizer: Tokenizer) -> None:
+        instructions = sorted({instruction for s in stores for instruction in s.instructions})
+        row = {instruction: i for i, instruction in enumerate(instructions)}
+        self.rows = [np.array([row[i] for i in s.instructions], np.int64) for s in stores]  # of each episode
+        prompts = [prompt_ids(tokenizer, instruction) for instruction in instructions]
+        self.lengths = np.array([len(p) for p in prompts])
+        self.ids = np.full((len(prompts), self.lengths.max()), PAD, np.int64)
+        for i, p in enumerate(prompts):
+            self.ids[i, : len(p)] = p
+
+    def with_answers(self, rows: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts (B,) and action ids (B, K, 7) -> ids (B, T) with EOS, padded on the right; lengths (B,)."""
+        answers = np.pad(answers.reshape(len(rows), -1), ((0, 0), (0, 1)), constant_values=EOS)
+        starts = self.lengths[rows]
+        lengths = starts + answers.shape[1]
+        ids = np.full((len(rows), lengths.max()), PAD, np.int64)
+        ids[:, : starts.max()] = self.ids[rows, : starts.max()]
+        np.put_along_axis(ids, starts[:, None] + np.arange(answers.shape[1]), answers, 1)
+        return ids, lengths
+
+
+def new_images(shape: tuple[int, ...], *, pinned: bool) -> np.ndarray:
+    """Uninitialised uint8. Pinned memory comes from torch's pool, which takes it back when nobody holds it any more and
+    no copy out of it is under way."""
+    if not pinned:
+        return np.empty(shape, np.uint8)
+    import torch  # here: collecting and indexing need none
+
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+def _take(ahead: deque[tuple[list[Future[None]], Future[Batch]]]) -> Batch:
+    parts, batch = ahead.popleft()
+    for part in parts:
+        part.result()
+    return batch.result()
+
+
+def require_needs(store: FrameStore, needs: Needs) -> None:
+    """Raises DatasetError where the data set lacks a camera or proprio that the policy wants."""
+    lacks = [f"pictures of {camera}" for camera in needs.cameras if camera not in store.cameras]
+    lacks += ["proprio"] if needs.proprio and store.proprio is None else []
+    if lacks:
+        raise DatasetError(
+            f"the data set {store.name} has no {' and no '.join(lacks)}",
+            expected="what the policy looks at",
+            remedy="Use a data set with wrist_image and state, or a policy that does without.",
+        )
+
+
+def require_frames(store: FrameStore, frames: Sequence[int] | np.ndarray, split: Split, *, chunk: int = 1) -> None:
+    """Raises DatasetError where a split holds no sample."""
+    if len(frames) == 0:
+        raise DatasetError(
+            f"the {split} split of {store.name} is empty ({len(store.episode_lengths)} episodes in all)",
+            expected="at least one episode"
+            + (f" of {chunk} steps" if chunk > 1 else "")
+            + (" held out: 5% of at least 11" if split == "val" else ""),
+            remedy="Use more demonstrations"
+            + (", or do without validation (--val_steps 0)." if split == "val" else "."),
+        )

@@ -27,7 +27,7 @@ with without_stderr():  # TensorFlow's C++ greets before any setting of its own 
 from spvla.data.layout import FRAME_SHAPE, Shard
 from spvla.errors import DatasetError
 from spvla.files import new_folder, safe_name
-from spvla.types import ACTION_DIM, Episode
+from spvla.types import ACTION_DIM, PROPRIO_DIM, Episode
 
 VERSION = "1.0.0"
 SHARD_BYTES = 64 << 20  # small enough to index in parallel, large enough for few files
@@ -110,17 +110,24 @@ def to_episode(record: bytes) -> Episode:
     check(len(images) > 0, "no frames in steps/observation/image", "at least one")
     instruction = blobs["steps/language_instruction"][0].decode() if "steps/language_instruction" in blobs else ""
     check(bool(instruction.strip()), "an empty language_instruction", "a sentence")
-    for step, image in enumerate(images):
+    wrist_images = list(blobs.get("steps/observation/wrist_image", ()))
+    check(len(wrist_images) in (0, len(images)), f"{len(wrist_images)} wrist frames", f"{len(images)}, or none")
+    for step, image in (*enumerate(images), *enumerate(wrist_images)):
         check_frame(image, step)
     return Episode(
         images=images,
-        wrist_images=list(blobs.get("steps/observation/wrist_image", ())),
-        states=floats(features, "steps/observation/state", len(images), 8),
-        joint_states=floats(features, "steps/observation/joint_state", len(images), 7),
+        wrist_images=wrist_images,
+        states=optional_floats(features, "steps/observation/state", len(images), PROPRIO_DIM),
+        joint_states=optional_floats(features, "steps/observation/joint_state", len(images), 7),
         actions=floats(features, "steps/action", len(images), ACTION_DIM),
         instruction=instruction,
         source=b"".join(blobs.get("episode_metadata/file_path", ())).decode(),
     )
+
+
+def optional_floats(features: dict, name: str, steps: int, width: int) -> np.ndarray:
+    """(T, width) float32; (0, width) where the data set lacks it."""
+    return floats(features, name, steps, width) if name in features else np.zeros((0, width), np.float32)
 
 
 def floats(features: dict, name: str, steps: int, width: int) -> np.ndarray:
@@ -258,7 +265,7 @@ def check_episode(episode: Episode) -> None:
     check(bool(episode.instruction.strip()), f"an episode without instruction from {episode.source}", "a sentence")
     for name, rows, width in (
         ("actions", episode.actions, ACTION_DIM),
-        ("states", episode.states, 8),
+        ("states", episode.states, PROPRIO_DIM),
         ("joint_states", episode.joint_states, 7),
     ):
         shape = np.shape(rows)

@@ -2,12 +2,13 @@
 
 DATA_ROOT/NAME/index/libero_spatial-train.tfrecord-00000-of-00016.arrow        one for each shard of the source
                      libero_spatial-train.tfrecord-00000-of-00016.arrow.json   written after it: sizes, source digest
-                     dataset_statistics.json                                   as OpenVLA writes it
+                     dataset_statistics.json                                   OpenVLA's form, of actions and proprio
                      index.json                                                written last; without it, no index
 
 Arrow's IPC format (pyarrow, which Ray stands on, too): a file is a list of record batches, here one an episode, with
-columns `image` (JPEG, as in the source), `action` (7 float32, after the LIBERO transform) and `instruction`. Mapping it
-costs no memory, all processes of a machine share one copy in the page cache, and any frame is one slice away.
+columns `image` and `wrist_image` (JPEG, as in the source), `proprio` (8 float32), `action` (7 float32, after the LIBERO
+transform) and `instruction`; `wrist_image` and `proprio` are null where the source has none. Mapping it costs no
+memory, all processes of a machine share one copy in the page cache, and any frame is one slice away.
 """
 
 import json
@@ -23,18 +24,29 @@ import pyarrow as pa
 
 from spvla.errors import DatasetError
 from spvla.policies.openvla.actions import ActionStats, env_to_dataset
-from spvla.types import ACTION_DIM, Episode, Frame
+from spvla.types import ACTION_DIM, PROPRIO_DIM, Episode, Frame
 
-FORMAT = 1  # raise when the files' meaning changes: older indices are then made again
+FORMAT = 2  # raise when the files' meaning changes: older indices are then made again
 INDEX, STATISTICS = "index.json", "dataset_statistics.json"
 HELD_OUT = 0.05  # of the episodes, the last ones, when the source has no validation split
+COLUMNS = {"agentview": "image", "robot0_eye_in_hand": "wrist_image"}  # camera -> column
 SCHEMA = pa.schema(
-    [("image", pa.binary()), ("action", pa.list_(pa.float32(), ACTION_DIM)), ("instruction", pa.string())]
+    [
+        ("image", pa.binary()),
+        ("wrist_image", pa.binary()),
+        ("proprio", pa.list_(pa.float32(), PROPRIO_DIM)),
+        ("action", pa.list_(pa.float32(), ACTION_DIM)),
+        ("instruction", pa.string()),
+    ]
 )
 
 
 class FrameStore:
-    """`store[i]` is a Frame. Opening maps the files; a store may be shared by threads and sent to other processes."""
+    """`store[i]` is a Frame. Opening maps the files; a store may be shared by threads and sent to other processes.
+
+    N frames in E episodes. `actions`, `proprio` and `instructions` are read once and stay in memory (60 bytes a frame);
+    `jpeg` reads a picture from the mapped files.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Use `open`."""
@@ -60,19 +72,53 @@ class FrameStore:
         return self.ends[-1]
 
     def __getitem__(self, i: int) -> Frame:
-        if not 0 <= i < len(self):
-            raise IndexError(f"frame {i} of {len(self)}")
-        episode = bisect_right(self.ends, i)
-        batch = self.batches[episode]
-        step = i - (self.ends[episode] - batch.num_rows)
-        image, action, instruction = (column[step] for column in batch.columns)
+        episode, step = self._place(i)
         return Frame(
-            image=image.as_py(),
-            action=action.values.to_numpy(),
-            instruction=instruction.as_py(),
+            image=bytes(self.jpeg(i, "agentview")),
+            wrist_image=self.batches[episode]["wrist_image"][step].as_py(),
+            proprio=None if self.proprio is None else self.proprio[i],
+            action=self.actions[i],
+            instruction=self.instructions[episode],
             episode=episode,
             step=step,
         )
+
+    def jpeg(self, i: int, camera: str) -> memoryview:
+        """The picture of frame `i`, as it lies in the file. Raises KeyError for a camera that is not in `cameras`."""
+        episode, step = self._place(i)
+        return memoryview(self.batches[episode][COLUMNS[camera]][step].as_buffer()).cast("B")
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """Episode, and the step in it."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"frame {i} of {len(self)}")
+        episode = bisect_right(self.ends, i)
+        return episode, i - (self.ends[episode] - self.episode_lengths[episode])
+
+    @cached_property
+    def cameras(self) -> tuple[str, ...]:
+        """Those of which every frame has a picture."""
+        return tuple(c for c, column in COLUMNS.items() if not any(b[column].null_count for b in self.batches))
+
+    @cached_property
+    def actions(self) -> np.ndarray:
+        """(N, 7) float32."""
+        return actions_of(self.batches)
+
+    @cached_property
+    def proprio(self) -> np.ndarray | None:
+        """(N, 8) float32; None where the data set has no states."""
+        return proprio_of(self.batches)
+
+    @cached_property
+    def instructions(self) -> list[str]:
+        """One of each episode."""
+        return [b["instruction"][0].as_py() for b in self.batches]
+
+    @cached_property
+    def episodes(self) -> np.ndarray:
+        """(N,) int32: each frame's episode."""
+        return np.repeat(np.arange(len(self.batches), dtype=np.int32), self.episode_lengths)
 
     @cached_property
     def statistics(self) -> dict[str, Any]:
@@ -83,6 +129,11 @@ class FrameStore:
     def action_stats(self) -> ActionStats:
         return ActionStats.from_json(self.statistics[self.name]["action"])
 
+    @cached_property
+    def proprio_stats(self) -> ActionStats:
+        """Of the eight proprio numbers; without a mask, so that all are normalised."""
+        return ActionStats.from_json(self.statistics[self.name]["proprio"])
+
     def split(self, name: str, *, val_split_from_train: bool = True) -> range:
         """Frame numbers of "train" or "val".
 
@@ -92,6 +143,15 @@ class FrameStore:
         first = self._first_val_episode(val_split_from_train)
         border = self.ends[first - 1] if first else 0
         return range(border) if name == "train" else range(border, len(self))
+
+    def current_frames(self, name: str, *, chunk: int = 1, val_split_from_train: bool = True) -> np.ndarray:
+        """Frames of a split that have `chunk` actions of their episode from there on: (S,) int64.
+
+        An episode of T steps has T - chunk + 1 of them, so its last steps are only ever futures (as in OpenVLA-OFT).
+        """
+        frames = np.array(self.split(name, val_split_from_train=val_split_from_train), np.int64)
+        ends = np.repeat(self.ends, self.episode_lengths)[frames]
+        return frames[frames + chunk <= ends]
 
     def _first_val_episode(self, val_split_from_train: bool) -> int:
         own = sum(s["episodes"] for s in self.index["shards"] if s["split"] == "train")
@@ -136,47 +196,72 @@ def write_batches(path: Path, episodes: Iterable[Episode]) -> list[int]:
     lengths = []
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for episode in episodes:
-            actions = pa.array(env_to_dataset(episode.actions).ravel())
-            writer.write_batch(
-                pa.record_batch(
-                    [
-                        pa.array(episode.images, pa.binary()),
-                        pa.FixedSizeListArray.from_arrays(actions, ACTION_DIM),
-                        pa.repeat(pa.scalar(episode.instruction), len(episode.images)),
-                    ],
-                    schema=SCHEMA,
-                )
-            )
-            lengths.append(len(episode.images))
+            steps = len(episode.images)
+            columns = [
+                pa.array(episode.images, pa.binary()),
+                pa.array(episode.wrist_images or [None] * steps, pa.binary()),
+                fixed_lists(episode.states, PROPRIO_DIM) if len(episode.states) else pa.nulls(steps, SCHEMA.types[2]),
+                fixed_lists(env_to_dataset(episode.actions), ACTION_DIM),
+                pa.repeat(pa.scalar(episode.instruction), steps),
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            lengths.append(steps)
     return lengths
+
+
+def fixed_lists(rows: np.ndarray, width: int) -> pa.Array:
+    """(T, width) float32 as a column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.asarray(rows, np.float32).ravel()), width)
 
 
 def actions_of(batches: list[pa.RecordBatch]) -> np.ndarray:
     """Every action, (N, 7) float32, in order."""
-    return np.concatenate([b["action"].flatten().to_numpy().reshape(-1, ACTION_DIM) for b in batches])
+    return rows_of(batches, "action", ACTION_DIM)
 
 
-def statistics_of(actions: np.ndarray, trajectories: int) -> dict[str, Any]:
-    """One data set's entry of dataset_statistics.json from all its actions, (N, 7) float32.
+def proprio_of(batches: list[pa.RecordBatch]) -> np.ndarray | None:
+    """Every state, (N, 8) float32, in order; None where an episode has none."""
+    if any(b["proprio"].null_count for b in batches):
+        return None
+    return rows_of(batches, "proprio", PROPRIO_DIM)
 
-    `proprio` is zeros, as in the original, whose fine-tuning uses no proprioception.
-    """
-    action = {
-        "mean": actions.mean(0).tolist(),
-        "std": actions.std(0).tolist(),
-        "max": actions.max(0).tolist(),
-        "min": actions.min(0).tolist(),
-        "q01": [quantile(column, 0.01) for column in actions.T],
-        "q99": [quantile(column, 0.99) for column in actions.T],
-    }
-    return {
-        "action": action | {"mask": [True] * (ACTION_DIM - 1) + [False]},
-        "proprio": {k: [0.0] * ACTION_DIM for k in action},
+
+def rows_of(batches: list[pa.RecordBatch], column: str, width: int) -> np.ndarray:
+    return np.concatenate([b[column].flatten().to_numpy().reshape(-1, width) for b in batches])
+
+
+def statistics_of(actions: np.ndarray, proprio: np.ndarray | None, trajectories: int) -> dict[str, Any]:
+    """One data set's entry of dataset_statistics.json, from all its actions (N, 7) and states (N, 8), float32."""
+    entry = {
+        "action": moments_of(actions) | {"mask": [True] * (ACTION_DIM - 1) + [False]},
+        "proprio": {} if proprio is None else moments_of(proprio),
         "num_transitions": len(actions),
         "num_trajectories": trajectories,
+    }
+    return without_proprio(entry) if proprio is None else entry
+
+
+def without_proprio(entry: dict[str, Any]) -> dict[str, Any]:
+    """A data set's entry as OpenVLA writes it, which uses no proprioception: seven zeros for each moment."""
+    return entry | {"proprio": {name: [0.0] * ACTION_DIM for name in entry["action"] if name != "mask"}}
+
+
+def moments_of(rows: np.ndarray) -> dict[str, Any]:
+    return {
+        "mean": rows.mean(0).tolist(),
+        "std": rows.std(0).tolist(),
+        "max": rows.max(0).tolist(),
+        "min": rows.min(0).tolist(),
+        "q01": [quantile(column, 0.01) for column in rows.T],
+        "q99": [quantile(column, 0.99) for column in rows.T],
     }
 
 
 def quantile(values: np.ndarray, q: float) -> float:
-    """In float64, as numpy 1 did for float32, too: its successor rounds otherwise."""
-    return float(np.quantile(values.astype(np.float64), q))
+    """Linear between neighbours, as numpy 1 took it of float32 and its successor no longer does: the neighbours'
+    distance in float32, all else in float64."""
+    ordered, at = np.sort(values), q * (len(values) - 1)
+    below = int(at)
+    low, high = ordered[below], ordered[min(below + 1, len(values) - 1)]
+    distance, share = float(high - low), at - below
+    return float(high) - distance * (1 - share) if share >= 0.5 else float(low) + distance * share

@@ -46,9 +46,8 @@ class Inputs:
 
 def to_inputs(batch: Batch, device: torch.device | str, *, width: int = 0) -> Inputs:
     """Moves a batch to the device, its text padded to `width` tokens at least."""
-    ids, lengths = batch.input_ids, batch.attention_mask.sum(1)
-    tokens = batch.actions[0].size
-    start = lengths - tokens - 1
+    ids, tokens = batch.input_ids, batch.actions[0].size
+    start = batch.lengths - tokens - 1
     targets = _to(np.take_along_axis(ids, start[:, None] + np.arange(tokens + 1), 1), device)
     text = np.zeros((len(ids), max(ids.shape[1], width) - 1), np.int64)  # what pads is never seen: attention is causal
     text[:, : ids.shape[1] - 1] = ids[:, :-1]

@@ -20,7 +20,7 @@ from torch import nn
 
 from spvla.config import TrainConfig
 from spvla.data.loader import Loader, Split
-from spvla.data.store import FrameStore
+from spvla.data.store import FrameStore, without_proprio
 from spvla.errors import DatasetError
 from spvla.model.adapters import add_lora, load_adapter, save_adapter
 from spvla.policies.checkpoint import base_of, load_model, save_model
@@ -142,7 +142,7 @@ class Session:
     def write(self, folder: Path) -> None:
         """A checkpoint: adapter (or whole model), action statistics, and everything that the next step depends on."""
         assert not self.under_way, "settle first: a step's numbers are missing"
-        stats = {name: value for store in self.stores for name, value in store.statistics.items()}
+        stats = {store.name: without_proprio(store.statistics[store.name]) for store in self.stores}
         if self.config.use_lora:
             save_adapter(self.model, folder, adapter_name=POLICY, base=str(self.base), norm_stats=stats)
         else:

@@ -80,11 +80,14 @@ class ActionStats:
         return cls(q01=q01, mask=np.asarray(d.get("mask", np.ones(q01.shape)), bool), **arrays)
 
     def normalise(self, actions: np.ndarray) -> np.ndarray:
-        """Dataset form (..., A) float32 -> float32 in [-1, 1] where masked; 0 where a dimension never varies."""
-        low, high = self.q01.astype(np.float32), self.q99.astype(np.float32)
+        """Dataset form (..., A) float32 -> float32 in [-1, 1] where masked; 0 where a dimension never varies.
+
+        Equal to the original's to the bit: the width is taken in float64 and rounded once.
+        """
+        low, width = self.q01.astype(np.float32), (self.q99 - self.q01 + 1e-8).astype(np.float32)
         x = np.asarray(actions, np.float32)
         one, two = np.float32(1), np.float32(2)
-        scaled = np.clip(two * (x - low) / (high - low + np.float32(1e-8)) - one, -one, one)
+        scaled = np.clip(two * (x - low) / width - one, -one, one)
         return np.where(self.min == self.max, np.float32(0), np.where(self.mask, scaled, x))
 
     def unnormalise(self, normalised: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ DCT, and simplejpeg always the fast one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,8 @@ _JPEG_FLAGS = (
 )
 CROP_AREA = 0.9  # of the frame: drawn at random in training, centred in evaluation
 CROP_SIDE = np.sqrt(np.float32(CROP_AREA))
+# In the order of drawing: crop offset, brightness, contrast, saturation, hue.
+_AUGMENTATION_RANGES = ((0.0, 1.0 - CROP_SIDE), (-0.2, 0.2), (0.8, 1.2), (0.8, 1.2), (-0.05, 0.05))
 
 # Channel means and deviations as the checkpoints' processor stores them (bfloat16-rounded for DINOv2).
 DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
@@ -74,30 +76,32 @@ def evaluation_image(observation: np.ndarray, *, center_crop: bool) -> np.ndarra
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What was drawn for one frame; float32 throughout. Horizontal and vertical offset are one draw in the original."""
+    """What was drawn for one frame."""
 
-    crop_offset: float  # [0, 1 - CROP_SIDE), of height and width alike
+    top: float  # offset of the crop, [0, 1 - CROP_SIDE) of the height
+    left: float  # and of the width
     brightness: float  # added, [-0.2, 0.2)
     contrast: float  # factor, [0.8, 1.2)
     saturation: float  # factor, [0.8, 1.2)
     hue: float  # of a full circle, [-0.05, 0.05)
 
+    def row(self) -> np.ndarray:
+        """(6,) float32, the fields in their order."""
+        return np.array([getattr(self, f.name) for f in fields(self)], np.float32)
 
-def draw_augmentation(rng: np.random.Generator) -> Augmentation:
-    return Augmentation(
-        crop_offset=rng.uniform(0.0, 1.0 - CROP_SIDE),
-        brightness=rng.uniform(-0.2, 0.2),
-        contrast=rng.uniform(0.8, 1.2),
-        saturation=rng.uniform(0.8, 1.2),
-        hue=rng.uniform(-0.05, 0.05),
-    )
+
+def draw_augmentation(rng: np.random.Generator, *, diagonal: bool = True) -> Augmentation:
+    """Horizontal and vertical offset are one draw in the original, so that crops lie on the diagonal."""
+    top, *others = (rng.uniform(low, high) for low, high in _AUGMENTATION_RANGES)
+    left = top if diagonal else rng.uniform(0.0, 1.0 - CROP_SIDE)
+    brightness, contrast, saturation, hue = others
+    return Augmentation(top=top, left=left, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
 
 
 def augment(image: np.ndarray, drawn: Augmentation) -> np.ndarray:
     """(224, 224, 3) uint8 -> (224, 224, 3) uint8: crop, brightness, contrast, saturation, hue, clipped after each."""
-    start = np.float32(drawn.crop_offset)
-    end = start + CROP_SIDE
-    out = pixels.crop(pixels.to_planes(np.ascontiguousarray(image)), start, start, end, end)
+    top, left = np.float32(drawn.top), np.float32(drawn.left)
+    out = pixels.crop(pixels.to_planes(np.ascontiguousarray(image)), top, left, top + CROP_SIDE, left + CROP_SIDE)
     pixels.brightness(out, np.float32(drawn.brightness))
     pixels.contrast(out, np.float32(drawn.contrast))
     pixels.saturation(out, np.float32(drawn.saturation))

@@ -8,16 +8,14 @@ Only `tokenizer.json` is read, by the `tokenizers` library: no code comes with a
 
 from pathlib import Path
 
-import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from spvla.errors import CheckpointError, UserError
 from spvla.files import write_json, write_text
-from spvla.policies.openvla.actions import ACTION_TOKEN_BEGIN, VOCAB_SIZE
+from spvla.policies.openvla.actions import VOCAB_SIZE
 
 BOS, EOS, PAD = 1, 2, 32_000
 BLANK = 29_871  # '▁': what a space before the first action character becomes
-IGNORED = -100
 TOKENIZER_FILE = "tokenizer.json"
 
 # Ids that Llama's vocabulary gives to the prompt's own words; the tiny tokenizer keeps them.
@@ -102,14 +100,6 @@ def prompt_ids(tokenizer: Tokenizer, instruction: str) -> list[int]:
         )
     ids = tokenizer.encode(_prompt(instruction)).ids
     return ids if ids[-1] == BLANK else [*ids, BLANK]
-
-
-def training_ids(tokenizer: Tokenizer, instruction: str, action_ids: np.ndarray) -> tuple[list[int], list[int]]:
-    """Prompt, seven action ids, EOS -> (input ids, labels); labels keep the last eight."""
-    assert len(action_ids) == 7 and min(action_ids) > ACTION_TOKEN_BEGIN
-    prompt = prompt_ids(tokenizer, instruction)
-    answer = [*map(int, action_ids), EOS]
-    return prompt + answer, [IGNORED] * len(prompt) + answer
 
 
 def build_tiny_tokenizer() -> Tokenizer:
