@@ -1,8 +1,9 @@
-"""Draw docs/contact_sheet.jpg: the first frame of all forty tasks with the embedded primitives, five to a row.
+"""Draw docs/contact_sheet.jpg: the first frame of all forty tasks, five to a row.
 
     python bench/contact_sheet.py [OUT.jpg] [ASSETS]
 
-ASSETS: another asset folder, to compare with. Frames are taken after the ten settling steps of every trial.
+ASSETS: an asset folder, or `primitives`; by default the assets in use. Frames are taken after the ten settling steps
+of every trial.
 """
 
 import sys

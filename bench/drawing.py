@@ -1,6 +1,6 @@
 """What pictures cost a GPU that computes: a matrix product's time while environments draw beside it, and alone.
 
-    LIBERO_ASSETS=... python bench/drawing.py --rates 100,200                           # one GPU, LIBERO's objects
+    python bench/drawing.py --rates 100,200                           # one GPU, LIBERO's objects
     taskset -c 0,1 python bench/drawing.py --device cpu --num_envs 1 --rates 5 --seconds 2   # shows that it works
 
 `--num_envs` processes, each with an environment, draw `--rates` pictures a second in all, either as MuJoCo draws them

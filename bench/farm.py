@@ -1,7 +1,7 @@
 """Does the farm keep the machine busy? Environments alone, policy alone, and the farm, alternating in one run.
 
     OMP_NUM_THREADS=1 taskset -c 0,1 python bench/farm.py --num_envs 3 --num_cpus 2 --cores_apart   # 4 minutes
-    LIBERO_ASSETS=... python bench/farm.py --preset 7b --num_envs 32   # one H200: OpenVLA's size, random weights
+    python bench/farm.py --preset 7b --num_envs 32   # one H200: OpenVLA's size, random weights
 
 supply  policy steps a second of the environment workers, each answering itself at once
 demand  actions a second of the policy actors, every batch full

@@ -93,7 +93,7 @@ class CollectConfig:
     data_root_dir: Path = Path("datasets")
     """folder that gets the data set <suite>_no_noops"""
     libero_assets: Path | None = None
-    """folder of LIBERO's assets; default LIBERO_ASSETS, then LIBERO's own if on disk, else the embedded primitives"""
+    """folder of LIBERO's assets, or `primitives`; default LIBERO_ASSETS, else those that are installed"""
     num_workers: int = 0
     """parallel environments; 0: one for each CPU of the cluster"""
     seed: int = 7
@@ -276,7 +276,7 @@ class FarmConfig:
     """The farm's own flags, shared by every command that evaluates."""
 
     libero_assets: Path | None = None
-    """folder of LIBERO's assets; default LIBERO_ASSETS, then LIBERO's own if on disk, else the embedded primitives"""
+    """folder of LIBERO's assets, or `primitives`; default LIBERO_ASSETS, else those that are installed"""
     num_envs: int = 0
     """environment actors; 0: one for each CPU of the cluster that the policy actors leave, or 32 for each policy actor
     where machines come on demand"""

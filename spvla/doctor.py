@@ -100,16 +100,20 @@ def renderer() -> Finding:
 
 
 def assets() -> Finding:
-    from spvla.benchmarks.libero.assets import resolve
+    from spvla.benchmarks.libero.assets import PRIMITIVES, resolve
 
     try:
         found = resolve(None)
     except UserError as e:
         return Finding("assets", e.got, e.remedy)
-    remedy = (
-        "geometry stand-ins, not comparable with published numbers: for LIBERO's own, set LIBERO_ASSETS to their folder"
-    )
-    return Finding("assets", f"{found.name} at {found.path}", remedy if found.name == "primitives" else "")
+    what = f"{found.name} at {found.path}"
+    if found.name == "libero":
+        return Finding("assets", f"LIBERO's own: {what}")
+    if found.name == PRIMITIVES:
+        remedy = "geometry stand-ins, not comparable with published numbers: `make setup` installs LIBERO's own"
+    else:
+        remedy = "files that differ from LIBERO's own: results are of another world, and named after it"
+    return Finding("assets", what, remedy)
 
 
 def ray_cluster() -> Finding:

@@ -1,17 +1,19 @@
 """Files, safely: whole or not at all, and never outside the folder they belong to."""
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from spvla.errors import UserError
 
+SHA256_LENGTH = 64  # hex digits
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,199}")
 
 
@@ -84,6 +86,23 @@ def create_once(path: Path, write: Callable[[Path], object]) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return path
+
+
+def remembered(kind: str, files: Sequence[Path], digest: Callable[[], str]) -> str:
+    """`digest()`, a sha256 of `files` taken in the way called `kind`.
+
+    Kept in the cache folder for as long as none of the files changes its size or time of change. Several processes may
+    ask at once. A cache that cannot be written costs only the time.
+    """
+    facts = [kind, *((str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
+    memory = cache_dir() / "digests" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    with suppress(OSError):
+        if len(known := memory.read_text()) == SHA256_LENGTH:
+            return known
+    found = digest()
+    with suppress(OSError):
+        write_text(memory, found)
+    return found
 
 
 def discard(folder: Path) -> None:

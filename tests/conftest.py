@@ -1,13 +1,17 @@
-"""Shared fixtures: one Ray for all tests, the golden files and real assets where they are at hand."""
+"""Shared fixtures: one Ray for all tests, LIBERO's own objects, the golden files where they are at hand."""
 
 import os
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from spvla.benchmarks.libero.assets import AssetSet
+
 os.environ.setdefault("MUJOCO_GL", "egl")
+os.environ.setdefault("LIBERO_ASSETS", "primitives")  # they load in a third of the time; `real_assets` are the others
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 SHARED = Path(os.environ.get("SPVLA_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -28,17 +32,13 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
-def real_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of LIBERO's real assets."""
-    if given := os.environ.get("LIBERO_ASSETS"):
-        return Path(given)
-    archive = SHARED / "libero_assets.tar.xz"
-    if not archive.exists():
-        pytest.skip(f"needs LIBERO's assets: set LIBERO_ASSETS, or put {archive.name} into {SHARED}")
-    folder = tmp_path_factory.mktemp("assets")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
-    return folder / "libero_assets"
+def real_assets() -> "AssetSet":
+    """LIBERO's own objects, from the packages of the extra `assets`."""
+    from spvla.benchmarks.libero import assets
+
+    if (folder := assets.installed()) is None:
+        pytest.skip("needs LIBERO's objects: `make setup` without ASSETS=primitives, or the extra `assets`")
+    return assets.resolve(folder)
 
 
 @pytest.fixture(scope="session")

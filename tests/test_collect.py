@@ -21,8 +21,7 @@ DATASET = "libero_object_no_noops"
 
 
 @pytest.fixture
-def assets(monkeypatch: pytest.MonkeyPatch) -> AssetSet:
-    monkeypatch.delenv("LIBERO_ASSETS", raising=False)
+def assets() -> AssetSet:
     return resolve()
 
 

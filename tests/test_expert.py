@@ -18,12 +18,8 @@ NONE = np.zeros((0, 3))
 
 
 @pytest.fixture(scope="module")
-def assets() -> Iterator[AssetSet]:
-    """The embedded set, whatever this machine has."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("LIBERO_ASSETS", raising=False)
-        patch.setattr("spvla.benchmarks.libero.assets._libero_places", lambda: [])
-        yield resolve()
+def assets() -> AssetSet:
+    return resolve()
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,7 @@ class Session:
             f" {sizes.device}; logs in {logs}"
         )
         working = WorkerSettings(
-            assets=c.libero_assets.resolve() if c.libero_assets else None,
+            assets=assets.for_other_processes(c.libero_assets),
             num_steps_wait=c.num_steps_wait,
             center_crop=c.center_crop,
             max_steps={suite: min(limit, c.max_steps or limit) for suite, limit in MAX_STEPS.items()},

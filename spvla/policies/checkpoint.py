@@ -9,14 +9,14 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spvla.errors import CheckpointError, UserError
-from spvla.files import cache_dir, create_once, new_folder, write_json, write_text
+from spvla.files import cache_dir, create_once, new_folder, remembered, write_json
 from spvla.model.adapters import (
     ADAPTER_CONFIG,
     STATISTICS,
@@ -231,14 +231,13 @@ def policy_digest(path: str | Path) -> str:
     patterns = ("*.safetensors", CONFIG, TOWER_FILE, ADAPTER_CONFIG, "tokenizer.json", STATISTICS)
     found = [f for folder in folders for f in sorted({f for pattern in patterns for f in folder.glob(pattern)})]
     files = [f for f in found if not f.name.startswith("training_state")]  # the optimiser's
-    facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    memory = cache_dir() / "digests" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    if memory.exists():
-        return memory.read_text()
+    return remembered("policy", files, lambda: _digest_of(files))
+
+
+def _digest_of(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for f in files:
         digest.update(f"{f.name}:{_file_digest(f)}\n".encode())
-    write_text(memory, digest.hexdigest())
     return digest.hexdigest()
 
 

@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import mujoco
 import numpy as np
 import pytest
 
 from spvla.benchmarks.libero import stock
-from spvla.benchmarks.libero.assets import AssetSet, resolve
+from spvla.benchmarks.libero.assets import AssetSet, read_by_scenes, resolve
 from spvla.benchmarks.libero.env import SUITES, LiberoEnv, num_init_states, task_info, tasks
 from spvla.benchmarks.libero.sampling import SensorClock
 from spvla.errors import InfrastructureError, UserError
@@ -146,6 +147,7 @@ def test_the_sensors_sample_just_before_a_control_step_ends() -> None:
 def test_start_and_end_are_silent_ask_nothing_and_write_only_to_the_cache(tmp_path: Path, assets: AssetSet) -> None:
     script = f"""
 from pathlib import Path
+from xml.etree import ElementTree
 from spvla.benchmarks.libero.assets import AssetSet
 from spvla.benchmarks.libero.env import LiberoEnv
 env = LiberoEnv("libero_object", 0, AssetSet(name="given", path=Path({str(assets.path)!r}), digest=""))
@@ -218,6 +220,33 @@ def test_a_step_takes_seven_numbers(env: LiberoEnv) -> None:
         env.step(np.zeros(4))
 
 
+def assert_counted(files: Iterator[str | None], assets: AssetSet) -> None:
+    """Those of an asset set among `files` are known to its digest, and there is one."""
+    normal = {Path(os.path.normpath(file)) for file in files if file}
+    theirs = {str(file.relative_to(assets.path)) for file in normal if file.is_relative_to(assets.path)}
+    assert theirs and theirs <= read_by_scenes(assets.path)
+
+
+def test_every_file_of_liberos_objects_is_in_the_digest(real_assets: AssetSet) -> None:
+    from libero.libero.envs.base_object import OBJECTS_DICT
+
+    stock.use_assets(real_assets.path)
+    for model in {model for suite in SUITES for task in tasks(suite) for model in task.models}:
+        described = OBJECTS_DICT[model]()
+        assert_counted(iter([described.file, *(n.get("file") for n in described.asset)]), real_assets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suite", "task"),
+    [("libero_object", 0), ("libero_goal", 0), ("libero_90", 0), ("libero_90", 60), ("libero_90", 80)],
+)
+def test_every_file_of_liberos_rooms_is_in_the_digest(suite: str, task: int, real_assets: AssetSet) -> None:
+    problem = stock.build_problem(task_info(suite, task).bddl_file, real_assets.path)
+    nodes = ElementTree.fromstring(problem.model.get_xml()).findall("./asset/*[@file]")
+    assert_counted((node.get("file") for node in nodes), real_assets)
+
+
 def load_step_and_draw(suite: str, assets: AssetSet) -> None:
     for task in tasks(suite):
         with LiberoEnv(suite, task.id, assets) as env:
@@ -237,5 +266,5 @@ def test_all_forty_tasks_load_step_and_draw(suite: str, assets: AssetSet) -> Non
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("suite", SUITES)
-def test_all_tasks_load_step_and_draw_with_real_assets(suite: str, real_assets: Path) -> None:
-    load_step_and_draw(suite, resolve(real_assets))
+def test_all_tasks_load_step_and_draw_with_real_assets(suite: str, real_assets: AssetSet) -> None:
+    load_step_and_draw(suite, real_assets)

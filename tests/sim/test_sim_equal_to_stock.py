@@ -91,7 +91,6 @@ def test_trials_in_any_order_are_the_originals_episodes(suite: str, task: int, a
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_real_assets_are_the_originals_to_the_bit(real_assets) -> None:
-    given = resolve(real_assets)
-    assert_equal_to_stock("libero_10", 3, given)
-    assert_any_history_gives_the_same("libero_spatial", 4, given, [7, 0], 25)
+def test_real_assets_are_the_originals_to_the_bit(real_assets: AssetSet) -> None:
+    assert_equal_to_stock("libero_10", 3, real_assets)
+    assert_any_history_gives_the_same("libero_spatial", 4, real_assets, [7, 0], 25)
