@@ -28,6 +28,15 @@ def safe_name(name: str, *, what: str) -> str:
     )
 
 
+def readable_name(text: str, *, exact: str) -> str:
+    """`text` as one path component. Where it had to be changed or cut, or says less than `exact`, a digest of that
+    follows: what differs never shares a name."""
+    safe = re.sub(r"[^A-Za-z0-9._+=-]", "_", text).replace("..", "__").lstrip("._+=-")
+    if safe == exact and _SAFE_NAME.fullmatch(safe):
+        return safe
+    return f"{safe[:180]}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}".lstrip("-")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes beside, then renames: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from spvla.data.index import ensure_index
 from spvla.errors import ClusterError, UserError
 from spvla.eval.ledger import Ledger
 from spvla.eval.summary import Summary
+from spvla.files import safe_name
 from spvla.policies.checkpoint import policy_digest
 from spvla.policies.openvla.presets import create_preset
 from spvla.sweep import folder as sweep_folder
@@ -341,3 +342,24 @@ def test_all_trials_are_judged_by_success_on_one_farm(data: Path, tmp_path: Path
     rows = verdicts(tmp_path / "s")
     assert len(outcomes) == len(rows) >= 3 and len({o.policy for o in outcomes}) == len(outcomes)
     assert done.stderr.count("environments (") == 1  # one farm for all
+
+
+MANY = {f"flag_{i}": "a" * 20 for i in range(12)}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({**MANY, "z": 1}, {**MANY, "z": 2}),
+        ({"learning_rate": 1.00000001e-4}, {"learning_rate": 1.00000002e-4}),
+        ({"dataset_name": "a:1"}, {"dataset_name": "a_1"}),
+    ],
+)
+def test_two_trials_never_share_a_folder(one: dict, other: dict) -> None:
+    names = [sweep_folder.trial_name(one), sweep_folder.trial_name(other)]
+    assert names[0] != names[1]
+    assert [safe_name(name, what="trial") for name in names] == names
+
+
+def test_a_trial_whose_values_fit_is_named_by_them_alone() -> None:
+    assert sweep_folder.trial_name({"beta": 0.3, "learning_rate": 5e-5}) == "beta=0.3+learning_rate=5e-05"

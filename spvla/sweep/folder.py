@@ -7,7 +7,6 @@ SWEEP/trials.json                   the table, best first
 """
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from spvla import runs
 from spvla.config import SweepConfig, TrainConfig
-from spvla.files import safe_name, write_json
+from spvla.files import readable_name, safe_name, write_json
 from spvla.train.prepare import run_id
 
 TRIALS, JUDGED, PARAMETERS = "trials", "judged.jsonl", "parameters.json"
@@ -43,13 +42,22 @@ def sweep_id(config: SweepConfig) -> str:
     if config.train.run_id:
         return safe_name(config.train.run_id, what="--run_id")
     swept = "+".join(f"{flag}={text}" for flag, text in config.space.items())
-    return safe_name(f"sweep-{run_id(config.train)}-{re.sub(r'[^A-Za-z0-9._+=-]', '_', swept)}"[:200], what="run name")
+    name = f"sweep-{run_id(config.train)}-{swept}"
+    return readable_name(name, exact=name)
 
 
 def trial_config(train: TrainConfig, folder: Path, parameters: Parameters) -> TrainConfig:
     """Each trial is a run of its own; all its checkpoints stay until they are judged."""
-    name = safe_name("+".join(f"{k}={_short(v)}" for k, v in sorted(parameters.items()))[:200], what="trial name")
+    name = trial_name(parameters)
     return replace(train, **parameters, run_root_dir=folder / TRIALS, run_id=name, save_latest_checkpoint_only=False)
+
+
+def trial_name(parameters: Parameters) -> str:
+    """What it varies, and a digest where the name alone would not tell two trials apart."""
+    short = "+".join(f"{k}={_short(v)}" for k, v in sorted(parameters.items()))
+    exact = "+".join(f"{k}={v}" for k, v in sorted(parameters.items()))
+    lossless = all(float(_short(v)) == v for v in parameters.values() if isinstance(v, float))
+    return readable_name(short, exact=short if lossless else exact)
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -57,8 +65,7 @@ def run_folder(config: TrainConfig) -> Path:
 
 
 def _short(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return re.sub(r"[^A-Za-z0-9._+=-]", "_", text)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def trial_folders(folder: Path) -> list[Path]:
