@@ -8,46 +8,41 @@ command again finds it done; a data set of any other origin is never overwritten
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import ray
-from ray.exceptions import RayActorError, RayTaskError
+from typing import Any
 
 from spvla.benchmarks.libero.assets import AssetSet, resolve
 from spvla.benchmarks.libero.env import tasks
 from spvla.benchmarks.libero.recorders import Demonstrator, Recorder, Replayer
 from spvla.cluster.connect import connection
-from spvla.cluster.machines import cpus_to_use, request_for, require_resources
 from spvla.config import CollectConfig, RegenerateConfig
 from spvla.data.demos import count_demos, demo_files
 from spvla.data.spool import Spool
-from spvla.errors import DatasetError, InfrastructureError, UserError
+from spvla.errors import DatasetError, UserError
 from spvla.files import require_writable, write_json
-from spvla.progress import Progress
-from spvla.render.rendering import draw_on_one_core
-from spvla.types import Episode
+from spvla.takes import Tally, gather
 
 RECORDING = "recording.json"
 BEGUN = "writing"  # marks, among the takes, that the data set is being written
 SPARE_TAKES = 20  # beyond twice the wanted number, before a task is given up
-CRASHES = 3  # of the process that makes one take, before the command ends
 
 
 def collect(config: CollectConfig) -> None:
     """Records the scripted experts. Raises UserError before any work on a bad request."""
-    every = tasks(config.task_suite_name)
+    suite, every = config.task_suite_name, tasks(config.task_suite_name)
     for task in config.tasks:
         if not 0 <= task < len(every):
             raise UserError(f"--tasks {task}", expected=f"0 to {len(every) - 1}", remedy="Correct the number.")
     assets = resolve(config.libero_assets)
     wanted = {task.id: config.num_demos_per_task for task in every if task.id in config.tasks or not config.tasks}
     limits = {task: 2 * count + SPARE_TAKES for task, count in wanted.items()}
-    request = Request(suite=config.task_suite_name, what="experts", assets=assets, seed=config.seed, wanted=wanted)
-    make = partial(Demonstrator, config.task_suite_name, assets, seed=config.seed)
+    noise = {"noise": config.noise, "noise_share": config.noise_share if config.noise else 0.0}
+    note = {"starts": config.starts, **noise, "seed": config.seed}
+    request = Request(suite=suite, origin="experts", assets=assets, wanted=wanted, how=note)
+    make = partial(Demonstrator, suite, assets, seed=config.seed, test_starts=config.starts == "test", **noise)
     record(request, limits, make, config.data_root_dir, config.num_workers)
 
 
@@ -58,29 +53,29 @@ def regenerate(config: RegenerateConfig) -> None:
     folder = config.demos.expanduser().resolve()
     files = demo_files(folder, names)
     counts = {task: count_demos(file) for task, file in files.items()}
-    request = Request(suite=config.task_suite_name, what=str(folder), assets=assets, seed=0, wanted=counts)
+    request = Request(suite=config.task_suite_name, origin=str(folder), assets=assets, wanted=counts, how={})
     make = partial(Replayer, config.task_suite_name, assets, files=files)
     record(request, counts, make, config.data_root_dir, config.num_workers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a data set is made of."""
+    """What a data set is made of; its note is what recording.json holds."""
 
     suite: str
-    what: str  # "experts", or the folder of HDF5 files
+    origin: str  # "experts", or the folder of HDF5 files
     assets: AssetSet
-    seed: int
     wanted: dict[int, int]  # task -> episodes
+    how: dict[str, Any]  # an expert's starts, noise and seed
 
     @property
     def name(self) -> str:
         return f"{self.suite}_no_noops"
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         assets = {"name": self.assets.name, "digest": self.assets.digest}
         wanted = {str(task): count for task, count in self.wanted.items()}
-        return {"suite": self.suite, "from": self.what, "assets": assets, "seed": self.seed, "episodes": wanted}
+        return {"suite": self.suite, "from": self.origin, **self.how, "assets": assets, "episodes": wanted}
 
     @property
     def digest(self) -> str:
@@ -112,138 +107,27 @@ def record(
 
 def is_done(folder: Path, request: Request, waiting: Path) -> bool:
     """Whether the data set is there and is what was asked for. Raises DatasetError when it is anything else."""
-    note = folder / RECORDING
-    if note.exists() and json.loads(note.read_text()) == request.to_json():
+    wanted = request.to_json()
+    found = read_note(folder / RECORDING)
+    if found == wanted:
         return True
     if not folder.exists() or (waiting / BEGUN).exists():  # cut short between data set and note: write both again
         return False
+    others = [f"{key} {found[key]}, not {wanted.get(key)}" for key in found if found[key] != wanted.get(key)]
     raise DatasetError(
-        f"{folder} already exists and was made from something else",
+        f"{folder} already exists and was made from something else" + (f" ({'; '.join(others)})" if others else ""),
         expected="no data set of that name, or one that the same command made",
         remedy="Give another --data_root_dir, or move the data set away.",
     )
 
 
-class Tally:
-    """Which takes are made, failed and due. Kept are each task's first successes, whatever order takes end in."""
-
-    def __init__(self, wanted: dict[int, int], limits: dict[int, int], done: dict[tuple[int, int], bool]) -> None:
-        self.wanted, self.limits, self.done = wanted, limits, dict(done)
-        self.running: set[tuple[int, int]] = set()
-
-    def due(self, task: int) -> int | None:
-        """The task's next take; None when enough are made or under way, or its limit is reached."""
-        under_way = sum(t == task for t, _ in self.running)
-        if self.successes(task) + under_way >= self.wanted[task]:
-            return None
-        taken = {k for t, k in (*self.done, *self.running) if t == task}
-        return next((k for k in range(self.limits[task]) if k not in taken), None)
-
-    def next(self, preferred: int | None) -> tuple[int, int] | None:
-        """The take that an idle worker should make, of its own task if that has any left."""
-        for task in sorted(self.wanted, key=lambda task: (task != preferred, self.under_way(task), task)):
-            if (take := self.due(task)) is not None:
-                return task, take
-        return None
-
-    def under_way(self, task: int) -> int:
-        return sum(t == task for t, _ in self.running)
-
-    def successes(self, task: int) -> int:
-        return sum(solved for (t, _), solved in self.done.items() if t == task)
-
-    def tried(self, task: int) -> int:
-        return sum(t == task for t, _ in self.done)
-
-    def kept(self) -> Iterator[tuple[int, int]]:
-        for task, count in self.wanted.items():
-            takes = sorted(k for (t, k), solved in self.done.items() if t == task and solved)
-            yield from ((task, k) for k in takes[:count])
-
-
-def gather(tally: Tally, spool: Spool, make: Callable[[], Recorder], num_workers: int) -> None:
-    """Runs takes on actors until none is due. Raises what a recorder raised, or InfrastructureError after crashes."""
-    require_resources("recording", CPU=1)
-    total = sum(tally.wanted.values())
-    count = num_workers or cpus_to_use()
-    with closing(Workers(make, count)) as workers, Progress("record", total=total, unit="episodes") as progress:
-        show(progress, tally)
-        while workers.start(tally):
-            for take, episode in workers.finished():
-                tally.running.discard(take)
-                spool.put(*take, episode)
-                tally.done[take] = episode is not None
-                show(progress, tally)
-
-
-def show(progress: Progress, tally: Tally) -> None:
-    made = sum(min(tally.successes(task), count) for task, count in tally.wanted.items())
-    progress.update(made, takes=len(tally.done), failed=sum(not solved for solved in tally.done.values()))
-
-
-class Workers:
-    """At most `count` actors, each with the environment of its last task. A dead one's take is made again."""
-
-    def __init__(self, make: Callable[[], Recorder], count: int) -> None:
-        self.make, self.count = make, count
-        self.idle: list[tuple[ray.actor.ActorHandle, int | None]] = []
-        self.busy: dict[ray.ObjectRef, tuple[ray.actor.ActorHandle, tuple[int, int]]] = {}
-        self.crashes: dict[tuple[int, int], int] = {}
-
-    def start(self, tally: Tally) -> bool:
-        """Gives idle actors their takes. False when nothing is due and nothing runs."""
-        while len(self.busy) < self.count:
-            actor, last = self.idle.pop() if self.idle else (None, None)
-            take = tally.next(last)
-            if take is None:
-                if actor is not None:
-                    self.idle.append((actor, last))
-                break
-            tally.running.add(take)
-            self._run(actor or self._new(), take)
-        return bool(self.busy)
-
-    def _new(self) -> ray.actor.ActorHandle:
-        place = request_for("spvla_env")
-        return ray.remote(num_cpus=1, resources=place, max_restarts=0)(_Actor).remote(self.make)
-
-    def _run(self, actor: ray.actor.ActorHandle, take: tuple[int, int]) -> None:
-        self.busy[actor.record.remote(*take)] = actor, take
-
-    def finished(self) -> Iterator[tuple[tuple[int, int], Episode | None]]:
-        """Waits for one take or more. A take whose actor died is started again elsewhere."""
-        for ref in ray.wait(list(self.busy), num_returns=1)[0]:
-            actor, take = self.busy.pop(ref)
-            try:
-                episode = ray.get(ref)
-            except RayTaskError as e:
-                raise e.cause from None
-            except RayActorError as e:
-                self.crashes[take] = self.crashes.get(take, 0) + 1
-                if self.crashes[take] >= CRASHES:
-                    raise InfrastructureError(
-                        f"task {take[0]}, take {take[1]}: its process died {CRASHES} times"
-                    ) from e
-                fresh = self._new()
-                self.busy[fresh.record.remote(*take)] = fresh, take
-                continue
-            self.idle.append((actor, take[0]))
-            yield take, episode
-
-    def close(self) -> None:
-        for actor in [*(actor for actor, _ in self.busy.values()), *(actor for actor, _ in self.idle)]:
-            ray.kill(actor)
-
-
-class _Actor:
-    """A recorder in a process of its own."""
-
-    def __init__(self, make: Callable[[], Recorder]) -> None:
-        draw_on_one_core()
-        self.recorder = make()
-
-    def record(self, task: int, take: int) -> Episode | None:
-        return self.recorder.record(task, take)
+def read_note(path: Path) -> dict[str, Any]:
+    """What a recording says of itself; nothing where there is no such file, or none of ours."""
+    try:
+        note = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 def table(request: Request, tally: Tally) -> str:
@@ -256,4 +140,5 @@ def table(request: Request, tally: Tally) -> str:
         lines.append(f"{task:>4} {min(successes, count):>5} {tried:>6} {rate:>7.1f}%  {instructions[task]}")
     tried, successes = len(tally.done), sum(tally.done.values())
     lines.append(f" all {sum(1 for _ in tally.kept()):>5} {tried:>6} {100 * successes / max(1, tried):>7.1f}%")
+    lines += [f"crashed  {why}" for why in tally.crashed.values()]
     return "\n".join(lines)

@@ -23,6 +23,7 @@ LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "bf16", "fp32"]
 WandbMode = Literal["online", "offline"]
 ModelFamily = Literal["openvla"]
+Starts = Literal["fresh", "test"]
 Metric = Literal["success_rate", "val_action_accuracy"]
 
 # What a number may be, in every command that has the flag. None is no number: it stands for a default.
@@ -45,8 +46,9 @@ AT_LEAST_0 = (
         "max_retries",
     ),
     *("num_decoders", "num_envs", "num_steps_wait", "num_videos", "num_workers", "opponent_temperature", "seed"),
-    *("sft_weight", "val_steps", "wait_ms", "warmup_steps", "weight_decay"),
+    *("noise", "noise_share", "sft_weight", "val_steps", "wait_ms", "warmup_steps", "weight_decay"),
 )
+AT_MOST_1 = ("noise", "noise_share")
 BELOW_1 = ("adam_beta1", "adam_beta2", "lora_dropout", "promote_level")
 
 
@@ -75,6 +77,7 @@ def require_values(config: Any, *, above_0: Sequence[str] = ABOVE_0) -> None:
                 (flag not in above_0 or value > 0, "a number above 0"),
                 (flag not in AT_LEAST_0 or value >= 0, "0 or more"),
                 (flag not in BELOW_1 or value < 1, "a number below 1"),
+                (flag not in AT_MOST_1 or value <= 1, "1 or less"),
             ]
         for holds, expected in bounds:
             require(holds, f"--{flag} {value}", expected=expected, remedy=f"Correct --{flag}.")
@@ -96,6 +99,12 @@ class CollectConfig:
     """folder of LIBERO's assets, or `primitives`; default LIBERO_ASSETS, else those that are installed"""
     num_workers: int = 0
     """parallel environments; 0: one for each CPU of the cluster"""
+    starts: Starts = "fresh"
+    """fresh: drawn as LIBERO draws them; test: the init states that evaluation begins at"""
+    noise: float = 0.0
+    """disturbs what the expert does, from 0 to 1, and records its clean answer (DART); 0.12 is a good value"""
+    noise_share: float = 0.6
+    """share of the demonstrations that is disturbed"""
     seed: int = 7
 
     def check(self) -> None:

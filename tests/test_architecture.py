@@ -25,7 +25,7 @@ FLOORS = (
     ("spvla.eval",),
     ("spvla.train",),
     ("spvla.sweep", "spvla.report"),
-    ("spvla.collect", "spvla.status", "spvla.doctor", "spvla.demo"),
+    ("spvla.collect", "spvla.takes", "spvla.status", "spvla.doctor", "spvla.demo"),
     ("spvla.cli", "spvla"),
 )
 
@@ -41,7 +41,7 @@ HEAVY = {
     "peft": ("spvla.model", "spvla.policies"),
     "ray": (
         "spvla.cluster",
-        "spvla.collect",
+        "spvla.takes",
         "spvla.data.index",
         "spvla.train.worker",
         "spvla.train.run",

@@ -1,6 +1,7 @@
 """`spvla collect` and `spvla regenerate` on a real cluster with real environments; the tally that decides takes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -10,11 +11,13 @@ import pytest
 from spvla.benchmarks.libero.assets import AssetSet, resolve
 from spvla.benchmarks.libero.env import LiberoEnv
 from spvla.benchmarks.libero.experts import demonstrate
-from spvla.collect import RECORDING, Request, Tally, collect, regenerate
+from spvla.benchmarks.libero.starts import initial_start
+from spvla.collect import RECORDING, Request, collect, regenerate
 from spvla.config import CollectConfig, RegenerateConfig
 from spvla.data.layout import find
 from spvla.data.rlds import read_episodes
-from spvla.errors import DatasetError, UserError
+from spvla.errors import DatasetError, InfrastructureError, UserError
+from spvla.takes import ENOUGH_CRASHES, Tally
 from spvla.types import Episode
 
 DATASET = "libero_object_no_noops"
@@ -50,6 +53,18 @@ def test_an_idle_worker_stays_with_its_task_and_a_task_is_given_up_at_its_limit(
     assert tally.next(1) == (0, 0)
 
 
+def test_a_crash_makes_one_more_take_due_and_only_many_end_the_recording() -> None:
+    tally = Tally({0: 3}, {0: 100}, {(0, 0): True})
+    tally.running = {(0, 1), (0, 2)}
+    tally.crash((0, 1), "a wall fell")
+    assert tally.next(None) == (0, 3)
+    tally.done = {(0, k): True for k in range(2, 2 + ENOUGH_CRASHES)}
+    for k in range(20, 19 + ENOUGH_CRASHES):
+        tally.crash((0, k), "another")
+    with pytest.raises(InfrastructureError, match="11 takes crashed, the last one so: the roof"):
+        tally.crash((0, 99), "the roof")
+
+
 def test_an_unknown_task_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--tasks 10; expected 0 to 9"):
         collect(CollectConfig(tasks=(10,), data_root_dir=tmp_path / "data"))
@@ -59,7 +74,8 @@ def test_an_unknown_task_is_refused_before_any_work(tmp_path: Path) -> None:
 def test_a_data_set_of_another_origin_is_never_overwritten(tmp_path: Path, assets: AssetSet) -> None:
     """Not even where this very request was once interrupted, and the other was put there since."""
     (tmp_path / DATASET / "1.0.0").mkdir(parents=True)
-    request = Request(suite="libero_object", what="experts", assets=assets, seed=7, wanted={0: 1})
+    how = {"starts": "fresh", "noise": 0.0, "noise_share": 0.0, "seed": 7}
+    request = Request(suite="libero_object", origin="experts", assets=assets, wanted={0: 1}, how=how)
     takes = tmp_path / f".{DATASET}.{request.digest}.takes"
     for _ in range(2):
         with pytest.raises(DatasetError, match="already exists and was made from something else"):
@@ -76,21 +92,23 @@ def test_collect_writes_a_data_set_and_the_same_command_again_finds_it_done(
     (episode,) = episodes(tmp_path)
     assert episode.instruction == "pick up the cream cheese and place it in the basket"
     assert len(episode.images) == len(episode.wrist_images) == len(episode.actions) <= 280
-    assert "init state 0" in episode.source
+    assert "drawn start, seed 7, take 0" in episode.source
     note = json.loads((tmp_path / DATASET / RECORDING).read_text())
     assert note["assets"] == {"name": assets.name, "digest": assets.digest}
     assert not list(tmp_path.glob(".*.takes"))
     assert "100.0%  pick up the cream cheese" in capsys.readouterr().out
     collect(config)
     assert "already recorded" in capsys.readouterr().out
+    assert (note["starts"], note["noise"], note["seed"]) == ("fresh", 0.0, 7)
+    with pytest.raises(DatasetError, match=r"was made from something else \(starts fresh, not test\)"):
+        collect(replace(config, starts="test"))
 
 
 def test_regenerate_drops_noops_and_failures(tmp_path: Path, assets: AssetSet, ray_cluster: None) -> None:
     with LiberoEnv("libero_object", 1, assets) as env:
-        actions = demonstrate(env, 0, np.random.default_rng([7, 1, 0]))
-        assert actions is not None
-        state, name = env.init_states[0], env.task_name
-    good = np.array(actions)
+        found = demonstrate(env, initial_start(env, 0), np.random.default_rng([7, 1, 0]))
+        assert found is not None
+        good, state, name = found.actions, env.init_states[0], env.task_name
     padded = np.repeat(good, np.where(np.arange(len(good)) % 20 == 0, 2, 1), axis=0)
     padded[np.flatnonzero((padded[1:] == padded[:-1]).all(axis=1)) + 1, :6] = 0  # each repeated step asks nothing
     demos = [padded, good[:40]]

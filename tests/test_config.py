@@ -47,11 +47,12 @@ def test_no_command_takes_a_number_that_its_flag_cannot_mean(command: str) -> No
         assert flag in OWN_RULE or refused(ours, flag, -1), flag
         assert flag not in config.ABOVE_0 or refused(ours, flag, 0), flag
         assert flag not in config.BELOW_1 or refused(ours, flag, 1), flag
+        assert flag not in config.AT_MOST_1 or refused(ours, flag, 1.01), flag
 
 
 def test_every_bound_belongs_to_a_flag() -> None:
     flags = {flag for ours in EVERY.values() for flag in cli.flags_of(ours)}
-    assert flags >= {*config.ABOVE_0, *config.AT_LEAST_0, *config.BELOW_1}
+    assert flags >= {*config.ABOVE_0, *config.AT_LEAST_0, *config.BELOW_1, *config.AT_MOST_1}
     assert not set(config.ABOVE_0) & set(config.AT_LEAST_0)
 
 

@@ -8,11 +8,13 @@ from scipy.spatial.transform import Rotation
 
 from spvla.benchmarks.libero.assets import AssetSet, resolve
 from spvla.benchmarks.libero.env import LiberoEnv
-from spvla.benchmarks.libero.experts import SETTLE, SETTLING_STEPS, demonstrate
+from spvla.benchmarks.libero.experts import demonstrate
 from spvla.benchmarks.libero.experts.clearance import lowest
 from spvla.benchmarks.libero.experts.grasps import MARGIN, OPENING, TIP, grasps
 from spvla.benchmarks.libero.experts.motion import DOWN
+from spvla.benchmarks.libero.experts.noise import Noise
 from spvla.benchmarks.libero.experts.scene import Scene, _box, _cylinder
+from spvla.benchmarks.libero.starts import initial_start, settle
 
 NONE = np.zeros((0, 3))
 
@@ -28,16 +30,16 @@ def soup(assets: AssetSet) -> Iterator[LiberoEnv]:
         yield env
 
 
-def solve(env: LiberoEnv, init_state: int, seed: int = 7) -> list[np.ndarray]:
-    actions = demonstrate(env, init_state, np.random.default_rng(seed))
-    assert actions is not None
-    return actions
+def solve(env: LiberoEnv, init_state: int, seed: int = 7) -> np.ndarray:
+    found = demonstrate(env, initial_start(env, init_state), np.random.default_rng(seed))
+    assert found is not None
+    assert found.played is not found.actions and np.array_equal(found.played, found.actions)
+    return found.actions
 
 
-def replayed(env: LiberoEnv, init_state: int, actions: list[np.ndarray]) -> list[bool]:
+def replayed(env: LiberoEnv, init_state: int, actions: np.ndarray) -> list[bool]:
     env.reset(init_state)
-    for _ in range(SETTLING_STEPS):
-        env.step(SETTLE)
+    settle(env)
     return [env.step(action) for action in actions]
 
 
@@ -50,8 +52,29 @@ def test_the_same_seed_gives_the_same_demonstration_and_its_replay_ends_solved(s
     assert not outcome[0]
 
 
+def test_a_disturbed_expert_still_solves_the_task_and_its_own_actions_stay_clean(soup: LiberoEnv) -> None:
+    found = demonstrate(soup, initial_start(soup, 0), np.random.default_rng(7), noise=0.12)
+    assert found is not None
+    assert replayed(soup, 0, found.played)[-1]
+    assert np.array_equal(found.played[:, 6], found.actions[:, 6])
+    disturbance = found.played[:, :6] - found.actions[:, :6]
+    assert 0.12 < disturbance[:, :3].std() < 0.28  # 0.2 in the long run
+    assert 0.04 < disturbance[:, 3:].std() < 0.1
+    assert abs(found.played).max() <= 1
+    changes = np.linalg.norm(np.diff(found.actions[:, :6], axis=0), axis=1)
+    assert changes.max() < 0.4  # as without disturbance: the arm's own limit
+
+
+def test_noise_remembers_four_fifths_of_itself() -> None:
+    ones = type("Ones", (), {"standard_normal": staticmethod(np.ones)})()
+    noise = Noise(0.1, ones)
+    first, second = noise(np.zeros(7, np.float32)), noise(np.array([0, 0.95, 0, 0, 0, 0, -1], np.float32))
+    assert first.tolist() == pytest.approx([0.1] * 3 + [0.1 / 3] * 3 + [0])
+    assert second.tolist() == pytest.approx([0.18, 1.0, 0.18] + [0.06] * 3 + [-1])
+
+
 def test_actions_stay_in_range_start_gently_and_change_smoothly(soup: LiberoEnv) -> None:
-    actions = np.array(solve(soup, 0))
+    actions = solve(soup, 0)
     assert actions.dtype == np.float32
     assert actions.shape[1:] == (7,)
     assert len(actions) <= soup.max_steps
@@ -67,7 +90,8 @@ def test_actions_stay_in_range_start_gently_and_change_smoothly(soup: LiberoEnv)
 @pytest.mark.parametrize("task", range(10))
 def test_every_object_task_is_solved_from_its_first_ten_init_states(assets: AssetSet, task: int) -> None:
     with LiberoEnv("libero_object", task, assets) as env:
-        solved = [demonstrate(env, i, np.random.default_rng([7, task, i])) is not None for i in range(10)]
+        starts = [initial_start(env, i) for i in range(10)]
+        solved = [demonstrate(env, s, np.random.default_rng([7, task, i])) is not None for i, s in enumerate(starts)]
     assert np.mean(solved) >= 0.95
 
 
@@ -75,7 +99,8 @@ def test_every_object_task_is_solved_from_its_first_ten_init_states(assets: Asse
 @pytest.mark.parametrize("task", range(10))
 def test_every_spatial_task_is_solved(assets: AssetSet, task: int) -> None:
     with LiberoEnv("libero_spatial", task, assets) as env:
-        solved = [demonstrate(env, i, np.random.default_rng([7, task, i])) is not None for i in range(4)]
+        starts = [initial_start(env, i) for i in range(4)]
+        solved = [demonstrate(env, s, np.random.default_rng([7, task, i])) is not None for i, s in enumerate(starts)]
     assert np.mean(solved) >= 0.75
 
 

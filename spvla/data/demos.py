@@ -64,40 +64,59 @@ def read_demo(file: Path, index: int) -> Demo:
     return Demo(state=states[0], actions=actions, source=f"{file.name}#{name}")
 
 
-def drop_noops(actions: np.ndarray) -> np.ndarray:
-    """(T, 7) -> (T', 7): without the steps that ask nothing of the arm and repeat the last kept gripper command.
+def asking(actions: np.ndarray) -> np.ndarray:
+    """(T, 7) -> (T,) bool: the steps that ask something of the arm or differ from the last such step's gripper command.
 
-    The first step goes if it asks nothing of the arm, whatever its gripper command.
+    The first step is none if it asks nothing of the arm, whatever its gripper command.
     """
-    kept: list[np.ndarray] = []
-    for action in actions:
-        same_gripper = not kept or action[6] == kept[-1][6]
-        if not (np.linalg.norm(action[:6]) < STILL and same_gripper):
-            kept.append(action)
-    return np.array(kept).reshape(-1, ACTION_DIM)
+    found, gripper = np.zeros(len(actions), bool), None
+    for t, action in enumerate(actions):
+        still = np.linalg.norm(action[:6]) < STILL
+        if not still or (gripper is not None and action[6] != gripper):
+            found[t], gripper = True, action[6]
+    return found
+
+
+def drop_noops(actions: np.ndarray) -> np.ndarray:
+    """(T, 7) -> (T', 7): the steps that are `asking`."""
+    return actions[asking(actions)]
+
+
+class Film:
+    """What an environment shows before each step of an episode."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, list[bytes]] = {camera: [] for camera in CAMERAS}
+        self.states: list[np.ndarray] = []
+        self.joint_states: list[np.ndarray] = []
+
+    def take(self, env: Env) -> None:
+        for camera, frames in self.images.items():
+            frames.append(encode_jpeg(np.ascontiguousarray(env.image(camera)[::-1, ::-1])))
+        state, joints = env.proprio()
+        self.states.append(state)
+        self.joint_states.append(joints)
+
+    def episode(self, actions: np.ndarray, *, instruction: str, source: str) -> Episode:
+        """`actions`: (T, 7), one for each time that this was taken."""
+        return Episode(
+            images=self.images[CAMERAS[0]],
+            wrist_images=self.images[CAMERAS[1]],
+            states=np.array(self.states),
+            joint_states=np.array(self.joint_states),
+            actions=actions.astype(np.float32),
+            instruction=instruction,
+            source=source,
+        )
 
 
 def replay(env: Env, actions: np.ndarray, *, source: str) -> Episode | None:
     """Films the (T, 7) actions from where the world stands; None unless the last one solves the task."""
-    images: dict[str, list[bytes]] = {camera: [] for camera in CAMERAS}
-    proprio: list[tuple[np.ndarray, np.ndarray]] = []
-    solved = False
+    film, solved = Film(), False
     for action in actions:
-        for camera in CAMERAS:
-            images[camera].append(encode_jpeg(np.ascontiguousarray(env.image(camera)[::-1, ::-1])))
-        proprio.append(env.proprio())
+        film.take(env)
         solved = env.step(action)
-    if not solved:
-        return None
-    return Episode(
-        images=images[CAMERAS[0]],
-        wrist_images=images[CAMERAS[1]],
-        states=np.array([state for state, _ in proprio]),
-        joint_states=np.array([joints for _, joints in proprio]),
-        actions=actions.astype(np.float32),
-        instruction=env.instruction,
-        source=source,
-    )
+    return film.episode(actions, instruction=env.instruction, source=source) if solved else None
 
 
 def _open(file: Path) -> h5py.File:

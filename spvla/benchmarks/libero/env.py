@@ -15,7 +15,7 @@ from spvla.benchmarks.libero import stock
 from spvla.benchmarks.libero.assets import AssetSet
 from spvla.benchmarks.libero.controller import Controller
 from spvla.benchmarks.libero.init_states import init_states, num_init_states
-from spvla.benchmarks.libero.placements import Placements
+from spvla.benchmarks.libero.placements import Placements, Start
 from spvla.benchmarks.libero.sampling import Sample, SensorClock
 from spvla.benchmarks.libero.suites import SUITES, TaskInfo, task_info, tasks
 from spvla.benchmarks.libero.warmstart import HardReset, solve_again
@@ -67,12 +67,15 @@ class LiberoEnv:
 
     def reset_to(self, state: np.ndarray, *, episode: int) -> None:
         """Any state (1 + nq + nv,) of this task, in the world of its `episode`-th episode."""
+        self.begin(Start(state=state, placement=self.placements.episode(episode)))
+
+    def begin(self, start: Start) -> None:
+        """Puts the world where `start` says, whatever ran before."""
         self._restore_model()
-        placement = self.placements.episode(episode)
-        for pose in placement.fixtures:
+        for pose in start.placement.fixtures:
             self.model.body_pos[pose.body], self.model.body_quat[pose.body] = pose.position, pose.quaternion
-        self.hard_reset.leave(placement.objects)
-        self._set_state(state)
+        self.hard_reset.leave(start.placement.objects)
+        self._set_state(start.state)
 
     def step(self, action: np.ndarray) -> bool:
         action = np.asarray(action, np.float64)

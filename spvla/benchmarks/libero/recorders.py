@@ -1,13 +1,16 @@
 """Who makes an episode of a take: an expert that demonstrates, or a recorded demonstration that is replayed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from spvla.benchmarks.libero.assets import AssetSet
 from spvla.benchmarks.libero.env import LiberoEnv, num_init_states
-from spvla.benchmarks.libero.experts import SETTLE, SETTLING_STEPS, demonstrate
-from spvla.data.demos import drop_noops, read_demo, replay
+from spvla.benchmarks.libero.experts import Demonstration, demonstrate
+from spvla.benchmarks.libero.placements import Start
+from spvla.benchmarks.libero.starts import drawn_start, initial_start, settle
+from spvla.data.demos import Film, asking, drop_noops, read_demo, replay
 from spvla.errors import DatasetError, InfrastructureError, SpvlaError
 from spvla.types import Episode
 
@@ -44,21 +47,68 @@ class Recorder:
 
 
 class Demonstrator(Recorder):
-    """Take k starts from init state k, round and round; each has random habits of its own, decided by the seed."""
+    """An expert demonstrates, with random habits of its own in each take, decided by the seed.
 
-    def __init__(self, suite: str, assets: AssetSet, *, seed: int) -> None:
+    Take k begins at a start drawn for it, or, with `test_starts`, at init state k, round and round. In a share of the
+    takes what is carried out is noisy, and what is recorded is the expert's own answer to where that led.
+    """
+
+    def __init__(
+        self, suite: str, assets: AssetSet, *, seed: int, test_starts: bool = False, noise: float, noise_share: float
+    ) -> None:
         super().__init__(suite, assets)
-        self.seed = seed
+        self.seed, self.test_starts, self.noise, self.noise_share = seed, test_starts, noise, noise_share
 
     def make(self, env: LiberoEnv, task: int, take: int) -> Episode | None:
-        init_state = take % num_init_states(self.suite, task)
-        actions = demonstrate(env, init_state, np.random.default_rng([self.seed, task, take]))
-        if actions is None:
+        start, where = self.start(env, take)
+        noise = self.noise if is_noisy(take, self.noise_share) else 0.0
+        found = demonstrate(env, start, np.random.default_rng([self.seed, task, take]), noise=noise)
+        demonstration = without_noops(env, start, found) if found else None
+        if demonstration is None:
             return None
-        env.reset(init_state)
-        settle(env)
-        source = f"{env.task_name}, expert, init state {init_state}, seed {self.seed}, take {take}"
-        return replay(env, drop_noops(np.array(actions)), source=source)
+        source = f"{env.task_name}, expert, {where}, seed {self.seed}, take {take}, noise {noise:g}"
+        return filmed(env, demonstration, source=source)
+
+    def start(self, env: LiberoEnv, take: int) -> tuple[Start, str]:
+        if not self.test_starts:
+            return drawn_start(env, seed=self.seed, take=take), "drawn start"
+        init_state = take % num_init_states(env.suite, env.task)
+        return initial_start(env, init_state), f"init state {init_state}"
+
+
+def is_noisy(take: int, share: float) -> bool:
+    """Of any first n takes, floor(share n) are."""
+    return int((take + 1) * share + 1e-9) > int(take * share + 1e-9)
+
+
+def without_noops(env: LiberoEnv, start: Start, found: Demonstration) -> Demonstration | None:
+    """Leaves out the steps whose action asks nothing; None where that no longer solves the task.
+
+    What follows a step that was left out is simulated anew. A disturbed demonstration cannot be, since its actions
+    are not those that were carried out: it only loses these steps.
+    """
+    kept = asking(found.actions)
+    if kept.all():
+        return found
+    if not np.array_equal(found.actions, found.played):
+        views = [view for view, keep in zip(found.views, kept, strict=True) if keep]
+        return replace(found, actions=found.actions[kept], played=found.played[kept], views=views)
+    env.begin(start)
+    settle(env)
+    views, solved = [], False
+    for action in found.actions[kept]:
+        views.append(env.sample.keep())
+        solved = env.step(action)
+    return replace(found, actions=found.actions[kept], played=found.actions[kept], views=views) if solved else None
+
+
+def filmed(env: LiberoEnv, demonstration: Demonstration, *, source: str) -> Episode:
+    """Draws what the sensors showed before each action. Nothing is simulated."""
+    film = Film()
+    for view in demonstration.views:
+        env.sample.show(view)
+        film.take(env)
+    return film.episode(demonstration.actions, instruction=env.instruction, source=source)
 
 
 class Replayer(Recorder):
@@ -80,9 +130,3 @@ class Replayer(Recorder):
         env.reset_to(demo.state, episode=take)
         settle(env)
         return replay(env, drop_noops(demo.actions), source=demo.source)
-
-
-def settle(env: LiberoEnv) -> None:
-    """Objects fall before the first frame, as in evaluation."""
-    for _ in range(SETTLING_STEPS):
-        env.step(SETTLE)

@@ -7,8 +7,10 @@ pictures, so the clock is kept, sum by sum.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import mujoco
+import numpy as np
 
 PERIOD_S = 1.0 / 20
 SUBSTEP_S = 0.002
@@ -41,6 +43,14 @@ class SensorClock:
         return sample
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class View:
+    """What the sensors showed at one moment, kept so that it can be drawn later."""
+
+    world: tuple[np.ndarray, ...]  # as in _SEEN; 20 to 50 kB in all
+    site_rgba: np.ndarray
+
+
 class Sample:
     """The world as last sampled, in an MjData of its own so that it can be rendered whenever someone looks."""
 
@@ -54,6 +64,15 @@ class Sample:
         for mine, live in self._pairs:
             mine[...] = live
         self.site_rgba[...] = self.model.site_rgba  # a stove's burner glows by it
+
+    def keep(self) -> View:
+        return View(world=tuple(mine.copy() for mine, _ in self._pairs), site_rgba=self.site_rgba.copy())
+
+    def show(self, view: View) -> None:
+        """Puts back what was kept, until the next `take`."""
+        for (mine, _), kept in zip(self._pairs, view.world, strict=True):
+            mine[...] = kept
+        self.site_rgba[...] = view.site_rgba
 
     @contextmanager
     def colours(self) -> Iterator[None]:
