@@ -10,7 +10,7 @@ Importing does nothing; `load_policy` brings torch in when it is first used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spvla.policies.checkpoint import load_policy
+    from spvla.policies.registry import load_policy
     from spvla.types import Observation
 
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ __all__ = ["Observation", "load_policy"]
 
 def __getattr__(name: str) -> Any:
     if name == "load_policy":
-        from spvla.policies.checkpoint import load_policy
+        from spvla.policies.registry import load_policy
 
         return load_policy
     if name == "Observation":

@@ -30,7 +30,8 @@ Metric = Literal["success_rate", "val_action_accuracy"]
 ABOVE_0 = (
     *("batch_size", "beta", "call_timeout_s", "grad_accumulation_steps", "iterations", "learning_rate", "logit_scale"),
     *("logit_softcap", "lora_rank", "max_grad_norm", "max_nonfinite_steps", "max_steps", "max_trial_steps"),
-    *("num_demos_per_task", "num_samples", "num_trials_per_task", "promote_level", "save_steps", "skip_hard_above"),
+    *("num_demos_per_task", "num_images_in_input", "num_open_loop_steps", "num_samples", "num_trials_per_task"),
+    *("promote_level", "save_steps", "skip_hard_above"),
     *("worker_memory_gb",),
 )
 AT_LEAST_0 = (
@@ -334,6 +335,14 @@ class EvaluateConfig(FarmConfig):
     """key of the action statistics; by default the suite's name, or that + '_no_noops'"""
     load_in_8bit: bool = False
     load_in_4bit: bool = False
+    use_l1_regression: bool | None = None
+    """OpenVLA-OFT: actions are regressed; this and the next three must agree with the checkpoint, which mostly says"""
+    use_proprio: bool | None = None
+    """OpenVLA-OFT: the policy reads the robot's state"""
+    num_images_in_input: int | None = None
+    """OpenVLA-OFT: 2 with the wrist camera's image"""
+    num_open_loop_steps: int | None = None
+    """of a chunk's actions the first so many are executed before the policy is asked again; all by default"""
     seed: int = 7
     local_log_dir: Path = Path("experiments/logs")
     """folder that gets the ledger, the logs, videos and exports"""

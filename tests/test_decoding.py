@@ -12,10 +12,10 @@ import spvla
 from spvla.errors import UserError
 from spvla.model.kernels.compiled import compiled_kernels
 from spvla.model.openvla import OpenVLA, with_patches
-from spvla.policies.checkpoint import OpenVLAPolicy
 from spvla.policies.openvla.actions import ActionStats, decode
 from spvla.policies.openvla.decoding import Decoder, choose
 from spvla.policies.openvla.images import to_pixel_values
+from spvla.policies.openvla.policy import OpenVLAPolicy
 from spvla.policies.openvla.prompt import build_tiny_tokenizer, prompt_ids
 from spvla.types import Observation
 

@@ -16,11 +16,12 @@ from farm_parts import PROTOCOL, VERSION, adapter_of, fake_farm, job, open_ledge
 
 from spvla.config import FarmConfig
 from spvla.errors import InfrastructureError
-from spvla.eval.actors import PolicyServer, load_checkpoint
+from spvla.eval.actors import PolicyServer, open_base
 from spvla.eval.driver import Run
 from spvla.eval.messages import ServerSettings, Version
 from spvla.eval.plan import describe
 from spvla.eval.pool import Crew
+from spvla.policies.registry import Description
 from spvla.types import Needs, Observation, Outcome, Status
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -58,7 +59,8 @@ def test_every_trial_is_played_and_comes_out_as_it_must(tmp_path: Path) -> None:
 
 def test_a_chunk_is_executed_before_its_policy_is_asked_again(tmp_path: Path) -> None:
     needs = Needs(cameras=("agentview", "robot0_eye_in_hand"), proprio=True, chunk=8, execute=4)
-    version, wanted = replace(VERSION, needs=needs), trials(tasks=2, init_states=2)
+    version = replace(VERSION, description=Description(family="fake", needs=needs))
+    wanted = trials(tasks=2, init_states=2)
     farm_of = fake_farm(tmp_path, quiet(num_envs=1), versions=[version])
     with open_ledger(tmp_path, wanted) as ledger, farm_of as (farm, _):
         run = Run(farm, job(wanted, needs=needs), ledger)
@@ -276,7 +278,7 @@ def test_a_new_version_moves_its_adapter_and_leaves_the_base_where_it_is(tmp_pat
 
     def load(version: Version, settings: ServerSettings) -> object:
         loaded.append(version.base)
-        return load_checkpoint(version, settings)
+        return open_base(version, settings)
 
     async def follow(server: PolicyServer) -> None:
         files = {path.name: path.read_bytes() for path in Path(second.path).iterdir()}
@@ -290,7 +292,8 @@ def test_a_new_version_moves_its_adapter_and_leaves_the_base_where_it_is(tmp_pat
     )
     server.decoding = ThreadPoolExecutor(2)  # as with a GPU
     asyncio.run(follow(server))
-    assert loaded == [str(base)] and server.policies[str(base)].adapters == [second.digest]
+    (policy,) = server.policies.values()
+    assert loaded == [str(base)] and policy.adapters == [second.digest]
 
 
 @pytest.mark.slow
@@ -319,7 +322,7 @@ def test_the_result_is_the_same_whatever_the_load(tmp_path: Path) -> None:
     tables = []
     for num_envs in (1, 2, 5):
         folder, config = tmp_path / str(num_envs), quiet(num_envs=num_envs)
-        farm_of = fake_farm(folder, config, open_env=env, load=load_checkpoint, versions=versions, steps=8)
+        farm_of = fake_farm(folder, config, open_env=env, load=open_base, versions=versions, steps=8)
         with open_ledger(folder, wanted, versions) as ledger, farm_of as (farm, _):
             Run(farm, job(wanted[:: -1 if num_envs == 2 else 1], "libero_object_no_noops"), ledger).play()
             tables.append([(r.trial, r.status, r.steps, r.state_digest) for r in ledger.trials()])

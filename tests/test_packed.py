@@ -8,8 +8,9 @@ import torch
 from spvla.errors import CheckpointError
 from spvla.model.weights import open_weights, write_tensors
 from spvla.policies import packed
-from spvla.policies.checkpoint import load_policy, resolve
+from spvla.policies.checkpoint import resolve
 from spvla.policies.openvla.prompt import known_ids, prompt_ids
+from spvla.policies.registry import load_policy
 
 
 @pytest.fixture(scope="module")

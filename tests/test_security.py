@@ -24,7 +24,7 @@ from spvla.data import layout
 from spvla.data.index import ensure_index
 from spvla.errors import UserError
 from spvla.eval.logfile import log_name
-from spvla.policies.checkpoint import load_policy
+from spvla.policies.registry import load_policy
 from spvla.sweep.folder import sweep_id, trial_config
 from spvla.train.prepare import datasets_of, run_id
 from spvla.train.selfplay import selfplay_id

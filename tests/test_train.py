@@ -29,7 +29,7 @@ from training_parts import (
 from spvla import runs
 from spvla.errors import CheckpointError, DatasetError, TrainingError, UserError
 from spvla.files import write_json
-from spvla.policies.checkpoint import load_policy
+from spvla.policies.registry import load_policy
 from spvla.train import session as session_module
 from spvla.train.prepare import datasets_of, locked, require_same_run, require_startable, run_id, start_policy
 from spvla.train.run import train

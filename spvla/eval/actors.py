@@ -44,6 +44,7 @@ from spvla.eval.messages import (
 )
 from spvla.eval.pool import LOG_HEADER
 from spvla.eval.videos import encode_mp4
+from spvla.policies.registry import AdaptablePolicy, family
 from spvla.types import Env, Observation, Trial
 
 
@@ -52,12 +53,12 @@ def every_instruction() -> list[str]:
     return [task.instruction for suite in suites.SUITES for task in suites.tasks(suite)]
 
 
-def load_checkpoint(version: Version, settings: ServerSettings) -> Any:
-    """A version's base, an OpenVLAPolicy: a `Policy` that also takes adapters in and lets them go."""
-    from spvla.policies.checkpoint import load_policy
-
-    return load_policy(
-        version.base,
+def open_base(version: Version, settings: ServerSettings) -> AdaptablePolicy:
+    """A version's base, without its adapter."""
+    return family(version.description.family).open(
+        Path(version.base),
+        version.description,
+        name=version.base,
         device=settings.device,
         dtype=settings.dtype,
         load_in_8bit=settings.load_in_8bit,
@@ -89,7 +90,7 @@ class PolicyServer:
     def __init__(self, name: str, settings: ServerSettings) -> None:
         log_to(settings.log_folder, name)
         self.settings = settings
-        self.policies: dict[str, Any] = {}  # base path -> a `Policy` that takes adapters in
+        self.policies: dict[tuple[str, str], AdaptablePolicy] = {}  # `opened_as` of the versions that stand on it
         self.actions = 0  # given out to be executed
         self.versions: dict[str, Version] = {}
         self.changing = asyncio.Lock()
@@ -130,22 +131,22 @@ class PolicyServer:
 
     def add(self, version: Version, files: dict[str, bytes] | None = None) -> None:
         """Loads a base checkpoint, or an adapter beside its base: from its folder, or from `files`."""
-        if version.base not in self.policies:
+        if version.opened_as not in self.policies:
             policy = self.settings.load(version, self.settings)
             assert policy.needs == version.needs, f"{version.base}: {policy.needs}, described as {version.needs}"
-            self.policies[version.base] = policy
+            self.policies[version.opened_as] = policy
         if version.is_adapter:
             with unpacked(files, otherwise=Path(version.path)) as folder:
-                self.policies[version.base].add_adapter(version.digest, folder)
+                self.policies[version.opened_as].add_adapter(version.digest, folder)
         self.versions[version.digest] = version
 
     def remove(self, digest: str) -> None:
         """Forgets a version, and its base when no other version needs it."""
         version = self.versions.pop(digest)
         if version.is_adapter:
-            self.policies[version.base].remove_adapter(digest)
-        if not any(v.base == version.base for v in self.versions.values()):
-            del self.policies[version.base]
+            self.policies[version.opened_as].remove_adapter(digest)
+        if not any(v.opened_as == version.opened_as for v in self.versions.values()):
+            del self.policies[version.opened_as]
 
     async def act(self, client: str, request: Request) -> np.ndarray:
         """(K, 7) float64: un-normalised, gripper 1 open."""
@@ -165,9 +166,9 @@ class PolicyServer:
     def act_now(self, requests: list[Request]) -> list[np.ndarray]:
         """One pass for each base among the requests; adapters of one base share a pass."""
         answers: list[np.ndarray] = [np.empty(0)] * len(requests)
-        by_base: dict[str, list[int]] = {}
+        by_base: dict[tuple[str, str], list[int]] = {}
         for i, request in enumerate(requests):
-            by_base.setdefault(self.versions[request.version].base, []).append(i)
+            by_base.setdefault(self.versions[request.version].opened_as, []).append(i)
         for base, rows in by_base.items():
             group = [requests[i] for i in rows]
             chunks = self.policies[base].act(

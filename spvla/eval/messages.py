@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from spvla.benchmarks.libero.assets import AssetSet
-from spvla.types import ONE_STEP, Env, Needs, Observation, Outcome, Status, Trial
+from spvla.policies.registry import PLAIN_OPENVLA, AdaptablePolicy, Description
+from spvla.types import Env, Needs, Observation, Outcome, Status, Trial
 
 
 def differing(one: object, other: object, names: Sequence[str]) -> list[str]:
@@ -23,12 +23,22 @@ class Version:
     path: str
     base: str  # checkpoint that is loaded; the adapter, if any, joins it
     is_adapter: bool
-    needs: Needs = ONE_STEP  # what environments must show it, and how many of its actions they execute
+    description: Description = PLAIN_OPENVLA
+
+    @property
+    def needs(self) -> Needs:
+        """What environments must show it, and how many of its actions they execute."""
+        return self.description.needs
+
+    @property
+    def opened_as(self) -> tuple[str, str]:
+        """Equal for versions that one open base serves."""
+        return self.base, repr(self.description)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """`load(version, settings)` opens a version's base, a policy that also takes adapters in; tests give fakes."""
+    """`load(version, settings)` opens a version's base; tests give fakes."""
 
     device: str  # "cpu" or "cuda"
     dtype: str
@@ -38,7 +48,7 @@ class ServerSettings:
     max_batch: int
     wait_ms: float | None
     log_folder: str | None
-    load: Callable[[Version, "ServerSettings"], Any]
+    load: Callable[[Version, "ServerSettings"], AdaptablePolicy]
 
 
 @dataclass(frozen=True, kw_only=True)

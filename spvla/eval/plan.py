@@ -1,7 +1,7 @@
 """From flags to trials: every mistake in them is found here, before anything long begins."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from spvla.benchmarks.libero import suites
@@ -9,7 +9,8 @@ from spvla.benchmarks.libero.init_states import num_init_states
 from spvla.config import EvaluateConfig
 from spvla.errors import CheckpointError, UserError
 from spvla.eval.messages import Version
-from spvla.policies import checkpoint
+from spvla.policies import checkpoint, registry
+from spvla.policies.registry import NO_FLAGS, PolicyFlags
 from spvla.types import Trial
 
 
@@ -30,7 +31,7 @@ class Plan:
 def make_plan(config: EvaluateConfig, checkpoints: Sequence[str | Path]) -> Plan:
     """Raises UserError for a checkpoint, suite, task, key or number of trials that does not exist."""
     tasks = chosen_tasks(config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
-    versions = [describe(str(path)) for path in checkpoints]
+    versions = [describe(str(path), flags_of(config)) for path in checkpoints]
     keys = {(v.digest, suite): unnorm_key(v, suite, config.unnorm_key) for v in versions for suite, _ in tasks}
     trials = [
         Trial(policy=v.digest, suite=suite, task=task, init_state=i)
@@ -68,8 +69,12 @@ def chosen_tasks(task_suite_name: str, numbers: Sequence[int], *, trials: int) -
     return chosen
 
 
-def describe(path: str) -> Version:
-    """Identifies a checkpoint by what decides its behaviour."""
+def flags_of(config: EvaluateConfig) -> PolicyFlags:
+    return PolicyFlags(**{f.name: getattr(config, f.name) for f in fields(PolicyFlags)})
+
+
+def describe(path: str, flags: PolicyFlags = NO_FLAGS) -> Version:
+    """Identifies a checkpoint by what decides its behaviour. Raises UserError where the flags do not fit its files."""
     base, adapter = checkpoint.base_of(path)
     folder = Path(adapter or base)
     return Version(
@@ -78,6 +83,7 @@ def describe(path: str) -> Version:
         path=str(folder),
         base=str(base),
         is_adapter=adapter is not None,
+        description=registry.describe(path, flags),
     )
 
 

@@ -13,6 +13,7 @@ from spvla.types import MAX_STEPS
 
 # Raise when the order of a trial's operations changes what an outcome would be: reset, settling, image path, gripper.
 VERSION = 1
+YOUNGER = ("num_images_in_input", "num_open_loop_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Protocol:
     dtype: str
     quantization: str = "none"  # "none", "8bit", "4bit"
     decode_batch_size: int  # 0: batches of any size, so the load may show in the last bits
+    num_images_in_input: int | None = None  # None, here and below: as the checkpoint has it
+    num_open_loop_steps: int | None = None
     version: int = VERSION
 
     @property
@@ -42,7 +45,9 @@ class Protocol:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        """Fields younger than the first ledgers are left out where they say nothing, so those keep their digests."""
+        written = {k: v for k, v in asdict(self).items() if k not in YOUNGER or v is not None}
+        return json.dumps(written, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Protocol":

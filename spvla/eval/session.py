@@ -20,7 +20,7 @@ from spvla.benchmarks.libero.genuine import TASKS_DIGEST
 from spvla.cluster.connect import connection
 from spvla.config import EvaluateConfig
 from spvla.errors import UserError
-from spvla.eval.actors import load_checkpoint, open_libero
+from spvla.eval.actors import open_base, open_libero
 from spvla.eval.console import Console, Tally, View
 from spvla.eval.driver import Job, Run
 from spvla.eval.exports import Wandb, export
@@ -119,6 +119,8 @@ class Session:
             "center_crop": c.center_crop,
             "unnorm_key": c.unnorm_key,
             "seed": c.seed,
+            "num_images_in_input": c.num_images_in_input,
+            "num_open_loop_steps": c.num_open_loop_steps,
             "quantization": "8bit" if c.load_in_8bit else "4bit" if c.load_in_4bit else "none",
             **{name: importlib.metadata.version(package) for name, package in PACKAGES.items()},
         }
@@ -176,7 +178,7 @@ class Session:
             max_batch=batch_size or sizes.envs,
             wait_ms=c.wait_ms,
             log_folder=logs,
-            load=load_checkpoint,
+            load=open_base,
         )
         return self.stack.enter_context(Farm(c, working=working, serving=serving, say=self.console.say))
 

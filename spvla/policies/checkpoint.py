@@ -31,17 +31,13 @@ from spvla.model.openvla import OpenVLA, OpenVLAConfig
 from spvla.model.quantized import quantise, require_quantiser
 from spvla.model.weights import Weights, open_weights, read_json, require_shapes, torch_dtype, write_weights
 from spvla.policies import packed
-from spvla.policies.openvla.policy import OpenVLAPolicy
 from spvla.policies.openvla.presets import PRESETS, TOWER_FILE, create_preset
-from spvla.policies.openvla.prompt import load_tokenizer
 
 __all__ = [
-    "OpenVLAPolicy",
     "add_lora",
     "base_of",
     "load_adapter",
     "load_model",
-    "load_policy",
     "policy_digest",
     "save_adapter",
     "save_merged",
@@ -53,35 +49,6 @@ CONFIG = "config.json"
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # written by old versions of transformers; computed here
 _COPIED = ("*.json", "*.model", "*.py")  # tokenizer, processor, and the original's code (never run here)
 _PRESETS_VERSION = 2  # raised when a preset's bytes change
-
-
-def load_policy(
-    path: str | Path,
-    *,
-    device: str = "cpu",
-    dtype: str = "float32",
-    load_in_8bit: bool = False,
-    load_in_4bit: bool = False,
-    decode_batch_size: int = 0,
-) -> OpenVLAPolicy:
-    """Opens a checkpoint folder, an adapter folder (with its base), a cached Hugging Face name, or a preset.
-
-    decode_batch_size: pad every batch to this many rows, so that no result depends on who shares its batch (and, on a
-    GPU, so that it runs as one CUDA graph); 0 decodes each batch at its own size. Raises CheckpointError.
-    """
-    base, adapter = base_of(path)
-    model = load_model(base, device=device, dtype=dtype, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
-    policy = OpenVLAPolicy(
-        model=model,
-        tokenizer=load_tokenizer(base),
-        norm_stats=norm_stats(base),
-        name=str(path),
-        decode_batch_size=decode_batch_size,
-    )
-    if adapter is not None:
-        policy.add_adapter(str(adapter), adapter)
-        policy.default_adapter = str(adapter)
-    return policy
 
 
 def load_model(
@@ -228,7 +195,7 @@ def policy_digest(path: str | Path) -> str:
     Remembered in the cache folder for as long as no file changes its size or time of change.
     """
     folders = [p for p in base_of(path) if p is not None]
-    patterns = ("*.safetensors", CONFIG, TOWER_FILE, ADAPTER_CONFIG, "tokenizer.json", STATISTICS)
+    patterns = ("*.safetensors", "*_checkpoint.pt", CONFIG, TOWER_FILE, ADAPTER_CONFIG, "tokenizer.json", STATISTICS)
     found = [f for folder in folders for f in sorted({f for pattern in patterns for f in folder.glob(pattern)})]
     files = [f for f in found if not f.name.startswith("training_state")]  # the optimiser's
     return remembered("policy", files, lambda: _digest_of(files))

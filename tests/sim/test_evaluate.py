@@ -23,7 +23,7 @@ from spvla.eval.ledger import Ledger
 from spvla.eval.plan import describe, make_plan
 from spvla.eval.sizing import Sizes
 from spvla.files import discard
-from spvla.policies.checkpoint import load_policy
+from spvla.policies.registry import load_policy
 
 
 @pytest.fixture(scope="module")
