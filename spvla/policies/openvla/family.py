@@ -4,7 +4,7 @@ from pathlib import Path
 
 from spvla.errors import CheckpointError, UserError
 from spvla.model.adapters import STATISTICS
-from spvla.model.weights import read_json
+from spvla.model.weights import open_weights, read_json
 from spvla.policies.checkpoint import load_model, norm_stats, read_config
 from spvla.policies.openvla.policy import OpenVLAPolicy
 from spvla.policies.openvla.prompt import load_tokenizer
@@ -16,6 +16,7 @@ FOREIGN = "*_checkpoint.pt"  # a part of another family, which plain OpenVLA wou
 
 def describe(base: Path, adapter: Path | None, flags: PolicyFlags) -> Description:
     """Raises CheckpointError for a folder of another kind of model, UserError for flags that OpenVLA cannot heed."""
+    open_weights(base)  # headers only
     read_config(base)
     for folder in (base, *([adapter] if adapter else [])):
         if foreign := sorted(folder.glob(FOREIGN)):
