@@ -21,6 +21,9 @@ DecayOn = Literal["all", "matrices"]
 LossColumns = Literal["all", "action"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "bf16", "fp32"]
+FrameMode = Literal["auto", "decoded", "stored"]
+AugmentOn = Literal["auto", "host", "device"]
+CropOffsets = Literal["diagonal", "independent"]
 WandbMode = Literal["online", "offline"]
 ModelFamily = Literal["openvla"]
 Starts = Literal["fresh", "test"]
@@ -231,6 +234,14 @@ class TrainConfig(StepConfig):
     save_merged: bool = False
     """also write the merged model with each checkpoint, beside training"""
     image_aug: bool = True
+    augment_on: AugmentOn = "auto"
+    """host: in the original's arithmetic, to the bit; device: the same formulas, within two levels of 255;
+    auto: the device where that is a GPU"""
+    crop_offsets: CropOffsets = "diagonal"
+    """diagonal: one draw for both offsets of a crop, as the original does; independent: one for each"""
+    frames: FrameMode = "auto"
+    """decoded: decode every picture once, into shared memory or the cache; stored: for every batch anew; auto: decoded
+    where they fit, if the run sees each frame at least once"""
     skip_corrupt: bool = False
     """while indexing: go on past corrupt records, counting them"""
     val_split_from_train: bool = True

@@ -155,10 +155,13 @@ def install_egl() -> None:
 
 
 def clean(config: CleanConfig) -> None:
-    """Removes what this project cached for the user (generated assets, LIBERO's configuration); never runs or data."""
-    ours = [cache_dir() / name for name in CACHED if (cache_dir() / name).is_dir()]
+    """Removes what this project cached for the user (generated assets, decoded frames); never runs or data."""
+    from spvla.data.frames import own_folders
+
+    places = [cache_dir() / name for name in CACHED] + list(own_folders())
+    ours = [folder for folder in places if folder.is_dir()]
     size_mib = sum(f.stat().st_size for folder in ours for f in folder.rglob("*") if f.is_file()) / 2**20
-    print(f"{cache_dir()}: {size_mib:.1f} MiB")
+    print(f"{', '.join(map(str, ours)) or cache_dir()}: {size_mib:.1f} MiB")
     if config.yes:
         for folder in ours:
             shutil.rmtree(folder)

@@ -248,7 +248,7 @@ def test_the_cameras_are_augmented_apart(loader, store: FrameStore) -> None:
 
 def test_crops_lie_anywhere_when_told(loader) -> None:
     drawn = {
-        offsets: next(iter(loader(image_aug=True, augment_on="device", crop_offsets=offsets, batch_size=16)))
+        offsets: next(iter(loader(image_aug=True, on_device=True, crop_offsets=offsets, batch_size=16)))
         for offsets in ("diagonal", "independent")
     }
     diagonal, independent = (drawn[k].augmentation[:, 0] for k in ("diagonal", "independent"))
@@ -257,7 +257,7 @@ def test_crops_lie_anywhere_when_told(loader) -> None:
 
 
 def test_for_the_device_the_pictures_stay_as_they_are_and_the_drawn_numbers_go_along(loader) -> None:
-    here, there = (next(iter(loader(image_aug=True, augment_on=on, workers=2))) for on in ("host", "device"))
+    here, there = (next(iter(loader(image_aug=True, on_device=on, workers=2))) for on in (False, True))
     plain = next(iter(loader()))
     assert np.array_equal(there.images, plain.images) and np.array_equal(there.input_ids, here.input_ids)
     for row in range(4):

@@ -9,6 +9,7 @@ import pytest
 
 from spvla import cli
 from spvla.config import CleanConfig
+from spvla.data import frames
 from spvla.doctor import assets, clean
 from spvla.errors import TrainingError, UserError
 from spvla.files import cache_dir
@@ -63,6 +64,10 @@ def test_clean_removes_the_cache_only_when_told_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SPVLA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(frames, "SHARED_MEMORY", tmp_path / "shm")
+    for folder in frames.own_folders():
+        folder.mkdir(parents=True)
+        (folder / "decoded.u8").write_bytes(b"")
     (tmp_path / "cache" / "assets").mkdir(parents=True)
     (tmp_path / "cache" / "assets" / "mesh").write_bytes(b"x" * 2**20)
     (tmp_path / "runs").mkdir()
@@ -71,7 +76,7 @@ def test_clean_removes_the_cache_only_when_told_to(
     assert (tmp_path / "cache" / "assets" / "mesh").exists()
     assert "1.0 MiB" in capsys.readouterr().out
     clean(CleanConfig(yes=True))
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["cache", "mine", "runs"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["cache", "mine", "runs", "shm"]
 
 
 def test_an_empty_cache_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

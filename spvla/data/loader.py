@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer
 
+from spvla.config import CropOffsets
 from spvla.data.frames import Frames, StoredFrames
 from spvla.data.store import FrameStore
 from spvla.data.stream import Places, Stream, order
@@ -29,8 +30,6 @@ from spvla.policies.openvla.prompt import EOS, PAD, prompt_ids
 from spvla.types import ACTION_DIM, IMAGE_SIZE, PROPRIO_DIM, Batch, Needs
 
 Split = Literal["train", "val"]
-CropOffsets = Literal["diagonal", "independent"]
-AugmentOn = Literal["host", "device"]
 PART = 8  # samples, at least, that a thread prepares at a time
 
 
@@ -65,7 +64,7 @@ class Loader:
         world_size: int = 1,
         image_aug: bool,
         crop_offsets: CropOffsets = "diagonal",
-        augment_on: AugmentOn = "host",
+        on_device: bool = False,
         frames: Sequence[Frames] | None = None,
         split: Split = "train",
         val_split_from_train: bool = True,
@@ -75,7 +74,8 @@ class Loader:
         pinned: bool = False,
     ) -> None:
         """`needs` says which cameras, whether proprio, and how many actions. `weights` are the data sets' shares of
-        samples, equal by default. `frames` are where each store's pictures come from, by default its JPEGs.
+        samples, equal by default. `frames` are where each store's pictures come from, by default its JPEGs. With
+        `on_device` batches hold training pictures as they are, and what was drawn for `augment_on_device`.
 
         Raises DatasetError where a split is empty or a data set lacks what is needed, UserError for an instruction that
         makes no prompt.
@@ -83,7 +83,7 @@ class Loader:
         self.stores, self.needs = list(stores), needs
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.augments, self.crops = image_aug and split == "train", image_aug and split == "val"
-        self.diagonal, self.on_device = crop_offsets == "diagonal", augment_on == "device"
+        self.diagonal, self.on_device = crop_offsets == "diagonal", on_device
         self.split, self.workers, self.prefetch, self.pinned = split, workers, prefetch, pinned
         self.start_sample = start_sample
         self.frames = list(frames or map(StoredFrames, self.stores))

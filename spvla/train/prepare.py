@@ -28,7 +28,7 @@ from spvla.policies.openvla.presets import PRESETS, create_preset
 _FREE = {
     *("run_root_dir", "adapter_tmp_dir", "run_id", "run_id_note", "data_root_dir", "vla_path"),
     *("save_steps", "save_latest_checkpoint_only", "save_merged", "val_steps", "skip_corrupt", "max_failures"),
-    *("num_workers", "use_gpu", "compile", "max_nonfinite_steps"),
+    *("num_workers", "use_gpu", "frames", "compile", "max_nonfinite_steps"),
     *("use_wandb", "wandb_project", "wandb_entity", "wandb_mode"),
 }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spvla.model.transfer import to_device
 from spvla.model.vision import NUM_PATCHES
+from spvla.policies.openvla.augmentation import augment_on_device
 from spvla.policies.openvla.images import to_pixel_values
 from spvla.train.blocks import Rows
 from spvla.train.network import Cache, Loras, Network
@@ -51,8 +52,11 @@ def to_inputs(batch: Batch, device: torch.device | str, *, width: int = 0) -> In
     targets = _to(np.take_along_axis(ids, start[:, None] + np.arange(tokens + 1), 1), device)
     text = np.zeros((len(ids), max(ids.shape[1], width) - 1), np.int64)  # what pads is never seen: attention is causal
     text[:, : ids.shape[1] - 1] = ids[:, :-1]
+    images = _to(batch.images.reshape(-1, *batch.images.shape[-3:]), device)
+    if batch.augmentation is not None:
+        images = augment_on_device(images, _to(batch.augmentation.reshape(len(images), -1), device))
     return Inputs(
-        pixels=to_pixel_values(_to(batch.images.reshape(-1, *batch.images.shape[-3:]), device)),
+        pixels=to_pixel_values(images),
         text=_to(text, device),
         start=_to(start, device),
         targets=targets,

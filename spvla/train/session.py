@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from spvla.cluster.machines import usable_cpus
 from spvla.config import TrainConfig
+from spvla.data.frames import Frames, open_frames
 from spvla.data.loader import Loader, Split
 from spvla.data.store import FrameStore, without_proprio
 from spvla.errors import DatasetError
@@ -84,6 +86,7 @@ class Session:
         self.under_way: deque[tuple[Pending, float]] = deque()  # steps not yet read, and their wait for data in seconds
         self.seconds: deque[float] = deque(maxlen=self.ahead)  # a step; of as many as one pass of the opponent serves
         self.waited_s = self.read_s = 0.0  # a step's wait for data; the moment when the last row was read
+        self.frames = self._open_frames()
         self._feed()
         if self.config.val_steps:
             self._loader("val")  # an empty split is told now, not after hours
@@ -186,13 +189,25 @@ class Session:
             seed=config.seed,
             rank=self.place.rank,
             world_size=self.place.world,
+            needs=self.learner.family.needs,
             image_aug=config.image_aug,
+            crop_offsets=config.crop_offsets,
+            on_device=config.augment_on == "device" or (config.augment_on == "auto" and self.place.device != CPU),
+            frames=self.frames,
             split=split,
             val_split_from_train=config.val_split_from_train,
             start_sample=start_sample,
             workers=2 if self.place.device == CPU else 8,
             prefetch=max(4, self.ahead * config.grad_accumulation_steps),  # batches taken at once
+            pinned=self.place.device.type == "cuda",
         )
+
+    def _open_frames(self) -> list[Frames]:
+        """Decoded once where that pays: not for a run that sees less than every frame."""
+        mode = self.config.frames
+        if mode == "auto" and self.config.max_steps * self.samples_per_step < sum(map(len, self.stores)):
+            mode = "stored"
+        return open_frames(self.stores, self.learner.family.needs.cameras, mode, threads=usable_cpus())
 
     def _replies(self) -> ReplyStore | None:
         """The opponent's answers of earlier epochs, where they hold: a fixed opponent that sees fixed images."""
