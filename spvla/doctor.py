@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,14 @@ from spvla.files import cache_dir
 EGL_PACKAGES = ("libegl1", "libgl1", "libegl-mesa0", "libgl1-mesa-dri")
 INSTALL_EGL = f"apt-get install -y {' '.join(EGL_PACKAGES)}"
 MIN_FREE_GIB = 20  # one merged 7B checkpoint is 15 GB
-CACHED = ("assets", "presets", "digests", "libero-config")  # what this project writes into the cache folder
+CACHED = (
+    "assets",
+    "presets",
+    "digests",
+    "libero-config",
+    "numba",
+    "matplotlib",
+)  # what this project writes into the cache folder
 
 # In a process of its own: a broken driver may end it with a signal.
 _RENDERER = """
@@ -52,17 +60,20 @@ def doctor(config: DoctorConfig) -> None:
 
 
 def examine() -> Iterator[Finding]:
-    yield python_packages()
-    yield gpu()
-    yield egl_library()
-    yield renderer()
-    yield assets()
-    yield ray_cluster()
-    yield disk()
-    yield wandb()
+    yield from map(found_by, (packages, gpu, egl_library, renderer, assets, cache, ray_cluster, disk, wandb))
 
 
-def python_packages() -> Finding:
+def found_by(look: Callable[[], Finding]) -> Finding:
+    """Whatever is broken on this machine, the other lines are wanted."""
+    try:
+        return look()
+    except UserError as e:
+        return Finding(look.__name__, e.got, e.remedy)
+    except Exception as e:
+        return Finding(look.__name__, f"cannot be looked at ({type(e).__name__}: {e})", "mend what that names")
+
+
+def packages() -> Finding:
     names = ("torch", "transformers", "peft", "ray", "mujoco", "robosuite", "hf-libero", "tensorflow")
     missing, found = [], [f"python {sys.version.split()[0]}"]
     for name in names:
@@ -102,10 +113,7 @@ def renderer() -> Finding:
 def assets() -> Finding:
     from spvla.benchmarks.libero.assets import PRIMITIVES, resolve
 
-    try:
-        found = resolve(None)
-    except UserError as e:
-        return Finding("assets", e.got, e.remedy)
+    found = resolve(None)
     what = f"{found.name} at {found.path}"
     if found.name == "libero":
         return Finding("assets", f"LIBERO's own: {what}")
@@ -114,6 +122,13 @@ def assets() -> Finding:
     else:
         remedy = "files that differ from LIBERO's own: results are of another world, and named after it"
     return Finding("assets", what, remedy)
+
+
+def cache() -> Finding:
+    folder = cache_dir()
+    lasts = folder.parent != Path(tempfile.gettempdir()) or "SPVLA_CACHE" in os.environ
+    remedy = "the user's own cannot be written: this one is lost with the temporary folder; name another in SPVLA_CACHE"
+    return Finding("cache", str(folder), "" if lasts else remedy)
 
 
 def ray_cluster() -> Finding:
@@ -139,7 +154,7 @@ def disk() -> Finding:
 
 
 def wandb() -> Finding:
-    if os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists():
+    if os.environ.get("WANDB_API_KEY") or Path(os.path.expanduser("~/.netrc")).exists():
         return Finding("W&B", "a key is set")
     return Finding("W&B", "no key", "only for --use_wandb True: run `wandb login`, or use --wandb_mode offline")
 

@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -152,9 +154,48 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def cache_dir() -> Path:
-    """Where downloaded or generated things live between runs: SPVLA_CACHE, or the user's cache folder."""
-    root = os.environ.get("SPVLA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spvla"
-    return Path(root)
+    """Where generated things live between runs: SPVLA_CACHE, else the user's cache folder.
+
+    Where the latter cannot be written (a container's HOME, say), a folder of this user's below the temporary one: it is
+    as good until the machine is cleaned. Raises UserError where nothing can be written.
+    """
+    if given := os.environ.get("SPVLA_CACHE"):
+        return Path(given) if can_be_written(Path(given)) else require_writable(Path(given), flag="SPVLA_CACHE")
+    with suppress(RuntimeError):  # a user without a home
+        own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spvla"
+        if can_be_written(own):
+            return own
+    return _temporary_cache()
+
+
+def can_be_written(folder: Path) -> bool:
+    """Whether this user may create files in `folder`, which is made where that is possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _temporary_cache() -> Path:
+    """A folder that this user alone can enter, since digests in it are believed."""
+    try:
+        folder = Path(tempfile.gettempdir()) / f"spvla-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as e:
+        raise _no_cache(str(e)) from e
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise _no_cache(f"{folder} is not this user's alone")
+    return folder
+
+
+def _no_cache(why: str) -> UserError:
+    return UserError(
+        f"neither the user's cache folder nor the temporary one can be used ({why})",
+        expected="a folder for generated files that this user can write to",
+        remedy="Name one with SPVLA_CACHE.",
+    )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ MODULES = {
 FLOORS = (
     (
         *("spvla.types", "spvla.errors", "spvla.config", "spvla.files", "spvla.progress", "spvla.statistics"),
-        *("spvla.runs", "spvla.tracking"),
+        *("spvla.runs", "spvla.tracking", "spvla.compiler"),
     ),
     ("spvla.cluster",),
     ("spvla.model",),
@@ -36,6 +36,7 @@ HEAVY = {
     "mujoco": ("spvla.render", "spvla.benchmarks", "spvla.doctor"),
     "robosuite": ("spvla.benchmarks.libero",),
     "libero": ("spvla.benchmarks.libero",),
+    "numba": ("spvla.compiler",),
     "h5py": ("spvla.data.demos",),
     "sqlite3": ("spvla.eval.ledger",),
     "peft": ("spvla.model", "spvla.policies"),

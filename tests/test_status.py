@@ -10,7 +10,7 @@ import pytest
 from spvla import cli
 from spvla.config import CleanConfig
 from spvla.data import frames
-from spvla.doctor import assets, clean
+from spvla.doctor import Finding, assets, clean, found_by
 from spvla.errors import TrainingError, UserError
 from spvla.files import cache_dir
 
@@ -87,4 +87,11 @@ def test_an_empty_cache_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_doctor_goes_on_past_a_folder_that_holds_no_assets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIBERO_ASSETS", "/nonexistent")
-    assert "LIBERO_ASSETS /nonexistent has no" in assets().found
+    assert "LIBERO_ASSETS /nonexistent has no" in found_by(assets).found
+
+
+def test_doctor_goes_on_past_what_nobody_thought_of() -> None:
+    def weather() -> Finding:
+        raise RuntimeError("no sky")
+
+    assert found_by(weather).found == "cannot be looked at (RuntimeError: no sky)" and found_by(weather).remedy

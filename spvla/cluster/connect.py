@@ -8,9 +8,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from spvla.cluster.machines import grows, usable_cpus
 from spvla.errors import ClusterError
+from spvla.files import cache_dir, can_be_written, write_text
 
 _GROWING = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900"}  # a machine that must boot first
 _ENVIRONMENT = {
@@ -128,12 +130,22 @@ def explained(e: Exception, address: str | None) -> ClusterError:
 
 
 def _keep_token_private() -> None:
-    """Ray writes its authentication token into ~/.ray at first use, readable by all: here by this user alone."""
+    """Ray writes its authentication token into ~/.ray at first use, readable by all: here by this user alone.
+
+    Where ~/.ray cannot be written the token lies in the cache folder, of which Ray's processes hear by a variable.
+    """
+    from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
     from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # it would announce the file
     mask = os.umask(0o077)
     try:
+        given = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+        if not given and not can_be_written(Path(os.path.expanduser("~/.ray"))):
+            token = cache_dir() / "ray-token"
+            if not token.exists():
+                write_text(token, generate_new_authentication_token())
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
         ensure_token_if_auth_enabled(create_token_if_missing=True)
     finally:
         os.umask(mask)

@@ -5,8 +5,9 @@ samples. Those that lie between samples, and those that face away, leave no trac
 one by one and at a price. Here every test errs on the side of keeping.
 """
 
-import numba
 import numpy as np
+
+from spvla.compiler import numba
 
 # Renderers move corners by up to half of 1/256 of a pixel; float32 adds less than a tenth of that.
 SLACK = 2 / 256  # pixels

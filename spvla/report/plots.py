@@ -1,11 +1,15 @@
 """Plots as inline SVG text, drawn by matplotlib in one calm style."""
 
 import io
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spvla.files import cache_dir
+
+os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))  # HOME may be read-only, and it would say so
 import matplotlib
 
 matplotlib.use("svg")  # no window system, and no other backend is ever needed

@@ -107,7 +107,7 @@ def _missing(folder: Path) -> list[str]:
 def _libero_places() -> list[Path]:
     """Where the libero package looks for its assets: beside its own code, then in its download folder."""
     places = [folder / "libero/assets" for folder in _folders_of("libero")[:1]]
-    return [*places, Path("~/.cache/libero/assets").expanduser()]
+    return [*places, Path(os.path.expanduser("~/.cache/libero/assets"))]
 
 
 def _package_places() -> list[Path]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
+import spvla.compiler  # noqa: F401  before robosuite, which compiles with numba
 from spvla.benchmarks.libero.suites import load_file, package
 from spvla.errors import InfrastructureError
 from spvla.files import cache_dir, write_text

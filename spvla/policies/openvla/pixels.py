@@ -7,8 +7,9 @@ No `fastmath`: fused or reordered operations would change the last bit.
 import math
 from functools import cache
 
-import numba
 import numpy as np
+
+from spvla.compiler import numba
 
 jit = numba.njit(nogil=True, cache=True, error_model="numpy")  # 0 / 0 is NaN: a check would keep vectors from use
 F = np.float32
