@@ -147,7 +147,6 @@ def test_the_sensors_sample_just_before_a_control_step_ends() -> None:
 def test_start_and_end_are_silent_ask_nothing_and_write_only_to_the_cache(tmp_path: Path, assets: AssetSet) -> None:
     script = f"""
 from pathlib import Path
-from xml.etree import ElementTree
 from spvla.benchmarks.libero.assets import AssetSet
 from spvla.benchmarks.libero.env import LiberoEnv
 env = LiberoEnv("libero_object", 0, AssetSet(name="given", path=Path({str(assets.path)!r}), digest=""))
