@@ -23,6 +23,7 @@ from spvla.errors import SpvlaError, UserError
 COMMANDS: dict[str, tuple[type, str]] = {
     "collect": (config.CollectConfig, "spvla.collect:collect"),
     "regenerate": (config.RegenerateConfig, "spvla.collect:regenerate"),
+    "export": (config.ExportConfig, "spvla.data.recorded:export"),
     "index": (config.IndexConfig, "spvla.data.index:index"),
     "train": (config.TrainConfig, "spvla.train.run:train"),
     "evaluate": (config.EvaluateConfig, "spvla.eval.evaluate:evaluate"),

@@ -1,8 +1,8 @@
 """`spvla collect` and `spvla regenerate`: environments as Ray actors make takes until each task has its episodes.
 
 Finished takes wait in a hidden folder beside the data set, so the same command goes on after an interruption; the data
-set appears whole, at the end. With DATA_ROOT/<suite>_no_noops/recording.json, which says what was asked for, the same
-command again finds it done; a data set of any other origin is never overwritten.
+set appears whole, at the end, as the indexed store that training reads. DATA_ROOT/<suite>_no_noops/recording.json says
+what was asked for: the same command again finds it done, and a data set of any other origin is never overwritten.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from spvla.benchmarks.libero.recorders import Demonstrator, Recorder, Replayer
 from spvla.cluster.connect import connection
 from spvla.config import CollectConfig, RegenerateConfig
 from spvla.data.demos import count_demos, demo_files
+from spvla.data.recorded import RECORDING, write_index
 from spvla.data.spool import Spool
 from spvla.errors import DatasetError, UserError
 from spvla.files import require_writable, write_json
 from spvla.takes import Tally, gather
 
-RECORDING = "recording.json"
 BEGUN = "writing"  # marks, among the takes, that the data set is being written
 SPARE_TAKES = 20  # beyond twice the wanted number, before a task is given up
 
@@ -96,10 +96,8 @@ def record(
     with connection():
         gather(tally, spool, make, num_workers)
     print(table(request, tally))
-    from spvla.data.rlds import write_dataset  # TensorFlow only now: takes seconds to import
-
     (waiting / BEGUN).touch()
-    folder = write_dataset((spool.get(*take) for take in tally.kept()), root, request.name)
+    folder = write_index([spool.name(*take) for take in tally.kept()], spool.read, root, request.name)
     write_json(root / request.name / RECORDING, request.to_json())
     shutil.rmtree(waiting)
     print(f"{request.name}  written to {folder}")

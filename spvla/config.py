@@ -89,7 +89,7 @@ def require_values(config: Any, *, above_0: Sequence[str] = ABOVE_0) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """Record demonstrations with the scripted experts, as a TFDS data set."""
+    """Record demonstrations with the scripted experts, as an indexed data set."""
 
     task_suite_name: str = "libero_object"
     """libero_spatial, libero_object, libero_goal or libero_10"""
@@ -118,7 +118,7 @@ class CollectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RegenerateConfig:
-    """Replay LIBERO's own HDF5 demonstrations, drop no-ops, keep successes, write a TFDS data set."""
+    """Replay LIBERO's own HDF5 demonstrations, drop no-ops, keep successes, as an indexed data set."""
 
     demos: Path
     """folder with LIBERO's *_demo.hdf5 files of one suite"""
@@ -131,6 +131,19 @@ class RegenerateConfig:
     def check(self) -> None:
         require_values(self)
         require_suite(self.task_suite_name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a recorded data set in the RLDS form that OpenVLA's own scripts read."""
+
+    data_root_dir: Path = Path("datasets")
+    dataset_name: str = "libero_object_no_noops"
+    out: Path | None = None
+    """folder that gets NAME/1.0.0; default: --data_root_dir"""
+
+    def check(self) -> None:
+        require_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,8 +311,6 @@ class FarmConfig:
 
     libero_assets: Path | None = None
     """folder of LIBERO's assets, or `primitives`; default LIBERO_ASSETS, else those that are installed"""
-    any_mujoco: bool = False
-    """simulate with a MuJoCo that published checkpoints do not know; such rates compare with each other only"""
     num_envs: int = 0
     """environment actors; 0: one for each CPU of the cluster that the policy actors leave, or 32 for each policy actor
     where machines come on demand"""
@@ -406,8 +417,6 @@ class SelfplayConfig(TrainConfig):
     center_crop: bool | None = None
     """by default as image_aug"""
     libero_assets: Path | None = None
-    any_mujoco: bool = False
-    """as in evaluate"""
     num_envs: int = 0
     num_decoders: int = 0
     promote_level: float = 0.05
@@ -434,8 +443,6 @@ class SweepFlags:
     """task numbers, such as 0,3; all by default"""
     num_trials_per_task: int = 10
     libero_assets: Path | None = None
-    any_mujoco: bool = False
-    """as in evaluate"""
     num_envs: int = 0
     max_trial_steps: int | None = None
     """cut every trial short, for trying things out"""

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from spvla.cluster.connect import connection
 from spvla.collect import collect
-from spvla.config import CollectConfig, DemoConfig, IndexConfig, ReportConfig, SelfplayConfig, TrainConfig
-from spvla.data.index import index
+from spvla.config import CollectConfig, DemoConfig, ReportConfig, SelfplayConfig, TrainConfig
 from spvla.files import require_writable
 from spvla.progress import format_seconds
 from spvla.report.html import report
@@ -29,19 +28,17 @@ def demo(config: DemoConfig) -> None:
     with connection():
         stage(1, "collect: a scripted expert demonstrates two tasks")
         collect(collect_config(out))
-        stage(2, "index: one pass over the data set, with its statistics")
-        index(IndexConfig(data_root_dir=out / "data", dataset_name=DATASET))
-        stage(3, "warm start: behaviour cloning of a tiny policy")
+        stage(2, "warm start: behaviour cloning of a tiny policy")
         train(warm_start_config(out))
-        stage(4, "self-play: one iteration on two workers, both policies evaluated by the farm")
+        stage(3, "self-play: one iteration on two workers, both policies evaluated by the farm")
         selfplay(selfplay_config(out))
-        stage(5, "report")
+        stage(4, "report")
         report(ReportConfig(run=out / "runs" / "selfplay"))
     print(closing_words(out, time.monotonic() - start_s))
 
 
 def stage(number: int, what: str) -> None:
-    print(f"\n[{number}/5] {what}", flush=True)
+    print(f"\n[{number}/4] {what}", flush=True)
 
 
 def collect_config(out: Path) -> CollectConfig:

@@ -12,10 +12,11 @@ from spvla.benchmarks.libero.assets import AssetSet, resolve
 from spvla.benchmarks.libero.env import LiberoEnv
 from spvla.benchmarks.libero.experts import demonstrate
 from spvla.benchmarks.libero.starts import initial_start
-from spvla.collect import RECORDING, Request, collect, regenerate
+from spvla.collect import Request, collect, regenerate
 from spvla.config import CollectConfig, RegenerateConfig
-from spvla.data.layout import find
-from spvla.data.rlds import read_episodes
+from spvla.data.index import ensure_index
+from spvla.data.recorded import RECORDING
+from spvla.data.store import FrameStore
 from spvla.errors import DatasetError, InfrastructureError, UserError
 from spvla.takes import ENOUGH_CRASHES, Tally
 from spvla.types import Episode
@@ -29,7 +30,8 @@ def assets() -> AssetSet:
 
 
 def episodes(root: Path) -> list[Episode]:
-    return list(read_episodes(find(root, DATASET).shards))
+    store = FrameStore.open(ensure_index(root, DATASET))
+    return [store.episode(number) for number in range(len(store.episode_lengths))]
 
 
 def test_a_failure_makes_one_more_take_due_and_the_first_successes_are_kept() -> None:

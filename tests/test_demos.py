@@ -112,7 +112,7 @@ def test_a_spooled_episode_comes_back_equal_and_a_failure_is_remembered(tmp_path
     spool.put(3, 13, None)
     (tmp_path / "takes" / ".task_03_take_0014.npz").write_bytes(b"cut short")
     assert spool.takes() == {(3, 12): True, (3, 13): False}
-    back = spool.get(3, 12)
+    back = spool.read(spool.name(3, 12))
     assert (back.images, back.wrist_images) == (episode.images, episode.wrist_images)
     assert (back.instruction, back.source) == (episode.instruction, episode.source)
     assert np.array_equal(back.actions, episode.actions)

@@ -3,7 +3,6 @@
 TensorFlow is imported in the tasks only. On a cluster the data root must be a folder that all machines share.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -22,17 +21,13 @@ from spvla.data.layout import Layout, Shard
 from spvla.data.store import (
     FORMAT,
     INDEX,
-    STATISTICS,
     FrameStore,
-    actions_of,
-    proprio_of,
-    read_batches,
+    conclude,
     read_index,
-    statistics_of,
     write_batches,
 )
 from spvla.errors import DatasetError, SpvlaError
-from spvla.files import write_json
+from spvla.files import safe_name, write_json
 from spvla.progress import Progress
 
 FOLDER = "index"
@@ -50,12 +45,15 @@ def index(config: IndexConfig) -> None:
 
 
 def ensure_index(data_root_dir: Path, dataset_name: str, *, skip_corrupt: bool = False, num_workers: int = 0) -> Path:
-    """The index's folder. Builds what is missing and what belongs to a shard that has changed since.
+    """The index's folder. Builds what is missing and what belongs to a shard that has changed since; what collect or
+    regenerate recorded is an index already.
 
     Costs one stat a shard when nothing has changed. Raises DatasetError; finished shards stay for the next run.
     """
+    folder = Path(data_root_dir) / safe_name(dataset_name, what="--dataset_name") / FOLDER
+    if is_recorded(folder):
+        return folder
     source = layout.find(Path(data_root_dir), dataset_name)
-    folder = Path(data_root_dir) / dataset_name / FOLDER
     stale = [s for s in source.shards if not is_current(folder, s, skip_corrupt)]
     if not stale and matches(folder, source):
         return folder
@@ -96,6 +94,23 @@ def matches(folder: Path, source: Layout) -> bool:
         return [s["file"] for s in read_index(folder)["shards"]] == [file_name(s) for s in source.shards]
     except DatasetError:
         return False
+
+
+def is_recorded(folder: Path) -> bool:
+    """Whether the index was written without shards. Raises DatasetError for one in a form of the past."""
+    try:
+        found = json.loads((folder / INDEX).read_text())
+    except (OSError, ValueError):
+        return False
+    if not found.get("recorded"):
+        return False
+    if found["format"] != FORMAT:
+        raise DatasetError(
+            f"{folder} was recorded in format {found['format']}",
+            expected=f"format {FORMAT}",
+            remedy="Record it again with spvla collect or spvla regenerate.",
+        )
+    return True
 
 
 def format_of(folder: Path) -> int | None:
@@ -191,7 +206,6 @@ def finish(folder: Path, source: Layout) -> None:
             expected="all of them",
             remedy="Run the same command again; on a network file system they may appear after some seconds.",
         )
-    batches = [b for e in entries for b in read_batches(folder / e["file"], e["bytes"])]
     skipped = [message for e in entries for message in e["skipped"]]
     if not any(e["episodes"] for e in entries if e["split"] == "train"):
         raise DatasetError(
@@ -199,18 +213,7 @@ def finish(folder: Path, source: Layout) -> None:
             expected="at least one",
             remedy="Download or make the data set again.",
         )
-    statistics = statistics_of(actions_of(batches), proprio_of(batches), len(batches))
-    write_json(folder / STATISTICS, {source.name: statistics})
-    whole = {
-        "format": FORMAT,
-        "dataset_name": source.name,
-        "digest": hashlib.sha256("".join(f"{e['split']} {e['sha256']}\n" for e in entries).encode()).hexdigest(),
-        "episodes": len(batches),
-        "frames": sum(b.num_rows for b in batches),
-        "skipped": skipped,
-        "shards": [{k: e[k] for k in ("file", "bytes", "split", "episodes", "frames")} for e in entries],
-    }
-    write_json(folder / INDEX, whole)
+    conclude(folder, source.name, entries, skipped=skipped)
     tidy(folder, {e["file"] for e in entries})
 
 

@@ -159,12 +159,18 @@ def check(condition: bool, got: str, expected: str) -> None:
 
 
 def write_dataset(
-    episodes: Iterator[Episode], data_root_dir: Path, dataset_name: str, *, shard_bytes: int = SHARD_BYTES
+    episodes: Iterator[Episode],
+    data_root_dir: Path,
+    dataset_name: str,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    in_order: bool = False,
 ) -> Path:
     """Writes DATA_ROOT/NAME/1.0.0 and returns it; nothing is there before all of it is.
 
-    Episodes are ordered by the digest of their content, so that the last 5% are a fair sample (TFDS shuffles, too) and
-    the order in which parallel workers deliver does not matter. Raises DatasetError on no episode or a full disk.
+    Unless `in_order`, episodes are ordered by the digest of their content, so that the last 5% are a fair sample (TFDS
+    shuffles, too) and the order in which parallel workers deliver does not matter. Raises DatasetError on no episode or
+    a full disk.
     """
     folder = data_root_dir / safe_name(dataset_name, what="dataset_name") / VERSION
     features = libero_features()
@@ -172,7 +178,9 @@ def write_dataset(
         with new_folder(folder) as new, tempfile.TemporaryFile(dir=new) as unordered:
             index = [spool(serialise(features, e), unordered) for e in episodes]
             check(len(index) > 0, f"no episodes for {folder}", "at least one")
-            lengths, size = write_shards(sorted(index), unordered, new, dataset_name, shard_bytes)
+            lengths, size = write_shards(
+                index if in_order else sorted(index), unordered, new, dataset_name, shard_bytes
+            )
             write_info(features, new, dataset_name, lengths, size)
     except (OSError, tf.errors.OpError) as e:
         raise DatasetError(

@@ -28,7 +28,7 @@ class Spool:
         return {(int(m[1]), int(m[2])): m[3] == "npz" for m in names if m}
 
     def put(self, task: int, take: int, episode: Episode | None) -> None:
-        file = self.folder / f"task_{task:02d}_take_{take:04d}"
+        file = self.folder / self.name(task, take)
         if episode is None:
             file.with_suffix(".failed").touch()
             return
@@ -36,8 +36,12 @@ class Spool:
         np.savez(beside, **_to_arrays(episode))
         beside.replace(file.with_suffix(".npz"))
 
-    def get(self, task: int, take: int) -> Episode:
-        with np.load(self.folder / f"task_{task:02d}_take_{take:04d}.npz", allow_pickle=False) as arrays:
+    @staticmethod
+    def name(task: int, take: int) -> str:
+        return f"task_{task:02d}_take_{take:04d}"
+
+    def read(self, name: str) -> Episode:
+        with np.load(self.folder / f"{name}.npz", allow_pickle=False) as arrays:
             return _from_arrays(arrays)
 
 

@@ -1,19 +1,22 @@
 """Indexed frames on disk: written once, memory-mapped, read by number.
 
-DATA_ROOT/NAME/index/libero_spatial-train.tfrecord-00000-of-00016.arrow        one for each shard of the source
+DATA_ROOT/NAME/index/libero_spatial-train.tfrecord-00000-of-00016.arrow        one for each shard of the source, or
+                     libero_spatial_no_noops-train-00000-of-00016.arrow        as recorded by this project
                      libero_spatial-train.tfrecord-00000-of-00016.arrow.json   written after it: sizes, source digest
                      dataset_statistics.json                                   OpenVLA's form, of actions and proprio
                      index.json                                                written last; without it, no index
 
 Arrow's IPC format (pyarrow, which Ray stands on, too): a file is a list of record batches, here one an episode, with
-columns `image` and `wrist_image` (JPEG, as in the source), `proprio` (8 float32), `action` (7 float32, after the LIBERO
-transform) and `instruction`; `wrist_image` and `proprio` are null where the source has none. Mapping it costs no
-memory, all processes of a machine share one copy in the page cache, and any frame is one slice away.
+columns `image` and `wrist_image` (JPEG, as in the source), `proprio` (8 float32), `joint_state` (7 float32), `action`
+(7 float32, after the LIBERO transform), `instruction` and `source`; pictures of the wrist and states are null where the
+source has none. Mapping it costs no memory, all processes of a machine share one copy in the page cache, and any frame
+is one slice away. Nothing of an episode is lost, so that a data set can be written from it (`spvla export`).
 """
 
+import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -23,20 +26,24 @@ import numpy as np
 import pyarrow as pa
 
 from spvla.errors import DatasetError
-from spvla.policies.openvla.actions import ActionStats, env_to_dataset
+from spvla.files import write_json
+from spvla.policies.openvla.actions import ActionStats, env_to_dataset, gripper_to_env
 from spvla.types import ACTION_DIM, PROPRIO_DIM, Episode, Frame
 
-FORMAT = 2  # raise when the files' meaning changes: older indices are then made again
+FORMAT = 3  # raise when the files' meaning changes: older indices are then made again
 INDEX, STATISTICS = "index.json", "dataset_statistics.json"
 HELD_OUT = 0.05  # of the episodes, the last ones, when the source has no validation split
 COLUMNS = {"agentview": "image", "robot0_eye_in_hand": "wrist_image"}  # camera -> column
+JOINTS = 7  # of the arm
 SCHEMA = pa.schema(
     [
         ("image", pa.binary()),
         ("wrist_image", pa.binary()),
         ("proprio", pa.list_(pa.float32(), PROPRIO_DIM)),
+        ("joint_state", pa.list_(pa.float32(), JOINTS)),
         ("action", pa.list_(pa.float32(), ACTION_DIM)),
         ("instruction", pa.string()),
+        ("source", pa.string()),
     ]
 )
 
@@ -87,6 +94,25 @@ class FrameStore:
         """The picture of frame `i`, as it lies in the file. Raises KeyError for a camera that is not in `cameras`."""
         episode, step = self._place(i)
         return memoryview(self.batches[episode][COLUMNS[camera]][step].as_buffer()).cast("B")
+
+    def episode(self, number: int) -> Episode:
+        """One whole episode as it was recorded. Raises DatasetError where its source lacked pictures or states."""
+        batch = self.batches[number]
+        if missing := [name for name in ("wrist_image", "proprio", "joint_state") if batch[name].null_count]:
+            raise DatasetError(
+                f"episode {number} of {self.folder} has no {', '.join(missing)}",
+                expected="both cameras' pictures and all states",
+                remedy="Give a data set that spvla collect or spvla regenerate recorded.",
+            )
+        return Episode(
+            images=batch["image"].to_pylist(),
+            wrist_images=batch["wrist_image"].to_pylist(),
+            states=rows_of([batch], "proprio", PROPRIO_DIM),
+            joint_states=rows_of([batch], "joint_state", JOINTS),
+            actions=gripper_to_env(rows_of([batch], "action", ACTION_DIM)).astype(np.float32),
+            instruction=batch["instruction"][0].as_py(),
+            source=batch["source"][0].as_py(),
+        )
 
     def _place(self, i: int) -> tuple[int, int]:
         """Episode, and the step in it."""
@@ -200,17 +226,45 @@ def write_batches(path: Path, episodes: Iterable[Episode]) -> list[int]:
             columns = [
                 pa.array(episode.images, pa.binary()),
                 pa.array(episode.wrist_images or [None] * steps, pa.binary()),
-                fixed_lists(episode.states, PROPRIO_DIM) if len(episode.states) else pa.nulls(steps, SCHEMA.types[2]),
-                fixed_lists(env_to_dataset(episode.actions), ACTION_DIM),
+                fixed_lists(episode.states, PROPRIO_DIM, steps),
+                fixed_lists(episode.joint_states, JOINTS, steps),
+                fixed_lists(env_to_dataset(episode.actions), ACTION_DIM, steps),
                 pa.repeat(pa.scalar(episode.instruction), steps),
+                pa.repeat(pa.scalar(episode.source), steps),
             ]
             writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
             lengths.append(steps)
     return lengths
 
 
-def fixed_lists(rows: np.ndarray, width: int) -> pa.Array:
-    """(T, width) float32 as a column."""
+def conclude(
+    folder: Path, name: str, entries: Sequence[dict[str, Any]], *, skipped: Sequence[str] = (), recorded: bool = False
+) -> None:
+    """Writes the statistics over every episode, then the index itself, last.
+
+    An entry is a file: `file`, `bytes`, `split`, `episodes`, `frames`, and `sha256` of what it was made from.
+    `recorded`: the files are the data set, and there are no shards to read again.
+    """
+    batches = [b for e in entries for b in read_batches(folder / e["file"], e["bytes"])]
+    statistics = statistics_of(actions_of(batches), proprio_of(batches), len(batches))
+    write_json(folder / STATISTICS, {name: statistics})
+    whole = {
+        "format": FORMAT,
+        "dataset_name": name,
+        "recorded": recorded,
+        "digest": hashlib.sha256("".join(f"{e['split']} {e['sha256']}\n" for e in entries).encode()).hexdigest(),
+        "episodes": len(batches),
+        "frames": sum(b.num_rows for b in batches),
+        "skipped": list(skipped),
+        "shards": [{k: e[k] for k in ("file", "bytes", "split", "episodes", "frames")} for e in entries],
+    }
+    write_json(folder / INDEX, whole)
+
+
+def fixed_lists(rows: np.ndarray, width: int, steps: int) -> pa.Array:
+    """(T, width) float32 as a column; nulls where there are no rows."""
+    if not len(rows):
+        return pa.nulls(steps, pa.list_(pa.float32(), width))
     return pa.FixedSizeListArray.from_arrays(pa.array(np.asarray(rows, np.float32).ravel()), width)
 
 

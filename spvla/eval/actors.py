@@ -187,7 +187,7 @@ class EnvWorker:
     def __init__(self, name: str, settings: WorkerSettings) -> None:
         self.name, self.settings = name, settings
         self.log = log_to(settings.log_folder, name)
-        from spvla.render.context import draw_on_one_core
+        from spvla.render.rendering import draw_on_one_core
 
         spread_rendering(name)
         draw_on_one_core()
@@ -196,7 +196,7 @@ class EnvWorker:
         self.env: Env | None = None
 
     def facts(self) -> WorkerFacts:
-        from spvla.render.context import renderer_name
+        from spvla.render.rendering import renderer_name
 
         return WorkerFacts(
             assets=self.assets.name,

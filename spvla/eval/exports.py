@@ -7,7 +7,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from spvla.benchmarks.libero.versions import world
 from spvla.config import EvaluateConfig
 from spvla.eval.ledger import Ledger, TrialRow
 from spvla.eval.summary import Summary, summarise
@@ -25,7 +24,6 @@ def export(ledger: Ledger) -> list[Path]:
     write_json(
         folder / RESULTS,
         {
-            "world": world(protocol.mujoco, protocol.assets) if protocol else None,
             "protocol": asdict(protocol) if protocol else None,
             "protocol_digest": protocol.digest if protocol else None,
             "policies": [asdict(p) for p in ledger.policies()],

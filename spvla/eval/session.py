@@ -4,7 +4,6 @@ One session evaluates one checkpoint after another, or several together, on work
 """
 
 import importlib.metadata
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,6 @@ from typing import Any
 from spvla import runs
 from spvla.benchmarks.libero import assets, suites
 from spvla.benchmarks.libero.genuine import TASKS_DIGEST
-from spvla.benchmarks.libero.versions import require_known_mujoco, require_mujoco, world
 from spvla.cluster.connect import connection
 from spvla.config import EvaluateConfig
 from spvla.errors import UserError
@@ -36,7 +34,6 @@ from spvla.eval.settle import pairs_of, verdict
 from spvla.eval.sizing import decode_batch_size
 from spvla.eval.summary import Summary, summarise
 from spvla.files import require_writable, writing_to
-from spvla.render.context import try_drawing
 from spvla.types import MAX_STEPS, Trial
 
 WORKER_LOGS = "workers"
@@ -59,7 +56,6 @@ class Session:
         self.config, self.ledger, self.console, self.stack = config, ledger, console, stack
         self.farm: Farm | None = None
         self.wandb: Wandb | None = None
-        self.mujoco = require_mujoco(any_version=config.any_mujoco)
         self.asset_set = assets.resolve(config.libero_assets)
         self.began = datetime.now()
 
@@ -156,9 +152,6 @@ class Session:
 
     def _open_farm(self) -> Farm:
         c = self.config
-        if "RAY_ADDRESS" not in os.environ:  # environments run on this machine: better told now than by each of them
-            try_drawing()
-        self.console.say(f"evaluate  world: {world(self.mujoco, self.asset_set.name)}")
         self.stack.enter_context(connection())
         sizes = cluster_sizes(c)
         batch_size = self._batch_size(decode_batch_size(sizes))
@@ -197,8 +190,6 @@ class Session:
                 expected="one set of assets on all machines, the driver's included",
                 remedy="Give a folder that every machine sees with --libero_assets, or set LIBERO_ASSETS on each.",
             )
-        if not self.config.any_mujoco:
-            require_known_mujoco(worker.versions["mujoco"])
         measured = {name: worker.versions[package] for name, package in PACKAGES.items()}
         return Protocol(
             **self._known()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from spvla import runs
-from spvla.benchmarks.libero.versions import world
 from spvla.eval.ledger import ErrorRow, Ledger, TrialRow
 from spvla.eval.summary import Summary, shorten, summarise
 from spvla.report import plots
@@ -336,8 +335,12 @@ def notes(
 ) -> list[str]:
     totals = [rows[-1] for rows in tables]
     planned, done = sum(s.planned for s in totals), sum(s.done for s in totals)
-    known = dict(protocol)
-    found = [f"Rolled out with {world(known['mujoco'], known['assets'])}"] if known else []
+    found = []
+    if any((name, value) == ("assets", "primitives") for name, value in protocol):
+        found.append(
+            "Rolled out with the embedded primitive geometry, not LIBERO's own meshes: "
+            "these rates compare with each other, not with published ones."
+        )
     if done < planned:
         found.append(f"{planned - done} of {planned} trials have no outcome yet: rates are of the others.")
     if errors:

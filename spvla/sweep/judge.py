@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from spvla import runs
-from spvla.benchmarks.libero.versions import require_mujoco
 from spvla.cluster.machines import cpus_for, grows, require_resources, total, unbounded
 from spvla.config import EvaluateConfig, SweepConfig
 from spvla.data.index import ensure_index
@@ -70,7 +69,6 @@ def require_room(config: SweepConfig) -> None:
 def require_trials(config: SweepConfig) -> None:
     """The tasks and init states to judge by exist. Raises UserError now rather than at the first checkpoint."""
     if config.metric == "success_rate":
-        require_mujoco(any_version=config.any_mujoco)
         chosen_tasks(config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
 
 
@@ -102,7 +100,6 @@ def evaluation(config: SweepConfig, folder: Path) -> EvaluateConfig:
         unnorm_key=evaluation_key(config.train.dataset_name, config.task_suite_name),
         center_crop=config.train.image_aug,
         libero_assets=config.libero_assets,
-        any_mujoco=config.any_mujoco,
         max_steps=config.max_trial_steps,
         local_log_dir=folder,
         num_envs=config.num_envs or spare_envs(config),

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from spvla import runs
-from spvla.benchmarks.libero.versions import require_mujoco
 from spvla.cluster.connect import connection
 from spvla.config import EvaluateConfig, SelfplayConfig
 from spvla.errors import CheckpointError, InfrastructureError
@@ -61,7 +60,6 @@ def selfplay(config: SelfplayConfig) -> list[Iteration]:
     config.check()
     require_datasets(config)
     require_startable(config)
-    require_mujoco(any_version=config.any_mujoco)
     chosen_tasks(config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
     run = require_writable(config.run_root_dir / selfplay_id(config), flag="--run_root_dir")
     runs.write_config(run, "selfplay", config)
@@ -171,7 +169,6 @@ def evaluate_on_farm(config: SelfplayConfig, run: Path, checkpoint: str, *, name
         unnorm_key=evaluation_key(config.dataset_name, config.task_suite_name),
         center_crop=config.image_aug if config.center_crop is None else config.center_crop,
         libero_assets=config.libero_assets,
-        any_mujoco=config.any_mujoco,
         num_envs=config.num_envs,
         num_decoders=config.num_decoders,
         max_steps=config.max_trial_steps,

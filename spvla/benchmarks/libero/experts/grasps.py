@@ -58,7 +58,8 @@ def thinned(points: np.ndarray, cell: float = 0.003) -> np.ndarray:
 def _with_yaw(
     yaw: float, points: np.ndarray, near: np.ndarray, center: np.ndarray, ground: float, around: float
 ) -> list[Grasp]:
-    axes = yawed(yaw).as_matrix()[:2, :2].T  # rows: x and y of the hand, in the world's x and y
+    rotation = yawed(yaw)
+    axes = rotation.as_matrix()[:2, :2].T  # rows: x and y of the hand, in the world's x and y
     mine = np.column_stack([(points[:, :2] - center[:2]) @ axes.T, points[:, 2]])  # (N, 3) c, w, z
     others = np.column_stack([(near[:, :2] - center[:2]) @ axes.T, near[:, 2]])
     top, bottom = mine[:, 2].max(), mine[:, 2].min()
@@ -79,7 +80,7 @@ def _with_yaw(
                 cost = 8 * lever + 0.35 * tilt + 4 * slope + 3 * (top - z < PAD + 0.002) * 0.1 + 4 * abs(z - center[2])
                 cost += 0.7 * max(0.0, ROOMY - room) / ROOMY
                 position = np.array([*(center[:2] + axes.T @ [c, w]), z])
-                found.append(Grasp(pose=Pose(position=position, rotation=yawed(yaw)), cost=float(cost), width=width))
+                found.append(Grasp(pose=Pose(position=position, rotation=rotation), cost=float(cost), width=width))
     return found
 
 

@@ -7,7 +7,7 @@ meshes, so that experts work with any asset set.
 Gripper frame, that of robosuite's `grip_site`: x is the axis along which the fingers close, z points out of the hand.
 """
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 
 import mujoco
@@ -111,22 +111,9 @@ class Scene:
 
     # --- surface points
 
-    @cached_property
+    @property
     def _surface(self) -> tuple[np.ndarray, np.ndarray]:
-        """(N, 3) points in their geoms' frames, (N,) geom numbers."""
-        points, geoms = [np.zeros((0, 3))], [np.zeros(0, int)]
-        for geom in range(self.model.ngeom):
-            if self._collides(geom):
-                points.append(_surface_of(self.model, geom))
-                geoms.append(np.full(len(points[-1]), geom))
-        return np.concatenate(points), np.concatenate(geoms)
-
-    def _collides(self, geom: int) -> bool:
-        model = self.model
-        body = model.body(model.geom_bodyid[geom]).name
-        plane = model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_PLANE
-        solid = model.geom_contype[geom] or model.geom_conaffinity[geom]
-        return bool(solid) and not plane and not body.startswith(ROBOT) and model.geom_size[geom].max() < FURNITURE
+        return surface(self.model)
 
     @cached_property
     def _owner(self) -> np.ndarray:
@@ -136,6 +123,24 @@ class Scene:
         points, geoms = self._surface[0][chosen], self._surface[1][chosen]
         turns = self.data.geom_xmat[geoms].reshape(-1, 3, 3)
         return np.einsum("nij,nj->ni", turns, points) + self.data.geom_xpos[geoms]
+
+
+@lru_cache(maxsize=1)  # a process plays one task at a time, attempt after attempt
+def surface(model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 3) points in their geoms' frames, (N,) geom numbers."""
+    points, geoms = [np.zeros((0, 3))], [np.zeros(0, int)]
+    for geom in range(model.ngeom):
+        if _collides(model, geom):
+            points.append(_surface_of(model, geom))
+            geoms.append(np.full(len(points[-1]), geom))
+    return np.concatenate(points), np.concatenate(geoms)
+
+
+def _collides(model: mujoco.MjModel, geom: int) -> bool:
+    body = model.body(model.geom_bodyid[geom]).name
+    plane = model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_PLANE
+    solid = model.geom_contype[geom] or model.geom_conaffinity[geom]
+    return bool(solid) and not plane and not body.startswith(ROBOT) and model.geom_size[geom].max() < FURNITURE
 
 
 def _surface_of(model: mujoco.MjModel, geom: int) -> np.ndarray:
