@@ -223,7 +223,7 @@ class TrainConfig(StepConfig):
 
     vla_path: str = "openvla/openvla-7b"
     """start policy: a checkpoint or adapter folder, a Hugging Face name in the local cache, or random weights
-    (from --seed) of the preset 'small' or 'tiny'"""
+    (from --seed) of the presets 'small' and 'tiny', or in chunks of 'small-oft' and 'tiny-oft'"""
     data_root_dir: Path = Path("datasets")
     """folder of TFDS data sets; an index is built beside each when it is missing"""
     dataset_name: str = "libero_spatial_no_noops"
@@ -236,6 +236,14 @@ class TrainConfig(StepConfig):
     """name of the run's folder; by default made from the flags, so that the same command goes on where it stopped"""
     run_id_note: str | None = None
     """added to that name"""
+
+    use_l1_regression: bool | None = None
+    """OpenVLA-OFT: actions are regressed; this and the next two make a chunk policy of a plain one, or must agree with
+    what the start policy is"""
+    use_proprio: bool | None = None
+    """OpenVLA-OFT: the policy reads the robot's state"""
+    num_images_in_input: int | None = None
+    """OpenVLA-OFT: 2 with the wrist camera's image"""
 
     lora_rank: int = 32
     batch_size: int = 16

@@ -7,24 +7,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oft_parts import enlarge, load_parts, oft_inputs, reference_oft, reference_parts
-from policy_parts import reference_image, reference_model
+from oft_parts import enlarge, oft_inputs, reference_oft, reference_oft_model, statistics
+from policy_parts import reference_image
 
+from spvla.model.openvla import IGNORED
 from spvla.policies.oft.chunks import decode_chunk, unnormalise
 from spvla.policies.oft.form import OftForm
-from spvla.policies.oft.network import OftInputs, OftNetwork, reads, visible_keys
+from spvla.policies.oft.network import OftInputs, OpenVLAOFT, reads, visible_keys
 from spvla.policies.oft.proprio import ProprioStats
 from spvla.policies.openvla.actions import ActionStats
 from spvla.policies.openvla.images import to_pixel_values
-from spvla.policies.openvla.prompt import IGNORED, load_tokenizer, prompt_ids
+from spvla.policies.openvla.prompt import load_tokenizer, prompt_ids
 
 RELATIVE = 1e-4
 FIRST = 31744  # the golden logits' first column
 
 
 @pytest.fixture(scope="module")
-def regressing() -> OftNetwork:
-    return reference_parts(OftNetwork(reference_model(), OftForm(cameras=2, proprio=True, head="l1")))
+def regressing() -> OpenVLAOFT:
+    return reference_oft_model(OftForm(cameras=2, proprio=True, head="l1"))
 
 
 def close(actual: torch.Tensor | np.ndarray, expected: np.ndarray) -> bool:
@@ -34,14 +35,14 @@ def close(actual: torch.Tensor | np.ndarray, expected: np.ndarray) -> bool:
 
 
 def action_stats(golden: Path) -> ActionStats:
-    return ActionStats.from_json(load_parts(golden)["action"])
+    return ActionStats.from_json(statistics(golden)["action"])
 
 
 @pytest.mark.parametrize("case", ["s0", "s1", "s2", "s3", "w0"])
 def test_the_discrete_form_gives_the_originals_tokens(golden: Path, case: str) -> None:
     data = np.load(golden / "oft/discrete.npz")
     images = [data[f"image{case[1]}"]] + ([data["wrist_image_w"]] if case == "w0" else [])
-    network = OftNetwork(reference_model(), OftForm(cameras=len(images)))
+    network = reference_oft_model(OftForm(cameras=len(images)))
     ids = data[f"{case}_input_ids"].tolist()
     tokenizer = load_tokenizer(golden / "model")
     assert prompt_ids(tokenizer, str(data["instructions"][int(case[1])])) == ids
@@ -49,7 +50,7 @@ def test_the_discrete_form_gives_the_originals_tokens(golden: Path, case: str) -
     pixels = inputs.pixels.flatten(1, 2).numpy()
     assert hashlib.sha256(pixels.tobytes()).hexdigest() == str(data[f"{case}_pixels_sha256"])
     with torch.no_grad():
-        hidden = network(inputs)[0, :-1]
+        hidden = network.predict(inputs)[0, :-1]
         logits = network.logits(hidden)
     assert close(hidden, data[f"{case}_hidden"])
     assert close(logits[:, FIRST:], data[f"{case}_logits"]) and close(logits.logsumexp(-1), data[f"{case}_lse"])
@@ -61,15 +62,15 @@ def test_the_discrete_form_gives_the_originals_tokens(golden: Path, case: str) -
 
 
 @pytest.mark.parametrize("case", range(4))
-def test_the_regressed_chunk_equals_the_originals(golden: Path, regressing: OftNetwork, case: int) -> None:
+def test_the_regressed_chunk_equals_the_originals(golden: Path, regressing: OpenVLAOFT, case: int) -> None:
     data = np.load(golden / "oft/l1.npz")
-    proprio = ProprioStats.from_json(load_parts(golden)["proprio"], name="libero").for_evaluation(data[f"state{case}"])
+    proprio = ProprioStats.from_json(statistics(golden)["proprio"], name="libero").for_evaluation(data[f"state{case}"])
     assert np.array_equal(proprio, data[f"s{case}_state_normalized"])
     images = [enlarge(data[f"{name}{case}"]) for name in ("image", "wrist")]
     inputs = oft_inputs(images, data[f"s{case}_input_ids"].tolist(), proprio=proprio)
     with torch.no_grad():
-        inserted = regressing.embed(inputs)[0, [1, 256, 257, 512, 513]]
-        hidden = regressing(inputs)[:, :-1]
+        inserted = regressing.sequence(inputs)[0, [1, 256, 257, 512, 513]]
+        hidden = regressing.predict(inputs)[:, :-1]
         normalised = regressing.action_head(hidden)[0].numpy()
     assert close(inserted, data[f"s{case}_patches_proprio"]) and close(hidden[0], data[f"s{case}_hidden"])
     assert close(normalised, data[f"s{case}_normalized"])
@@ -96,28 +97,19 @@ def training_inputs(data: np.lib.npyio.NpzFile, cameras: int) -> tuple[OftInputs
     return inputs, labels[labels != IGNORED].reshape(3, 57)
 
 
-def gradient_norms(network: OftNetwork) -> dict[str, float]:
-    """By the original's names, which know no `vla`."""
-    norms = {}
-    for name, parameter in network.named_parameters():
-        part, _, key = name.partition(".")
-        norms[key if part == "vla" else name] = -1 if parameter.grad is None else parameter.grad.norm().item()
-    return norms
-
-
-def assert_same_gradients(data: np.lib.npyio.NpzFile, kind: str, network: OftNetwork) -> None:
-    found = gradient_norms(network)
+def assert_same_gradients(data: np.lib.npyio.NpzFile, kind: str, network: OpenVLAOFT) -> None:
+    found = {n: -1 if p.grad is None else p.grad.norm().item() for n, p in network.named_parameters()}
     for name, expected in zip(data[f"{kind}_grad_names"].tolist(), data[f"{kind}_grad_norms"], strict=True):
         assert found[name] == pytest.approx(expected, rel=RELATIVE, abs=1e-9), name
 
 
 def test_the_discrete_forms_loss_and_gradients_equal_the_originals(golden: Path) -> None:
     data = np.load(golden / "oft/train.npz")
-    network = OftNetwork(reference_model(), OftForm())
+    network = reference_oft_model(OftForm())
     inputs, labels = training_inputs(data, cameras=1)
     seen = visible_keys(inputs, 56, 256)
     assert np.array_equal(seen.numpy(), data["ce_visible_keys"])
-    logits = network.logits(network(inputs))
+    logits = network.logits(network.predict(inputs))
     losses = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(labels).flatten(), reduction="none").view(3, 57)
     assert close(losses.detach(), data["ce_token_losses"]) and close(logits.logsumexp(-1).detach(), data["ce_lse"])
     assert np.array_equal(logits.argmax(-1).numpy(), data["ce_predicted"])
@@ -126,11 +118,11 @@ def test_the_discrete_forms_loss_and_gradients_equal_the_originals(golden: Path)
     assert_same_gradients(data, "ce", network)
 
 
-def test_the_regressing_forms_loss_and_gradients_equal_the_originals(golden: Path, regressing: OftNetwork) -> None:
+def test_the_regressing_forms_loss_and_gradients_equal_the_originals(golden: Path, regressing: OpenVLAOFT) -> None:
     data = np.load(golden / "oft/train.npz")
     inputs, _ = training_inputs(data, cameras=2)
     assert np.array_equal(visible_keys(inputs, 56, 513).numpy(), data["l1_visible_keys"])
-    hidden = regressing(inputs)[:, :-1]
+    hidden = regressing.predict(inputs)[:, :-1]
     predicted = regressing.action_head(hidden)
     assert close(hidden.detach(), data["l1_hidden"]) and close(predicted.detach(), data["l1_predicted"])
     loss = (predicted - torch.from_numpy(data["actions"])).abs().mean()
@@ -150,15 +142,15 @@ def test_outputs_are_read_one_position_before_their_slots() -> None:
     assert visible_keys(inputs, 56, 256)[0].sum() == 318
 
 
-def test_numbers_stay_those_that_equalled_the_originals(regressing: OftNetwork) -> None:
+def test_numbers_stay_those_that_equalled_the_originals(regressing: OpenVLAOFT) -> None:
     """oft.json was written by this code while it agreed with the original's files, which not every machine has."""
     expected = reference_oft()
     ids = [1, 512, 29901, 1724, 3158, 881, 278, 19964, 2125, 304, 20000, 29973, 13, 3744, 29901, 29871]
     images, proprio = [reference_image(0), reference_image(1)], np.linspace(-1, 1, 8)
-    discrete = OftNetwork(reference_model(), OftForm(cameras=2))
+    discrete = reference_oft_model(OftForm(cameras=2))
     with torch.no_grad():
-        logits = discrete.logits(discrete(oft_inputs(images, ids)))[0]
-        actions = regressing.action_head(regressing(oft_inputs(images, ids, proprio=proprio))[:, :-1])[0]
+        logits = discrete.logits(discrete.predict(oft_inputs(images, ids)))[0]
+        actions = regressing.action_head(regressing.predict(oft_inputs(images, ids, proprio=proprio))[:, :-1])[0]
     assert logits.argmax(-1).tolist() == expected["tokens"]
     assert close(logits.logsumexp(-1), expected["logsumexp"])
     assert close(actions, expected["actions"])

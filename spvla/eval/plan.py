@@ -1,7 +1,7 @@
 """From flags to trials: every mistake in them is found here, before anything long begins."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from spvla.benchmarks.libero import suites
@@ -10,7 +10,7 @@ from spvla.config import EvaluateConfig
 from spvla.errors import CheckpointError, UserError
 from spvla.eval.messages import Version
 from spvla.policies import checkpoint, registry
-from spvla.policies.registry import NO_FLAGS, PolicyFlags
+from spvla.policies.registry import NO_FLAGS, PolicyFlags, flags_of
 from spvla.types import Trial
 
 
@@ -67,10 +67,6 @@ def chosen_tasks(task_suite_name: str, numbers: Sequence[int], *, trials: int) -
                 )
             chosen.append((suite, task))
     return chosen
-
-
-def flags_of(config: EvaluateConfig) -> PolicyFlags:
-    return PolicyFlags(**{f.name: getattr(config, f.name) for f in fields(PolicyFlags)})
 
 
 def describe(path: str, flags: PolicyFlags = NO_FLAGS) -> Version:

@@ -31,7 +31,8 @@ from spvla.model.openvla import OpenVLA, OpenVLAConfig
 from spvla.model.quantized import quantise, require_quantiser
 from spvla.model.weights import Weights, open_weights, read_json, require_shapes, torch_dtype, write_weights
 from spvla.policies import packed
-from spvla.policies.openvla.presets import PRESETS, TOWER_FILE, create_preset
+from spvla.policies.openvla.presets import TOWER_FILE
+from spvla.policies.presets import PRESETS, create_preset
 
 __all__ = [
     "add_lora",
@@ -46,6 +47,8 @@ __all__ = [
 ]
 
 CONFIG = "config.json"
+MARKER = "spvla"  # entry of CONFIG (of an adapter: of ADAPTER_CONFIG) in which a family says what its files do not show
+PARTS = "*_checkpoint.pt"  # a family's own weights beside OpenVLA's
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # written by old versions of transformers; computed here
 _COPIED = ("*.json", "*.model", "*.py")  # tokenizer, processor, and the original's code (never run here)
 _PRESETS_VERSION = 2  # raised when a preset's bytes change
@@ -187,6 +190,15 @@ def save_merged(adapter: str | Path, folder: Path) -> None:
     with new_folder(folder) as new:
         write_weights([(n, lambda n=n: merged(n), weights.sizes_bytes[n]) for n in sorted(weights.shapes)], new)
         _copy_companions(base, new, norm_stats(adapter_folder) or norm_stats(base))
+        _copy_parts(adapter_folder, new)
+
+
+def _copy_parts(adapter: Path, new: Path) -> None:
+    """What an adapter's folder holds of a family's own beside LoRA: files trained in full, and its marker."""
+    for f in adapter.glob(PARTS):
+        shutil.copyfile(f, new / f.name)
+    if marker := read_adapter_config(adapter).get(MARKER):
+        write_json(new / CONFIG, {**read_json(new / CONFIG), MARKER: marker})
 
 
 def policy_digest(path: str | Path) -> str:
@@ -195,7 +207,7 @@ def policy_digest(path: str | Path) -> str:
     Remembered in the cache folder for as long as no file changes its size or time of change.
     """
     folders = [p for p in base_of(path) if p is not None]
-    patterns = ("*.safetensors", "*_checkpoint.pt", CONFIG, TOWER_FILE, ADAPTER_CONFIG, "tokenizer.json", STATISTICS)
+    patterns = ("*.safetensors", PARTS, CONFIG, TOWER_FILE, ADAPTER_CONFIG, "tokenizer.json", STATISTICS)
     found = [f for folder in folders for f in sorted({f for pattern in patterns for f in folder.glob(pattern)})]
     files = [f for f in found if not f.name.startswith("training_state")]  # the optimiser's
     return remembered("policy", files, lambda: _digest_of(files))
@@ -212,7 +224,7 @@ def _file_digest(path: Path) -> str:
     """Of an adapter's config only what acts: where its base lies is no part of the policy."""
     if path.name == ADAPTER_CONFIG:
         config = read_adapter_config(path.parent)
-        return json.dumps([config["r"], config["lora_alpha"]])
+        return json.dumps([config["r"], config["lora_alpha"], *filter(None, [config.get(MARKER)])])
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

@@ -6,13 +6,14 @@ Nothing heavy is imported before a checkpoint is opened.
 """
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from spvla.types import ONE_STEP, Needs, Policy
 
 FAMILIES = {
+    "oft": "spvla.policies.oft.family",
     "openvla": "spvla.policies.openvla.family",
 }
 
@@ -28,6 +29,11 @@ class PolicyFlags:
 
 
 NO_FLAGS = PolicyFlags()
+
+
+def flags_of(config: object) -> PolicyFlags:
+    """Those that a command has."""
+    return PolicyFlags(**{f.name: getattr(config, f.name, None) for f in fields(PolicyFlags)})
 
 
 @dataclass(frozen=True, kw_only=True)

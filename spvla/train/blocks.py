@@ -52,6 +52,9 @@ def llama_attention(
     """The first half of a layer, without its output map: (B, T, D) -> (B, T, D), and k, v (B, H, T, K)."""
     q, k, v = project_qkv(x, norm, site, lora, heads, rows)
     plain = x.shape[1] - rows.extra
+    if not plain:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.mask)
+        return out.transpose(1, 2).flatten(2), k, v
     out = F.scaled_dot_product_attention(q[:, :, :plain], k[:, :, :plain], v[:, :, :plain], is_causal=True)
     if rows.mask is not None:
         out = torch.cat((out, F.scaled_dot_product_attention(q[:, :, plain:], k, v, attn_mask=rows.mask)), 2)

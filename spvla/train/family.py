@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from spvla.model.openvla import OpenVLA
+from spvla.policies.oft.network import OpenVLAOFT
+from spvla.train.chunks import Chunks
 from spvla.train.network import Loras, Network
 from spvla.train.opponent import Opponent
 from spvla.train.scoring import Inputs, PairLogits, Reply, Speech, score_pair, score_real
@@ -60,7 +62,13 @@ class OneStep:
         return Opponent(self.network, loras, speech).reply(inputs, uniforms)
 
 
-FAMILIES: dict[type[nn.Module], Callable[[Network], Family]] = {OpenVLA: OneStep}
+FAMILIES: dict[type[nn.Module], Callable[[Network], Family]] = {OpenVLA: OneStep, OpenVLAOFT: Chunks}
+
+
+def needs_of(model: nn.Module) -> Needs:
+    """What a model looks at and answers with, peft around it or not."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return core.form.needs() if isinstance(core, OpenVLAOFT) else OneStep.needs
 
 
 def family_of(network: Network) -> Family:

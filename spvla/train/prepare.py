@@ -21,7 +21,7 @@ from spvla.files import safe_name, write_json
 from spvla.model.adapters import read_adapter
 from spvla.model.weights import open_weights
 from spvla.policies.checkpoint import base_of, policy_digest
-from spvla.policies.openvla.presets import PRESETS, create_preset
+from spvla.policies.presets import PRESETS, create_preset
 
 # Flags that change how a run is carried out, not what it learns: they may differ when it goes on. The start policy and
 # the data are compared by what they hold, not by where they lie.

@@ -13,30 +13,28 @@ import torch
 from spvla.train.scoring import Reply
 from spvla.types import ACTION_DIM
 
-RECORD = np.dtype(
-    [
-        ("known", "u1"),
-        ("generated", "<i4", ACTION_DIM),
-        ("real_logps", "<f4", ACTION_DIM),
-        ("generated_logps", "<f4", ACTION_DIM),
-    ]
-)
 FIELDS = ("generated", "real_logps", "generated_logps")
+
+
+def record(tokens: int) -> np.dtype:
+    """One sample's reply of so many action tokens."""
+    numbers = [("generated", "<i4", tokens), ("real_logps", "<f4", tokens), ("generated_logps", "<f4", tokens)]
+    return np.dtype([("known", "u1"), *numbers])
 
 
 class ReplyStore:
     """Replies by sample number. A file made for another `key` (opponent, flags, data) is emptied."""
 
-    def __init__(self, path: Path, *, num_samples: int, key: str) -> None:
+    def __init__(self, path: Path, *, num_samples: int, key: str, tokens: int = ACTION_DIM) -> None:
         self.path, note = path, path.with_suffix(".json")
-        meaning = {"key": key, "num_samples": num_samples}
+        meaning = {"key": key, "num_samples": num_samples, "tokens": tokens}
         fresh = not path.exists() or not note.exists() or json.loads(note.read_text()) != meaning
         if fresh:
             note.unlink(missing_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.memmap(path, RECORD, mode="w+", shape=(num_samples,)).flush()
+            np.memmap(path, record(tokens), mode="w+", shape=(num_samples,)).flush()
             note.write_text(json.dumps(meaning))
-        self.records = np.memmap(path, RECORD, mode="r+", shape=(num_samples,))
+        self.records = np.memmap(path, record(tokens), mode="r+", shape=(num_samples,))
 
     def get(self, samples: np.ndarray, device: torch.device | str) -> Reply | None:
         """The replies to all of `samples` (B,), or None if one is missing."""
@@ -67,7 +65,7 @@ class ReplyStore:
     def put(self, samples: np.ndarray, reply: Reply) -> None:
         """Keeps the replies to those of `samples` (B,) that are not known."""
         new = self.records["known"][samples] == 0
-        rows = np.zeros(len(samples), RECORD)
+        rows = np.zeros(len(samples), self.records.dtype)
         for field in FIELDS:
             rows[field] = getattr(reply, field).cpu().numpy()
         self.records[samples[new]] = rows[new]

@@ -23,16 +23,21 @@ from spvla.config import TrainConfig
 from spvla.data.frames import Frames, open_frames
 from spvla.data.loader import Loader, Split
 from spvla.data.store import FrameStore, without_proprio
-from spvla.errors import DatasetError
+from spvla.errors import DatasetError, UserError
 from spvla.model.adapters import add_lora, load_adapter, save_adapter
-from spvla.policies.checkpoint import base_of, load_model, save_model
+from spvla.policies.checkpoint import base_of
+from spvla.policies.networks import load_network, save_beside_adapter, save_network
+from spvla.policies.oft.network import OpenVLAOFT
 from spvla.policies.openvla.prompt import load_tokenizer
+from spvla.policies.registry import flags_of
+from spvla.train.family import needs_of
 from spvla.train.metrics import Row, Smoothed
 from spvla.train.prepare import Job
 from spvla.train.questions import Question, together
 from spvla.train.replies import ReplyStore
 from spvla.train.resume import load_state, save_state
 from spvla.train.step import OPPONENT, POLICY, Learner, Pending
+from spvla.types import ACTION_DIM
 
 CPU = torch.device("cpu")
 VALIDATION_SAMPLES = 1024  # at most, over all workers
@@ -145,11 +150,13 @@ class Session:
     def write(self, folder: Path) -> None:
         """A checkpoint: adapter (or whole model), action statistics, and everything that the next step depends on."""
         assert not self.under_way, "settle first: a step's numbers are missing"
-        stats = {store.name: without_proprio(store.statistics[store.name]) for store in self.stores}
+        keep = dict if self.learner.family.needs.proprio else without_proprio
+        stats = {store.name: keep(store.statistics[store.name]) for store in self.stores}
         if self.config.use_lora:
             save_adapter(self.model, folder, adapter_name=POLICY, base=str(self.base), norm_stats=stats)
+            save_beside_adapter(self.learner.network.core, folder)
         else:
-            save_model(self.model, folder, source=self.base, norm_stats=stats)
+            save_network(self.model, folder, source=self.base, norm_stats=stats)
         state = {"learner": self.learner.state_dict(), "smoothed": self.smoothed.value}
         save_state(folder, state | {"samples": self.samples, "data": self.data})
 
@@ -219,6 +226,7 @@ class Session:
             self.job.run / "replies" / f"rank_{self.place.rank}.bin",
             num_samples=sum(len(store) for store in self.stores),
             key=digest(self.job.start_digest, self.data, flags),
+            tokens=needs_of(self.model).chunk * ACTION_DIM,
         )
 
 
@@ -227,9 +235,16 @@ def open_model(config: TrainConfig, base: Path, adapter: Path | None, device: to
 
     Where the start policy has no adapter, the bare base is the opponent. Raises CheckpointError.
     """
-    model = load_model(base, device=str(device), dtype=dtype_of(config, device))
+    options = {"device": str(device), "dtype": dtype_of(config, device)}
+    model = load_network(base, adapter, flags=flags_of(config), seed=config.seed, **options)
     if not config.use_lora:
         return model
+    if isinstance(model, OpenVLAOFT) and model.added():
+        raise UserError(
+            f"LoRA on {config.vla_path}, which also has a head or a projector to train",
+            expected="--use_lora False",
+            remedy="Train every weight.",
+        )
     if adapter is None:
         dropout, seed = config.lora_dropout, config.seed
         return add_lora(model, rank=config.lora_rank, dropout=dropout, adapter_name=POLICY, seed=seed)

@@ -5,16 +5,17 @@ they can, a marker in its config tells the rest for checkpoints that this projec
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from spvla.errors import CheckpointError
+from spvla.policies.openvla.actions import NUM_BINS
 from spvla.types import ACTION_DIM, Needs
 
 Head = Literal["discrete", "l1"]
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")  # in the order of their patches
-PROPRIO_DIM = 8  # end-effector position, axis-angle, two gripper joints
 CHUNK = 8  # LIBERO's
+FAMILY = "oft"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class OftForm:
     proprio: bool = False
     chunk: int = CHUNK  # K actions of one pass
     head: Head = "discrete"
+    action_tokens_only: bool = False  # discrete: the 256 action tokens alone compete; in the original all 32064 do
+    learned_slots: bool = False  # slots begin as rows of the embedding, one each; in the original as zeros
 
     @property
     def slots(self) -> int:
@@ -46,16 +49,13 @@ class OftForm:
         """Inverse of `to_json`. Raises CheckpointError."""
         try:
             form = cls(**{k: v for k, v in marker.items() if k != "family"})
-            whole = all(type(n) is int and n > 0 for n in (form.cameras, form.chunk))
+            whole = all(type(n) is int and n > 0 for n in (form.cameras, form.chunk)) and form.slots <= NUM_BINS
         except TypeError:
             whole = False
-        if not whole or form.cameras > len(CAMERAS) or form.head not in ("discrete", "l1"):
+        if not whole or form.cameras > len(CAMERAS) or form.head not in get_args(Head):
             raise CheckpointError(
                 f"a config with spvla = {marker}",
-                expected=f"cameras of 1 or {len(CAMERAS)}, proprio, a chunk of 1 or more, head discrete or l1",
+                expected=f"cameras of 1 or {len(CAMERAS)}, proprio, a chunk of 1 to 36, head discrete or l1",
                 remedy="Take the config that was written with the checkpoint.",
             )
         return form
-
-
-FAMILY = "oft"

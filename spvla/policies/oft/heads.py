@@ -5,11 +5,14 @@ Parameter names are those of the original's files, after the `module.` that its 
 Legend: B batch, K chunk, A action dims (7), D width of the language model.
 """
 
+import hashlib
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spvla.policies.oft.form import PROPRIO_DIM
-from spvla.types import ACTION_DIM
+from spvla.policies.oft.form import OftForm
+from spvla.types import ACTION_DIM, PROPRIO_DIM
 
 BLOCKS = 2  # residual blocks of the action head
 
@@ -62,3 +65,24 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.ffn(x)
+
+
+def make_added(form: OftForm, width: int, *, seed: int) -> dict[str, nn.Module]:
+    """What a form adds to OpenVLA, at random weights, by the names of a checkpoint's files."""
+    wanted = {"action_head": form.head == "l1", "proprio_projector": form.proprio}
+    kinds = {"action_head": ActionHead, "proprio_projector": ProprioProjector}
+    added = {name: kinds[name](width) for name, is_wanted in wanted.items() if is_wanted}
+    for name, module in added.items():
+        _initialise(module, f"{seed}:{name}")
+    return added
+
+
+@torch.no_grad()
+def _initialise(module: nn.Module, seed: str) -> None:
+    """Unit variance through every map, from generators seeded by name, so that order does not matter."""
+    for name, linear in module.named_modules():
+        if isinstance(linear, nn.Linear):
+            digest = hashlib.sha256(f"{seed}.{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "little"))
+            linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) / linear.in_features**0.5)
+            linear.bias.zero_()

@@ -3,22 +3,29 @@
     [BOS][256 patches of each image][proprio][prompt after BOS][56 slots][stop][padding]
       1         256 C                  0, 1          T - 1          S       1
 
-Slots are zero vectors: no action token ever enters, in training neither. All positions see all others but the padding.
-An output is read one position before its slot, as in a causal model: the prompt's last token and the first 55 slots
-give the 56 numbers of the chunk (step by step, seven each), and the last slot gives the stop token.
+Slots are zero vectors (or learned ones): no action token ever enters, in training neither. All positions see all
+others but the padding. An output is read one position before its slot, as in a causal model: the prompt's last token
+and the first 55 slots give the 56 numbers of the chunk (step by step, seven each), and the last slot the stop token.
 
 Legend: B batch, C cameras, T text tokens, S slots (chunk x 7 = 56), P patches and proprio, L = P + T, D width,
 V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from spvla.model.openvla import OpenVLA
+from spvla.model.linear import Rows
+from spvla.model.openvla import OpenVLA, OpenVLAConfig
 from spvla.policies.oft.form import OftForm
-from spvla.policies.oft.heads import ActionHead, ProprioProjector
+from spvla.policies.oft.heads import ActionHead, ProprioProjector, make_added
+from spvla.policies.openvla.actions import ACTION_TOKEN_BEGIN, VOCAB_SIZE
+
+FIRST_ACTION = ACTION_TOKEN_BEGIN + 1  # 31744; the last of the 256 is VOCAB_SIZE - 1
+
+PLAIN_PARTS = ("vision_backbone", "projector", "language_model")
 
 
 class OftInputs(NamedTuple):
@@ -30,44 +37,98 @@ class OftInputs(NamedTuple):
     start: Tensor  # (B,) int64: column of the first slot, which is the prompt's length
 
 
-class OftNetwork(nn.Module):
-    """OpenVLA with what its fine-tuned form adds. A checkpoint keeps the three parts in three files."""
+class OpenVLAOFT(OpenVLA):
+    """OpenVLA with what its fine-tuned form adds. A checkpoint keeps the added parts in files of their own."""
 
-    def __init__(self, vla: OpenVLA, form: OftForm) -> None:
-        super().__init__()
-        self.vla, self.form = vla, form
-        width = vla.config.llm.width
-        self.proprio_projector = ProprioProjector(width) if form.proprio else None
-        self.action_head = ActionHead(width) if form.head == "l1" else None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.vla.dtype
+    def __init__(self, config: OpenVLAConfig, form: OftForm) -> None:
+        super().__init__(config)
+        self.form = form
+        self.proprio_projector = ProprioProjector(config.llm.width) if form.proprio else None
+        self.action_head = ActionHead(config.llm.width) if form.head == "l1" else None
+        self.versions: dict[int, nn.ModuleDict] = {}  # resident adapters' own of the two, by slot
+        self.rows = Rows()  # which slot each row of the coming batch uses
 
     @property
-    def device(self) -> torch.device:
-        return self.vla.device
+    def first_token(self) -> int:
+        """Id of the logits' first column."""
+        return FIRST_ACTION if self.form.action_tokens_only else 0
 
-    def forward(self, inputs: OftInputs) -> Tensor:
+    @classmethod
+    def around(cls, vla: OpenVLA, form: OftForm, *, seed: int = 0) -> "OpenVLAOFT":
+        """The same towers, projector and Llama, and what the form adds, at random weights."""
+        with torch.device("meta"):
+            model = cls(vla.config, form)
+        for name in PLAIN_PARTS:
+            setattr(model, name, getattr(vla, name))
+        for name, module in make_added(form, vla.config.llm.width, seed=seed).items():
+            setattr(model, name, module.to(vla.device, vla.dtype))
+        return model
+
+    def added(self) -> dict[str, nn.Module]:
+        """What the form adds, by the names of a checkpoint's files."""
+        named = {"action_head": self.action_head, "proprio_projector": self.proprio_projector}
+        return {name: module for name, module in named.items() if module is not None}
+
+    def plain(self) -> OpenVLA:
+        """The same towers, projector and Llama without the rest: the part that a checkpoint keeps as OpenVLA does."""
+        with torch.device("meta"):
+            vla = OpenVLA(self.config)
+        for name in PLAIN_PARTS:
+            setattr(vla, name, getattr(self, name))
+        return vla
+
+    def predict(self, inputs: OftInputs) -> Tensor:
         """Hidden states, after the final norm, that predict the S slots and the stop token: (B, S + 1, D)."""
-        x = self.embed(inputs)
+        x = self.sequence(inputs)
         prefix = x.shape[1] - inputs.text.shape[1]
-        hidden = self.vla.hidden(x, visible_keys(inputs, self.form.slots, prefix)[:, None, None])
+        hidden = self.hidden(x, visible_keys(inputs, self.form.slots, prefix)[:, None, None])
         return take_rows(hidden, reads(inputs, self.form.slots, prefix))
 
-    def embed(self, inputs: OftInputs) -> Tensor:
+    def sequence(self, inputs: OftInputs) -> Tensor:
         """(B, L, D)."""
-        text = self.vla.embed(inputs.text)
-        column = torch.arange(text.shape[1], device=text.device) - inputs.start[:, None]  # 0 at the first slot
-        text = text.masked_fill(((column >= 0) & (column < self.form.slots))[..., None], 0)
-        parts = [self.vla.patches(inputs.pixels.flatten(0, 1)).unflatten(0, inputs.pixels.shape[:2]).flatten(1, 2)]
+        text = embed_text(self.embed, inputs.text, inputs.start, self.form)
+        parts = [self._image_patches(inputs.pixels)]
         if self.proprio_projector is not None:
-            parts.append(self.proprio_projector(inputs.proprio.to(text.dtype))[:, None])
+            parts.append(self._own("proprio_projector", inputs.proprio.to(text.dtype))[:, None])
         return torch.cat((text[:, :1], *parts, text[:, 1:]), 1)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
-        return self.vla.logits(hidden)
+    def _image_patches(self, pixels: Tensor) -> Tensor:
+        """(B, C, 6, 224, 224) -> (B, 256 C, D); each of a row's images by the row's resident adapter."""
+        slots = self.rows.slots
+        self.rows.slots = slots.repeat_interleave(pixels.shape[1])
+        patches = self.patches(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).flatten(1, 2)
+        self.rows.slots = slots
+        return patches
+
+    def token_logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V), or of the 256 action tokens alone, as the form has it."""
+        logits = self.logits(hidden)
+        return logits[..., FIRST_ACTION:VOCAB_SIZE] if self.form.action_tokens_only else logits
+
+    def actions(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the slots (B, S, D) -> normalised actions (B, K, A)."""
+        return self._own("action_head", hidden)
+
+    def _own(self, part: str, x: Tensor) -> Tensor:
+        """Head or projector, each row by its resident adapter's own. All run on all rows, so that no bit of a result
+        depends on what the other rows ask for."""
+        y = getattr(self, part)(x)
+        for slot, version in self.versions.items():
+            asked = (self.rows.slots == slot).view(-1, *[1] * (y.dim() - 1))
+            y = torch.where(asked, version[part](x), y)
+        return y
+
+
+def embed_text(embed: Callable[[Tensor], Tensor], text: Tensor, start: Tensor, form: OftForm) -> Tensor:
+    """Ids (B, T), and the column of the first slot (B,) -> (B, T, D).
+
+    A slot is a zero vector, or has its own row of the embedding: those of action tokens, which are never an input.
+    """
+    column = torch.arange(text.shape[1], device=text.device) - start[:, None]  # (B, T), 0 at the first slot
+    is_slot = (column >= 0) & (column < form.slots)
+    if form.learned_slots:
+        return embed(torch.where(is_slot, FIRST_ACTION + column, text))
+    return embed(text).masked_fill(is_slot[..., None], 0)
 
 
 def visible_keys(inputs: OftInputs, slots: int, prefix: int) -> Tensor:

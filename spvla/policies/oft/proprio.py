@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from spvla.errors import UserError
-from spvla.policies.oft.form import PROPRIO_DIM
+from spvla.types import PROPRIO_DIM
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

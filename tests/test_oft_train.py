@@ -1,0 +1,126 @@
+"""Training in chunks: the passes' numbers, a run from random weights to a policy that acts, self-play, resumption."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_parts import episode, store_of
+from oft_parts import chunk_batch, enlarge, observations, reference_oft_model
+from selfplay_parts import take_step
+from training_parts import quick_flags
+
+from spvla.config import StepConfig, TrainConfig
+from spvla.policies.oft.form import OftForm
+from spvla.policies.oft.network import OpenVLAOFT
+from spvla.policies.registry import load_policy
+from spvla.train.chunks import Chunks, to_chunk_inputs
+from spvla.train.family import family_of
+from spvla.train.network import Network, bare
+from spvla.train.prepare import Job, start_policy
+from spvla.train.scoring import Speech, to_inputs
+from spvla.train.session import Place, Session
+from spvla.train.step import Learner
+from spvla.types import Batch
+
+SPEECH = Speech()
+
+
+def small_model(form: OftForm) -> OpenVLAOFT:
+    return reference_oft_model(form).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def chunks() -> Chunks:
+    family = family_of(Network(small_model(OftForm(cameras=2, proprio=True))))
+    assert isinstance(family, Chunks)
+    return family
+
+
+def test_training_passes_give_the_numbers_of_acting(chunks: Chunks) -> None:
+    inputs = to_inputs(chunk_batch(3), "cpu")
+    seen = to_chunk_inputs(inputs)._replace(pixels=inputs.pixels.unflatten(0, (3, 2)))
+    with torch.no_grad():
+        expected = chunks.model.logits(chunks.model.predict(seen))
+        found = chunks.score(inputs, bare)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_the_originals_loss_comes_out_of_a_step(golden: Path) -> None:
+    data = np.load(golden / "oft/train.npz")
+    frames = np.stack([[enlarge(data[f"image{i}"])] for i in range(3)])
+    lengths = data["attention_mask"].sum(1)
+    batch = Batch(
+        images=frames, input_ids=data["input_ids"], lengths=lengths, actions=data["actions"], samples=np.arange(3)
+    )
+    learner = Learner(small_model(OftForm()), StepConfig(objective="sft", use_lora=False))
+    metrics = learner.evaluate(batch)
+    assert metrics["train_loss"] == pytest.approx(float(data["ce_loss"]), rel=1e-4)
+    accuracy = (7 * data["ce_metric_curr_action_accuracy"] + 49 * data["ce_metric_next_actions_accuracy"]) / 56
+    miss = (7 * data["ce_metric_curr_action_l1_loss"] + 49 * data["ce_metric_next_actions_l1_loss"]) / 56
+    assert metrics["action_accuracy"] == pytest.approx(float(accuracy), abs=1e-6)
+    assert metrics["l1_loss"] == pytest.approx(float(miss), rel=1e-4)
+
+
+def test_a_pair_costs_one_pass_because_no_token_enters_it(chunks: Chunks) -> None:
+    first, second = (to_inputs(chunk_batch(2, answer=answer), "cpu") for answer in (31_800, 31_900))
+    with torch.no_grad():
+        assert torch.equal(chunks.score(first, bare), chunks.score(second, bare))
+        pair = chunks.score_pair(first, second.real, bare)
+        assert torch.equal(pair.generated, pair.real[:, :56])
+        swapped = SPEECH.logps(pair.generated, second.real)
+        assert torch.equal(swapped, SPEECH.logps(chunks.score(second, bare)[:, :56], second.real))
+
+
+def test_an_opponent_draws_each_token_by_itself(chunks: Chunks) -> None:
+    inputs, uniforms = to_inputs(chunk_batch(2), "cpu"), torch.rand(2, 56, generator=torch.Generator().manual_seed(0))
+    greedy = chunks.propose(inputs, bare, SPEECH, uniforms)
+    drawn = chunks.propose(inputs, bare, Speech(temperature=1.0), uniforms)
+    with torch.no_grad():
+        logits = chunks.score(inputs, bare)[:, :56].float()
+    assert torch.equal(greedy.generated, logits.argmax(-1))
+    below = (logits.softmax(-1).cumsum(-1) < uniforms[..., None]).sum(-1)  # inverts the distribution of each slot
+    assert (drawn.generated - below).abs().max() <= 1 and not torch.equal(drawn.generated, greedy.generated)
+    assert torch.allclose(drawn.generated_logps, SPEECH.logps(logits, drawn.generated), atol=1e-5)
+
+
+def test_steps_lower_the_loss_and_train_the_projector() -> None:
+    model = small_model(OftForm(cameras=2, proprio=True))
+    before = model.proprio_projector.fc1.weight.clone()
+    learner = Learner(model, StepConfig(objective="sft", use_lora=False, learning_rate=3e-3))
+    losses = [take_step(learner, chunk_batch(2))["train_loss"] for _ in range(3)]
+    assert losses[-1] < losses[0] - 1
+    assert not torch.equal(model.proprio_projector.fc1.weight, before)
+
+
+def job_of(config: TrainConfig, root: Path) -> Job:
+    run = root / "run"
+    run.mkdir(exist_ok=True)
+    store = root / "toy_no_noops"
+    if not store.exists():
+        store_of(root, [episode(i, steps=10) for i in range(4)], "toy_no_noops")
+    start = start_policy(config, run)
+    stores = (("toy_no_noops", store / "index", 1.0),)
+    return Job(config=config, run=run, start=start, start_digest="0", stores=stores, use_gpu=False)
+
+
+def test_a_run_from_random_weights_ends_in_a_policy_that_acts(tmp_path: Path, one_thread: None) -> None:
+    """Four steps straight, and two, a checkpoint, two, give the same bytes."""
+    flags = {"vla_path": "tiny-oft", "objective": "sft", "use_lora": False, "loss_columns": "action"}
+    job = job_of(quick_flags(tmp_path, tmp_path, **flags), tmp_path)
+    straight = Session(job, Place())
+    for step in range(4):
+        if step == 2:
+            straight.write(tmp_path / "half")
+        straight.advance()
+    straight.write(tmp_path / "straight")
+    again = Session(job, Place())
+    again.load(tmp_path / "half")
+    for _ in range(2):
+        again.advance()
+    again.write(tmp_path / "again")
+    for name in ("model.safetensors", "proprio_projector--latest_checkpoint.pt"):
+        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    policy = load_policy(tmp_path / "straight")
+    assert policy.needs.cameras == ("agentview", "robot0_eye_in_hand") and policy.needs.proprio
+    assert policy.act(observations(2), unnorm_key="toy_no_noops").shape == (2, 8, 7)
