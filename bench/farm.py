@@ -31,11 +31,12 @@ from typing import Any
 import numpy as np
 import ray
 
-from spvla.benchmarks.libero import suites
-from spvla.benchmarks.libero.assets import AssetSet
+from spvla.benchmarks.libero.benchmark import Libero
+from spvla.benchmarks.libero.suites import MAX_STEPS
+from spvla.benchmarks.registry import BenchmarkFlags
 from spvla.cluster.connect import connection
 from spvla.config import FarmConfig
-from spvla.eval.actors import EnvWorker, PolicyServer, open_libero
+from spvla.eval.actors import EnvWorker, PolicyServer
 from spvla.eval.batcher import BatchStats
 from spvla.eval.driver import Job, Run
 from spvla.eval.farm import Farm, cluster_sizes
@@ -44,7 +45,7 @@ from spvla.eval.messages import Order, Request, ServerSettings, Version, WorkerS
 from spvla.eval.pool import Crew
 from spvla.eval.protocol import Protocol
 from spvla.eval.sizing import DECODER_CPUS, Sizes, decode_batch_size
-from spvla.types import MAX_STEPS, Env, Observation, Trial
+from spvla.types import Env, Observation, Trial
 
 VERSION = Version(digest="random", name="random weights", path="random", base="random", is_adapter=False)
 STATISTICS = {
@@ -125,17 +126,20 @@ def random_policy(version: Version, settings: ServerSettings) -> Any:
     )
 
 
-@dataclass(frozen=True)
-class Open:
-    """Opens an environment, its thread moved to `cores` (with --cores_apart)."""
+class LiberoApart(Libero):
+    """LIBERO, the thread that simulates moved to `cores` (with --cores_apart)."""
 
-    cores: frozenset[int] | None
-    spare_gpu: bool
+    def __init__(self, flags: BenchmarkFlags, cores: frozenset[int] | None) -> None:
+        super().__init__(flags)
+        self.cores = cores
 
-    def __call__(self, suite: str, task: int, assets: AssetSet) -> Env:
+    def __reduce__(self) -> tuple:
+        return LiberoApart, (self.flags, self.cores)
+
+    def open_env(self, suite: str, task: int, *, spare_gpu: bool = False) -> Env:
         if self.cores:
             os.sched_setaffinity(0, self.cores)  # this thread; Ray's own stay where Ray is
-        return open_libero(suite, task, assets, spare_gpu=self.spare_gpu)
+        return super().open_env(suite, task, spare_gpu=spare_gpu)
 
 
 class SupplyWorker(EnvWorker):
@@ -191,14 +195,15 @@ class Bench:
         )
         self.sizes: Sizes = cluster_sizes(self.config)
         batch_size = args.decode_batch_size or decode_batch_size(self.sizes)
+        self.benchmark = LiberoApart(BenchmarkFlags(), args.env_cores)
+        self.instructions = self.benchmark.instructions(self.suite)
         self.working = WorkerSettings(
-            assets=None,
+            benchmark=self.benchmark,
+            spare_gpu=self.sizes.device == "cuda",
             num_steps_wait=10,
             center_crop=True,
-            max_steps={suite: args.max_steps for suite in MAX_STEPS},
             call_timeout_s=300,
             log_folder=tempfile.mkdtemp(prefix="spvla-bench-"),
-            open_env=Open(args.env_cores, spare_gpu=self.sizes.device == "cuda"),
         )
         self.serving = ServerSettings(
             device=self.sizes.device,
@@ -206,13 +211,13 @@ class Bench:
             load_in_8bit=False,
             load_in_4bit=False,
             decode_batch_size=batch_size,
+            instructions=tuple(i for suite in MAX_STEPS for i in self.benchmark.instructions(suite)),
             max_batch=batch_size,
             wait_ms=args.wait_ms,
             log_folder=self.working.log_folder,
             load=random_policy,
         )
         self.version = replace(VERSION, base=args.preset)
-        self.instructions = [t.instruction for t in suites.tasks(self.suite)]
         say(f"{self.sizes}, batches of {batch_size}, logs in {self.working.log_folder}")
 
     def supply(self) -> dict[str, float]:
@@ -226,6 +231,7 @@ class Bench:
                 trial=self.trial(i % len(self.instructions), i % 50),
                 needs=VERSION.needs,
                 unnorm_key=self.suite,
+                max_steps=self.args.max_steps,
                 film=frozenset(),
             )
             for i in range(len(workers))
@@ -260,7 +266,7 @@ class Bench:
         ):
             start_s = time.monotonic()
             facts = farm.start([self.version])
-            self.device, self.renderer = facts[1].device, facts[0].renderer
+            self.device, self.renderer = facts[1].device, facts[0].world["renderer"]
             protocol = self.register(ledger, trials)
             job = Job(
                 protocol=protocol,
@@ -268,7 +274,7 @@ class Bench:
                 needs={VERSION.digest: VERSION.needs},
                 unnorm_keys={(VERSION.digest, self.suite): self.suite},
                 instructions={(self.suite, i): text for i, text in enumerate(self.instructions)},
-                steps_limit=MAX_STEPS,
+                steps_limit={self.suite: self.args.max_steps},
             )
             window = Window(farm)
             Run(farm, job, ledger).play(window.look)
@@ -286,7 +292,7 @@ class Bench:
 
     def register(self, ledger: Ledger, trials: list[Trial]) -> str:
         protocol = Protocol(
-            **{name: "benchmark" for name in ("assets", "assets_digest", "renderer", "mujoco", "robosuite", "libero")},
+            world={"benchmark": "bench/farm.py"},
             num_steps_wait=10,
             center_crop=True,
             seed=0,

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from decode import random_model
 
+from spvla.benchmarks.libero.suites import MAX_STEPS
 from spvla.files import new_folder, write_json
 from spvla.model.weights import torch_dtype
 from spvla.policies.openvla.actions import ACTION_TOKEN_BEGIN, VOCAB_SIZE
 from spvla.policies.openvla.presets import TOWER_FILE, towers_json, write_model
-from spvla.types import MAX_STEPS
 
 LIMITS = {"q01": [-0.9] * 6 + [0.0], "q99": [0.9] * 6 + [1.0], "mask": [True] * 6 + [False]}
 REST = {"min": [-1.0] * 7, "max": [1.0] * 7, "mean": [0.0] * 7, "std": [1.0] * 7}

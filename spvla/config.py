@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from spvla.errors import UserError
-from spvla.types import MAX_STEPS
 
 # Named, because draccus misses the text below a field whose annotation holds quotation marks.
 Objective = Literal["spin", "spvla", "sft"]
@@ -61,15 +60,6 @@ def require(condition: bool, got: str, *, expected: str, remedy: str) -> None:
         raise UserError(got, expected=expected, remedy=remedy)
 
 
-def require_suite(name: str) -> None:
-    require(
-        name in MAX_STEPS,
-        f"--task_suite_name {name}",
-        expected=f"one of {', '.join(MAX_STEPS)}",
-        remedy="Correct the name.",
-    )
-
-
 def require_values(config: Any, *, above_0: Sequence[str] = ABOVE_0) -> None:
     """Raises UserError for a value that a flag cannot have, whatever the others are."""
     for field in fields(config):
@@ -113,7 +103,6 @@ class CollectConfig:
 
     def check(self) -> None:
         require_values(self)
-        require_suite(self.task_suite_name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +119,6 @@ class RegenerateConfig:
 
     def check(self) -> None:
         require_values(self)
-        require_suite(self.task_suite_name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,8 +378,6 @@ class EvaluateConfig(FarmConfig):
 
     def check(self) -> None:
         super().check()
-        for suite in self.task_suite_name.split(","):
-            require_suite(suite)
         require(
             not (self.load_in_8bit and self.load_in_4bit),
             "--load_in_8bit True with --load_in_4bit True",
@@ -432,10 +418,6 @@ class SelfplayConfig(TrainConfig):
     max_trial_steps: int | None = None
     """cut every trial short, for trying things out"""
 
-    def check(self) -> None:
-        super().check()
-        require_suite(self.task_suite_name)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SweepFlags:
@@ -468,7 +450,6 @@ class SweepConfig(SweepFlags):
     def check(self) -> None:
         self.train.check()
         require_values(self)
-        require_suite(self.task_suite_name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What travels between rooms, and the two seams (`Policy`, `Env`), each with an honest fake in tests/fakes.py.
+"""What travels between rooms, and the seams (`Policy`, `Benchmark`, `Env`), each with an honest fake in tests/fakes.py.
 
 Legend, used in shape comments everywhere: B batch, T tokens or time steps, V vocabulary, A action dims (7), K actions
 in a chunk.
@@ -15,15 +15,6 @@ ACTION_DIM = 7
 PROPRIO_DIM = 8  # end-effector position, axis-angle, two gripper joints
 IMAGE_SIZE = 224  # what the policy sees
 CAMERA_SIZE = 256  # what the simulator renders and the data sets hold
-
-# Steps a trial may take in each suite, after the settling steps (OpenVLA's evaluation protocol).
-MAX_STEPS = {
-    "libero_spatial": 220,
-    "libero_object": 280,
-    "libero_goal": 300,
-    "libero_10": 520,
-    "libero_90": 400,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +130,39 @@ class Policy(Protocol):
         """(B, K, 7) float64: the next K actions for each observation, un-normalised, gripper 1 open."""
 
 
+class Benchmark(Protocol):
+    """Suites of tasks, and the worlds to play them in; `spvla.benchmarks.registry` finds one by a suite's name.
+
+    It is made from flags, travels to other processes, and opens nothing before it is asked. A task is a suite's name
+    and a number from 0; of each task there are numbered init states, the beginnings of its trials.
+    """
+
+    suites: Sequence[str]
+
+    def instructions(self, suite: str) -> Sequence[str]:
+        """Of each task, in the order of their numbers."""
+
+    def max_steps(self, suite: str) -> int:
+        """Steps that a trial may take, after the settling steps."""
+
+    def num_init_states(self, suite: str, task: int) -> int: ...
+
+    def require(self, wanted: Sequence[tuple[str, int]]) -> None:
+        """Raises UserError unless this machine has what these tasks are made of."""
+
+    def facts(self) -> dict[str, str]:
+        """All that decides a trial beside the policy, as far as files tell it: versions, assets, tasks, by name.
+        They are the manifest's, and must be equal on every machine."""
+
+    def measure(self) -> dict[str, str]:
+        """More of that, where it takes a machine that simulates: what draws, say."""
+
+    def open_env(self, suite: str, task: int, *, spare_gpu: bool = False) -> "Env":
+        """spare_gpu: a policy decodes on the GPU that would draw, so the less is drawn the better."""
+
+
 class Env(Protocol):
-    """One LIBERO task, held open over many trials. Rendering is asked for, never a side effect of stepping."""
+    """One task, held open over many trials. Rendering is asked for, never a side effect of stepping."""
 
     instruction: str
 
@@ -148,10 +170,10 @@ class Env(Protocol):
         """Puts the world in the state of the task's `init_state`-th episode, whatever ran before."""
 
     def step(self, action: np.ndarray) -> bool:
-        """One 20 Hz control step with a raw LIBERO action (7,), gripper -1 open, +1 closed. True on success."""
+        """One 20 Hz control step with a raw action (7,), gripper -1 open, +1 closed. True on success."""
 
     def image(self, camera: str = "agentview") -> np.ndarray:
-        """(256, 256, 3) uint8 as LIBERO's observation gives it: not yet rotated."""
+        """(256, 256, 3) uint8 as LIBERO's cameras give it: not yet rotated."""
 
     def proprio(self) -> tuple[np.ndarray, np.ndarray]:
         """(8,) end-effector and gripper state, (7,) joint positions; float32."""

@@ -1,7 +1,7 @@
-"""Honest fakes of the two seams: they keep the whole contract, in a few lines of arithmetic."""
+"""Honest fakes of the seams: they keep the whole contract, in a few lines of arithmetic."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -38,13 +38,43 @@ class FakeEnv:
         self.closed = True
 
 
+class FakeBenchmark:
+    """Tasks of the world of one number: task t is won beyond 1 + t. `open(suite, task)` may give other worlds."""
+
+    suites = ("libero_object", "libero_goal")  # so named that a tiny checkpoint has statistics for them
+
+    def __init__(self, open: Callable[[str, int], FakeEnv] | None = None) -> None:
+        self.open = open or (lambda suite, task: FakeEnv(goal=1.0 + task))
+
+    def instructions(self, suite: str) -> list[str]:
+        return [f"move beyond {1 + task}" for task in range(10)]
+
+    def max_steps(self, suite: str) -> int:
+        return 280
+
+    def num_init_states(self, suite: str, task: int) -> int:
+        return 50
+
+    def require(self, wanted: Sequence[tuple[str, int]]) -> None:
+        assert all(suite in self.suites and task < 10 for suite, task in wanted)
+
+    def facts(self) -> dict[str, str]:
+        return {"benchmark": "one number"}
+
+    def measure(self) -> dict[str, str]:
+        return {"renderer": "numpy"}
+
+    def open_env(self, suite: str, task: int, *, spare_gpu: bool = False) -> FakeEnv:
+        return self.open(suite, task)
+
+
 class FakePolicy:
     """Moves right by `speed`, whatever it sees; asks for what its `needs` name, and refuses to do with less."""
 
     def __init__(self, speed: float = 0.1, needs: Needs = ONE_STEP) -> None:
         self.speed, self.needs = speed, needs
 
-    def prepare(self, instructions: Sequence[str]) -> None:
+    def prepare(self, instructions: list[str]) -> None:
         """It needs no preparation."""
 
     def act(

@@ -1,13 +1,14 @@
 """What several of the farm's tests stand on: a protocol, and a farm on real Ray whose worlds and policy are fakes."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import fakes
 from ray import cloudpickle
 
+from spvla.benchmarks.libero.suites import SUITES
 from spvla.config import FarmConfig
 from spvla.eval.driver import Job
 from spvla.eval.farm import Farm
@@ -15,17 +16,13 @@ from spvla.eval.ledger import Ledger
 from spvla.eval.messages import ServerSettings, Version, WorkerSettings
 from spvla.eval.protocol import Protocol
 from spvla.files import write_json
-from spvla.types import MAX_STEPS, Needs, Trial
+from spvla.types import Needs, Trial
 
 cloudpickle.register_pickle_by_value(fakes)  # workers do not see the tests' folder
 
 PROTOCOL = Protocol(
-    assets="primitives",
-    assets_digest="a1",
-    renderer="llvmpipe",
-    mujoco="3.8.1",
-    robosuite="1.4.0",
-    libero="0.1.4",
+    world={"assets": "primitives", "assets_digest": "a1", "renderer": "llvmpipe", "mujoco": "3.3.2"}
+    | {"robosuite": "1.4.0", "libero": "0.1.4"},
     num_steps_wait=10,
     center_crop=True,
     seed=7,
@@ -41,31 +38,25 @@ def fake_policy(version: Version, settings: ServerSettings) -> fakes.FakePolicy:
     return fakes.FakePolicy(speed=0.2, needs=version.needs)
 
 
-def fake_env(suite: str, task: int, assets: object) -> fakes.FakeEnv:
-    return fakes.FakeEnv(goal=1.0 + task)
-
-
 @contextmanager
 def fake_farm(
     folder: Path,
     config: FarmConfig,
     *,
-    open_env: object = fake_env,
+    open_env: Callable[[str, int], fakes.FakeEnv] | None = None,
     load: object = fake_policy,
     versions: Sequence[Version] = (VERSION,),
-    steps: int = 280,
     start: bool = True,
 ) -> Iterator:
     """A farm, and what it said."""
     said: list[str] = []
     working = WorkerSettings(
-        assets=None,
+        benchmark=fakes.FakeBenchmark(open_env),
+        spare_gpu=False,
         num_steps_wait=0,
         center_crop=True,
-        max_steps={suite: steps for suite in MAX_STEPS},
         call_timeout_s=config.call_timeout_s,
         log_folder=str(folder / "workers"),
-        open_env=open_env,
     )
     serving = ServerSettings(
         device="cpu",
@@ -73,13 +64,14 @@ def fake_farm(
         load_in_8bit=False,
         load_in_4bit=False,
         decode_batch_size=2,
+        instructions=("move beyond 1",),
         max_batch=2,
         wait_ms=None,
         log_folder=str(folder / "workers"),
         load=load,
     )
     for function in (open_env, load):
-        if not function.__module__.startswith("spvla"):
+        if function is not None and not function.__module__.startswith("spvla"):
             cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
     with Farm(config, working=working, serving=serving, say=said.append) as farm:
         if start:
@@ -95,7 +87,7 @@ def tiny_with_statistics(folder: Path) -> Path:
     low, high = [-0.9] * 6 + [0.0], [0.9] * 6 + [1.0]
     limits = {"q01": low, "q99": high, "min": low, "max": high, "mean": [0.0] * 7, "std": [1.0] * 7}
     statistics = {"action": limits | {"mask": [True] * 6 + [False]}}
-    write_json(folder / "dataset_statistics.json", {f"{suite}_no_noops": statistics for suite in MAX_STEPS})
+    write_json(folder / "dataset_statistics.json", {f"{suite}_no_noops": statistics for suite in SUITES})
     return folder
 
 
@@ -133,12 +125,12 @@ def open_ledger(folder: Path, wanted: list[Trial], versions: Sequence[Version] =
     return ledger
 
 
-def job(wanted: list[Trial], key: str = SUITE, needs: Needs = VERSION.needs) -> Job:
+def job(wanted: list[Trial], key: str = SUITE, needs: Needs = VERSION.needs, steps: int = 280) -> Job:
     return Job(
         protocol=PROTOCOL.digest,
         trials=wanted,
         needs={t.policy: needs for t in wanted},
         unnorm_keys={(t.policy, t.suite): key for t in wanted},
         instructions={(t.suite, t.task): f"task {t.task}" for t in wanted},
-        steps_limit=MAX_STEPS,
+        steps_limit={t.suite: steps for t in wanted},
     )

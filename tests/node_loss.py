@@ -22,7 +22,7 @@ class Slow(FakeEnv):
         return super().step(action)
 
 
-def env(suite: str, task: int, assets: object) -> FakeEnv:
+def env(suite: str, task: int) -> FakeEnv:
     return Slow()
 
 

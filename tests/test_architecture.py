@@ -122,6 +122,12 @@ def test_heavy_packages_stay_in_their_rooms(module: str) -> None:
         assert within(module, HEAVY.get(package, (module,))), f"{module} imports {package}"
 
 
+@pytest.mark.parametrize("module", [m for m in SOURCES if within(m, ("spvla.eval",))])
+def test_the_evaluation_knows_benchmarks_by_the_registry_alone(module: str) -> None:
+    benchmarks = [i for i in imports_of(MODULES[module]) if within(i, ("spvla.benchmarks", "spvla.render"))]
+    assert set(benchmarks) <= {"spvla.benchmarks.registry"}
+
+
 @pytest.mark.parametrize("module", sorted(set(PLAIN) & set(MODULES)))
 def test_the_plain_core_knows_no_cluster(module: str) -> None:
     packages = {i.split(".")[0] for i in imports_of(MODULES[module])}

@@ -81,7 +81,7 @@ def test_death_by_any_signal_is_an_error_and_the_trial_is_played_elsewhere(tmp_p
             if init_state < 4 and once(str(init_state)):
                 os.kill(os.getpid(), signals[init_state])
 
-    def env(suite: str, task: int, assets: object) -> FakeEnv:
+    def env(suite: str, task: int) -> FakeEnv:
         os.environ[MARKS] = marks
         return Deadly()
 
@@ -105,7 +105,7 @@ def test_an_exception_is_given_up_after_its_retries_and_is_no_failure(tmp_path: 
             if init_state == 1:
                 raise RuntimeError("the cabinet fell over")
 
-    def env(suite: str, task: int, assets: object) -> FakeEnv:
+    def env(suite: str, task: int) -> FakeEnv:
         return Raising()
 
     config = quiet(max_retries=2)
@@ -162,7 +162,7 @@ def test_a_farm_whose_workers_only_die_says_why_and_where_the_logs_are(tmp_path:
         def reset(self, init_state: int) -> None:
             os.kill(os.getpid(), signal.SIGSEGV)
 
-    def env(suite: str, task: int, assets: object) -> FakeEnv:
+    def env(suite: str, task: int) -> FakeEnv:
         return Doomed()
 
     config = quiet(num_envs=1, max_retries=100)
@@ -192,7 +192,7 @@ def test_a_disk_that_takes_no_video_costs_no_outcome(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_an_encoder_costs_no_outcome(tmp_path: Path) -> None:
-    def env(suite: str, task: int, assets: object) -> FakeEnv:
+    def env(suite: str, task: int) -> FakeEnv:
         from spvla.eval import actors
 
         def no_encoder(frames: list[np.ndarray]) -> bytes:
@@ -287,9 +287,8 @@ def test_a_new_version_moves_its_adapter_and_leaves_the_base_where_it_is(tmp_pat
         await asyncio.gather(server.prepare([first], {}), server.prepare([second], held))  # the second does not wait
 
     options = {"device": "cpu", "dtype": "float32", "load_in_8bit": False, "load_in_4bit": False, "wait_ms": None}
-    server = PolicyServer(
-        "policy-0", ServerSettings(**options, decode_batch_size=1, max_batch=1, log_folder=None, load=load)
-    )
+    sizes = {"decode_batch_size": 1, "max_batch": 1}
+    server = PolicyServer("policy-0", ServerSettings(**options, **sizes, instructions=(), log_folder=None, load=load))
     server.decoding = ThreadPoolExecutor(2)  # as with a GPU
     asyncio.run(follow(server))
     (policy,) = server.policies.values()
@@ -316,15 +315,15 @@ def test_the_result_is_the_same_whatever_the_load(tmp_path: Path) -> None:
             self.x += float(action @ [1, 2, 3, 4, 5, 6, 7])
             return False
 
-    def env(suite: str, task: int, assets: object) -> FakeEnv:
+    def env(suite: str, task: int) -> FakeEnv:
         return Flicker()
 
     tables = []
     for num_envs in (1, 2, 5):
         folder, config = tmp_path / str(num_envs), quiet(num_envs=num_envs)
-        farm_of = fake_farm(folder, config, open_env=env, load=open_base, versions=versions, steps=8)
+        farm_of = fake_farm(folder, config, open_env=env, load=open_base, versions=versions)
         with open_ledger(folder, wanted, versions) as ledger, farm_of as (farm, _):
-            Run(farm, job(wanted[:: -1 if num_envs == 2 else 1], "libero_object_no_noops"), ledger).play()
+            Run(farm, job(wanted[:: -1 if num_envs == 2 else 1], "libero_object_no_noops", steps=8), ledger).play()
             tables.append([(r.trial, r.status, r.steps, r.state_digest) for r in ledger.trials()])
     assert tables[0] == tables[1] == tables[2]
     assert len({digest for *_, digest in tables[0]}) > 2  # two init states: so the versions do differ

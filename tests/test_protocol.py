@@ -19,11 +19,23 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Protocol)])
+@pytest.mark.parametrize("name", [f.name for f in fields(Protocol) if f.name != "world"])
 def test_every_field_is_part_of_the_digest(name: str) -> None:
     changed = replace(PROTOCOL, **{name: OTHER.get(name, "another")})
     assert changed.digest != PROTOCOL.digest
     assert [d.split(":")[0] for d in differences(PROTOCOL, changed)] == [name]
+
+
+@pytest.mark.parametrize("name", ["assets", "renderer", "mujoco", "benchmark"])
+def test_all_that_the_benchmark_says_of_itself_is_part_of_the_digest(name: str) -> None:
+    changed = replace(PROTOCOL, world={**PROTOCOL.world, name: "another"})
+    assert changed.digest != PROTOCOL.digest
+    assert differences(PROTOCOL, changed) == [f"{name}: {PROTOCOL.world.get(name)} -> another"]
+
+
+def test_the_manifest_has_the_worlds_facts_among_its_own_fields() -> None:
+    manifest = json.loads(PROTOCOL.to_json())
+    assert (manifest["renderer"], manifest["seed"]) == ("llvmpipe", 7) and "world" not in manifest
 
 
 def test_a_field_that_says_nothing_leaves_the_digests_of_older_ledgers_as_they_are() -> None:
@@ -34,9 +46,3 @@ def test_a_field_that_says_nothing_leaves_the_digests_of_older_ledgers_as_they_a
 def test_a_manifest_survives_json() -> None:
     again = Protocol.from_json(PROTOCOL.to_json())
     assert again == PROTOCOL and again.digest == PROTOCOL.digest
-
-
-def test_the_limit_is_the_suites_own_unless_cut() -> None:
-    assert PROTOCOL.steps_limit("libero_spatial") == 220
-    assert replace(PROTOCOL, max_steps=30).steps_limit("libero_spatial") == 30
-    assert replace(PROTOCOL, max_steps=9999).steps_limit("libero_10") == 520

@@ -7,7 +7,6 @@ and starts another.
 
 import asyncio
 import faulthandler
-import importlib.metadata
 import os
 import sys
 import tempfile
@@ -23,8 +22,6 @@ from typing import Any
 import numpy as np
 import ray
 
-from spvla.benchmarks.libero import assets, suites
-from spvla.benchmarks.libero.assets import AssetSet
 from spvla.errors import InfrastructureError
 from spvla.eval.batcher import Batcher, BatchStats
 from spvla.eval.episode import Act, run_trial
@@ -48,11 +45,6 @@ from spvla.policies.registry import AdaptablePolicy, family
 from spvla.types import Env, Observation, Trial
 
 
-def every_instruction() -> list[str]:
-    """A decoder made for the longest of them has one shape, whatever is evaluated and whichever trial comes first."""
-    return [task.instruction for suite in suites.SUITES for task in suites.tasks(suite)]
-
-
 def open_base(version: Version, settings: ServerSettings) -> AdaptablePolicy:
     """A version's base, without its adapter."""
     return family(version.description.family).open(
@@ -65,12 +57,6 @@ def open_base(version: Version, settings: ServerSettings) -> AdaptablePolicy:
         load_in_4bit=settings.load_in_4bit,
         decode_batch_size=settings.decode_batch_size,
     )
-
-
-def open_libero(suite: str, task: int, assets: AssetSet, *, spare_gpu: bool = False) -> Env:
-    from spvla.benchmarks.libero.env import LiberoEnv
-
-    return LiberoEnv(suite, task, assets, spare_gpu=spare_gpu)
 
 
 class PolicyUnavailable(InfrastructureError):
@@ -126,7 +112,7 @@ class PolicyServer:
         for digest in self.versions.keys() - {v.digest for v in versions}:  # after: a base that both need stays
             self.remove(digest)
         for policy in self.policies.values():
-            policy.prepare(every_instruction())
+            policy.prepare(list(self.settings.instructions))
         return ServerFacts(device=arithmetic(self.settings.device, self.settings.dtype), pid=os.getpid())
 
     def add(self, version: Version, files: dict[str, bytes] | None = None) -> None:
@@ -187,25 +173,14 @@ class EnvWorker:
     def __init__(self, name: str, settings: WorkerSettings) -> None:
         self.name, self.settings = name, settings
         self.log = log_to(settings.log_folder, name)
-        from spvla.render.rendering import draw_on_one_core
-
         spread_rendering(name)
-        draw_on_one_core()
-        self.assets = assets.resolve(settings.assets)
+        self.benchmark = settings.benchmark
         self.task: tuple[str, int] | None = None
         self.env: Env | None = None
 
     def facts(self) -> WorkerFacts:
-        from spvla.render.rendering import renderer_name
-
-        return WorkerFacts(
-            assets=self.assets.name,
-            assets_digest=self.assets.digest,
-            renderer=renderer_name(),
-            versions={p: importlib.metadata.version(p) for p in ("mujoco", "robosuite", "hf-libero")},
-            pid=os.getpid(),
-            log=str(self.log or ""),
-        )
+        world = self.benchmark.facts() | self.benchmark.measure()
+        return WorkerFacts(world=world, pid=os.getpid(), log=str(self.log or ""))
 
     def run(self, order: Order, server: Any) -> Report:
         """Plays one trial with actions from `server` (a PolicyServer's handle). Never raises."""
@@ -231,7 +206,7 @@ class EnvWorker:
             needs=order.needs,
             num_steps_wait=self.settings.num_steps_wait,
             center_crop=self.settings.center_crop,
-            max_steps=self.settings.max_steps[trial.suite],
+            max_steps=order.max_steps,
             on_frame=frames.append if order.film else None,
         )
         video, no_video = None, ""
@@ -255,7 +230,7 @@ class EnvWorker:
     def _env_of(self, trial: Trial) -> Env:
         if self.task != (trial.suite, trial.task):
             self._drop_env()
-            self.env = self.settings.open_env(trial.suite, trial.task, self.assets)
+            self.env = self.benchmark.open_env(trial.suite, trial.task, spare_gpu=self.settings.spare_gpu)
             self.task = (trial.suite, trial.task)
         return self.env
 

@@ -112,7 +112,9 @@ class Run:
                 continue
             key = self.job.unnorm_keys[trial.policy, trial.suite]
             needs = self.job.needs[trial.policy]
-            order = Order(trial=trial, needs=needs, unnorm_key=key, film=self.quota.begin(trial))
+            limit = self.job.steps_limit[trial.suite]
+            film = self.quota.begin(trial)
+            order = Order(trial=trial, needs=needs, unnorm_key=key, max_steps=limit, film=film)
             server = min(servers, key=lambda s: sum(w.server == s.name for w in self.work.values()))
             self.reports[slot.actor.run.remote(order, server.actor)] = slot.name
             self.work[slot.name] = Work(order, server.name, time.monotonic())

@@ -24,7 +24,7 @@ def export(ledger: Ledger) -> list[Path]:
     write_json(
         folder / RESULTS,
         {
-            "protocol": asdict(protocol) if protocol else None,
+            "protocol": protocol.manifest() if protocol else None,
             "protocol_digest": protocol.digest if protocol else None,
             "policies": [asdict(p) for p in ledger.policies()],
             "results": [

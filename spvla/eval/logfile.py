@@ -11,7 +11,6 @@ from pathlib import Path
 
 from spvla.eval.ledger import TrialRow
 from spvla.files import safe_name, write_text
-from spvla.types import MAX_STEPS
 
 TIME = "%Y_%m_%d-%H_%M_%S"
 NAME_PART = 60  # characters of a policy's name
@@ -28,9 +27,9 @@ def name_part(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+=-]|\.\.+", "-", text)[-NAME_PART:]
 
 
-def refuse_note(note: str | None) -> None:
-    """Raises UserError where some log of an evaluation could not be named so."""
-    log_name(max(MAX_STEPS, key=len), at=datetime.now(), note=f"{note or ''}--{'x' * NAME_PART}")
+def refuse_note(note: str | None, suites: Sequence[str]) -> None:
+    """Raises UserError where some log of an evaluation of these suites could not be named so."""
+    log_name(max(suites, key=len), at=datetime.now(), note=f"{note or ''}--{'x' * NAME_PART}")
 
 
 def log_text(rows: Sequence[TrialRow]) -> str:

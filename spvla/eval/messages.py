@@ -1,17 +1,15 @@
 """What the driver, the environment workers and the policy servers say to one another."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from spvla.benchmarks.libero.assets import AssetSet
 from spvla.policies.registry import PLAIN_OPENVLA, AdaptablePolicy, Description
-from spvla.types import Env, Needs, Observation, Outcome, Status, Trial
+from spvla.types import Benchmark, Needs, Observation, Outcome, Status, Trial
 
 
-def differing(one: object, other: object, names: Sequence[str]) -> list[str]:
-    pairs = ((n, getattr(one, n), getattr(other, n)) for n in names)
-    return [f"{n}: {a} here, {b} there" for n, a, b in pairs if a != b]
+def differing(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
+    pairs = ((name, here.get(name), there.get(name)) for name in sorted({*here, *there}))
+    return [f"{name}: {a} here, {b} there" for name, a, b in pairs if a != b]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +43,7 @@ class ServerSettings:
     load_in_8bit: bool
     load_in_4bit: bool
     decode_batch_size: int  # every batch is padded to this; 0: batches keep their own size
+    instructions: tuple[str, ...]  # of all tasks of the benchmark: what a decoder's shape is made for
     max_batch: int
     wait_ms: float | None
     log_folder: str | None
@@ -59,7 +58,7 @@ class ServerFacts:
     pid: int
 
     def differences(self, other: "ServerFacts") -> list[str]:
-        return differing(self, other, ("device",))
+        return differing({"device": self.device}, {"device": other.device})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,28 +72,24 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
-    assets: Path | None
+    benchmark: Benchmark
+    spare_gpu: bool  # see `Benchmark.open_env`
     num_steps_wait: int
     center_crop: bool
-    max_steps: dict[str, int]  # suite -> limit
     call_timeout_s: float
     log_folder: str | None
-    open_env: Callable[[str, int, AssetSet], Env]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFacts:
     """What the protocol must know of a machine that simulates."""
 
-    assets: str
-    assets_digest: str
-    renderer: str
-    versions: dict[str, str]  # package -> version
+    world: dict[str, str]  # the benchmark's facts, and what it measured
     pid: int
     log: str
 
     def differences(self, other: "WorkerFacts") -> list[str]:
-        return differing(self, other, ("assets_digest", "renderer", "versions"))
+        return differing(self.world, other.world)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +99,7 @@ class Order:
     trial: Trial
     needs: Needs  # of the trial's policy
     unnorm_key: str
+    max_steps: int
     film: frozenset[Status]  # outcomes worth a video
 
 

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spvla.benchmarks.libero import suites
-from spvla.benchmarks.libero.init_states import num_init_states
-from spvla.config import EvaluateConfig
+from spvla.benchmarks import registry
+from spvla.benchmarks.registry import BenchmarkFlags
+from spvla.config import EvaluateConfig, SelfplayConfig, SweepConfig
 from spvla.errors import CheckpointError, UserError
 from spvla.eval.messages import Version
-from spvla.policies import checkpoint, registry
+from spvla.policies import checkpoint
+from spvla.policies import registry as families
 from spvla.policies.registry import NO_FLAGS, PolicyFlags, flags_of
-from spvla.types import Trial
+from spvla.types import Benchmark, Trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,9 @@ class Plan:
         return sorted({suite for suite, _ in self.instructions})
 
 
-def make_plan(config: EvaluateConfig, checkpoints: Sequence[str | Path]) -> Plan:
+def make_plan(config: EvaluateConfig, benchmark: Benchmark, checkpoints: Sequence[str | Path]) -> Plan:
     """Raises UserError for a checkpoint, suite, task, key or number of trials that does not exist."""
-    tasks = chosen_tasks(config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
+    tasks = chosen_tasks(benchmark, config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
     versions = [describe(str(path), flags_of(config)) for path in checkpoints]
     keys = {(v.digest, suite): unnorm_key(v, suite, config.unnorm_key) for v in versions for suite, _ in tasks}
     trials = [
@@ -45,21 +46,28 @@ def make_plan(config: EvaluateConfig, checkpoints: Sequence[str | Path]) -> Plan
         versions=versions,
         trials=list(dict.fromkeys(trials)),
         unnorm_keys=keys,
-        instructions={(suite, task): suites.task_info(suite, task).instruction for suite, task in tasks},
+        instructions={(suite, task): benchmark.instructions(suite)[task] for suite, task in tasks},
     )
 
 
-def chosen_tasks(task_suite_name: str, numbers: Sequence[int], *, trials: int) -> list[tuple[str, int]]:
+def benchmark_of(config: EvaluateConfig | SelfplayConfig | SweepConfig) -> Benchmark:
+    """The one that its suites are of. Raises UserError."""
+    return registry.find(config.task_suite_name, BenchmarkFlags(libero_assets=config.libero_assets))
+
+
+def chosen_tasks(
+    benchmark: Benchmark, task_suite_name: str, numbers: Sequence[int], *, trials: int
+) -> list[tuple[str, int]]:
     """(suite, task) of what is to be evaluated. Raises UserError unless all are there, with so many init states."""
     chosen = []
     for suite in task_suite_name.split(","):
-        every = [t.id for t in suites.tasks(suite)]
+        every = range(len(benchmark.instructions(suite)))
         for task in numbers or every:
             if task not in every:
                 raise UserError(
                     f"--tasks names task {task} of {suite}", expected=f"0 to {every[-1]}", remedy="Correct --tasks."
                 )
-            if trials > (there := num_init_states(suite, task)):
+            if trials > (there := benchmark.num_init_states(suite, task)):
                 raise UserError(
                     f"--num_trials_per_task {trials}",
                     expected=f"{there} at most, the init states of {suite} task {task}",
@@ -79,7 +87,7 @@ def describe(path: str, flags: PolicyFlags = NO_FLAGS) -> Version:
         path=str(folder),
         base=str(base),
         is_adapter=adapter is not None,
-        description=registry.describe(path, flags),
+        description=families.describe(path, flags),
     )
 
 

@@ -6,10 +6,11 @@ docs/protocol.md says what each field does to a result.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from spvla.errors import LedgerError
-from spvla.types import MAX_STEPS
 
 # Raise when the order of a trial's operations changes what an outcome would be: reset, settling, image path, gripper.
 VERSION = 1
@@ -18,15 +19,9 @@ YOUNGER = ("num_images_in_input", "num_open_loop_steps")
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """`renderer`, `device`, `dtype` and the package versions are measured on the machines that run the trials."""
+    """`world` and `device` are what the machines that run the trials say of themselves."""
 
-    assets: str  # name of the asset set: "libero", "primitives"
-    assets_digest: str
-    tasks_digest: str = ""  # of the tasks' names, goals and init states; none in ledgers from before it was kept
-    renderer: str  # OpenGL renderer: pixels differ between software and each family of GPUs
-    mujoco: str
-    robosuite: str
-    libero: str
+    world: Mapping[str, str]  # the benchmark's: assets, tasks, versions, renderer. The manifest has them as its own
     num_steps_wait: int
     max_steps: int | None = None  # None: each suite's own limit
     center_crop: bool
@@ -45,21 +40,25 @@ class Protocol:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Fields younger than the first ledgers are left out where they say nothing, so those keep their digests."""
-        written = {k: v for k, v in asdict(self).items() if k not in YOUNGER or v is not None}
-        return json.dumps(written, sort_keys=True)
+        return json.dumps(self.manifest(), sort_keys=True)
+
+    def manifest(self) -> dict[str, Any]:
+        """All fields by name, the world's among them. Those younger than the first ledgers are left out where they say
+        nothing, so that older digests stay what they are."""
+        own = {k: v for k, v in asdict(self).items() if k not in YOUNGER or v is not None}
+        return own.pop("world") | own
 
     @classmethod
     def from_json(cls, text: str) -> "Protocol":
-        return cls(**json.loads(text))
-
-    def steps_limit(self, suite: str) -> int:
-        return MAX_STEPS[suite] if self.max_steps is None else min(self.max_steps, MAX_STEPS[suite])
+        manifest = json.loads(text)
+        own = {f.name: manifest.pop(f.name) for f in fields(cls) if f.name in manifest}
+        return cls(world=manifest, **own)
 
 
 def differences(old: Protocol, new: Protocol) -> list[str]:
     """["center_crop: True -> False"] for each field that differs."""
-    pairs = ((f.name, getattr(old, f.name), getattr(new, f.name)) for f in fields(Protocol))
+    before, now = old.manifest(), new.manifest()
+    pairs = ((name, before.get(name), now.get(name)) for name in dict.fromkeys([*before, *now]))
     return [f"{name}: {a} -> {b}" for name, a, b in pairs if a != b]
 
 

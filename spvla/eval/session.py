@@ -3,60 +3,58 @@
 One session evaluates one checkpoint after another, or several together, on workers that are started once.
 """
 
-import importlib.metadata
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from spvla import runs
-from spvla.benchmarks.libero import assets, suites
-from spvla.benchmarks.libero.genuine import TASKS_DIGEST
 from spvla.cluster.connect import connection
 from spvla.config import EvaluateConfig
 from spvla.errors import UserError
-from spvla.eval.actors import open_base, open_libero
+from spvla.eval.actors import open_base
 from spvla.eval.console import Console, Tally, View
 from spvla.eval.driver import Job, Run
 from spvla.eval.exports import Wandb, export
 from spvla.eval.farm import Farm, cluster_sizes
 from spvla.eval.ledger import Ledger, TrialRow
 from spvla.eval.logfile import name_part, refuse_note, write_log
-from spvla.eval.messages import ServerFacts, ServerSettings, WorkerFacts, WorkerSettings
-from spvla.eval.plan import Plan, make_plan
+from spvla.eval.messages import ServerFacts, ServerSettings, WorkerFacts, WorkerSettings, differing
+from spvla.eval.plan import Plan, benchmark_of, make_plan
 from spvla.eval.protocol import Protocol, require_same
 from spvla.eval.settle import pairs_of, verdict
 from spvla.eval.sizing import decode_batch_size
 from spvla.eval.summary import Summary, summarise
 from spvla.files import require_writable, writing_to
-from spvla.types import MAX_STEPS, Trial
+from spvla.types import Benchmark, Trial
 
 WORKER_LOGS = "workers"
 LOOK_EVERY_S = 0.5
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
-PACKAGES = {"mujoco": "mujoco", "robosuite": "robosuite", "libero": "hf-libero"}  # field of Protocol -> distribution
 
 
 @contextmanager
 def session(config: EvaluateConfig) -> Iterator["Session"]:
     """Opens the ledger in --local_log_dir. Raises UserError if it cannot be used."""
-    refuse_note(config.run_id_note)  # now, not when hours of trials are done
+    benchmark = benchmark_of(config)
+    refuse_note(config.run_id_note, config.task_suite_name.split(","))  # now, not when hours of trials are done
     folder = require_writable(config.local_log_dir, flag="--local_log_dir")
     with Ledger.create(folder / runs.LEDGER) as ledger, Console() as console, ExitStack() as stack:
-        yield Session(config, ledger, console, stack)
+        yield Session(config, benchmark, ledger, console, stack)
 
 
 class Session:
-    def __init__(self, config: EvaluateConfig, ledger: Ledger, console: Console, stack: ExitStack) -> None:
-        self.config, self.ledger, self.console, self.stack = config, ledger, console, stack
+    def __init__(
+        self, config: EvaluateConfig, benchmark: Benchmark, ledger: Ledger, console: Console, stack: ExitStack
+    ) -> None:
+        self.config, self.benchmark, self.ledger = config, benchmark, ledger
+        self.console, self.stack = console, stack
         self.farm: Farm | None = None
         self.wandb: Wandb | None = None
-        self.asset_set = assets.resolve(config.libero_assets)
         self.began = datetime.now()
 
     @property
@@ -68,8 +66,8 @@ class Session:
 
         step: of the training run that a checkpoint is from.
         """
-        plan = make_plan(self.config, checkpoints)
-        self.asset_set.require(suites.task_info(*task) for task in plan.instructions)
+        plan = make_plan(self.config, self.benchmark, checkpoints)
+        self.benchmark.require(list(plan.instructions))
         self._require_known_protocol()
         self._keep_config()
         done = {row.trial for row in self.ledger.outcomes()}
@@ -104,16 +102,14 @@ class Session:
         """Refuses at once what the flags alone show to be another protocol than the ledger's."""
         if (old := self.ledger.protocol()) is None:
             return
-        known = replace(old, **self._known(), decode_batch_size=self._batch_size(1))
+        world = {**old.world, **self.benchmark.facts()}
+        known = replace(old, **self._known(), world=world, decode_batch_size=self._batch_size(1))
         require_same(old, known, where=str(self.ledger.path))
 
     def _known(self) -> dict[str, Any]:
         """Fields of the protocol that the flags and this machine decide."""
         c = self.config
         return {
-            "assets": self.asset_set.name,
-            "assets_digest": self.asset_set.digest,
-            "tasks_digest": TASKS_DIGEST,
             "num_steps_wait": c.num_steps_wait,
             "max_steps": c.max_steps,
             "center_crop": c.center_crop,
@@ -122,7 +118,6 @@ class Session:
             "num_images_in_input": c.num_images_in_input,
             "num_open_loop_steps": c.num_open_loop_steps,
             "quantization": "8bit" if c.load_in_8bit else "4bit" if c.load_in_4bit else "none",
-            **{name: importlib.metadata.version(package) for name, package in PACKAGES.items()},
         }
 
     def _batch_size(self, default: int) -> int:
@@ -145,10 +140,14 @@ class Session:
             needs={v.digest: v.needs for v in plan.versions},
             unnorm_keys=plan.unnorm_keys,
             instructions=plan.instructions,
-            steps_limit={suite: protocol.steps_limit(suite) for suite in plan.suites},
+            steps_limit={suite: self._max_steps(suite) for suite in plan.suites},
         )
         watcher = Watcher(self, plan)
         Run(self.farm, job, self.ledger).play(watcher.tick)
+
+    def _max_steps(self, suite: str) -> int:
+        limit = self.benchmark.max_steps(suite)
+        return min(limit, self.config.max_steps or limit)
 
     def _open_farm(self) -> Farm:
         c = self.config
@@ -157,17 +156,15 @@ class Session:
         batch_size = self._batch_size(decode_batch_size(sizes))
         logs = str(self.folder / WORKER_LOGS)
         self.console.say(
-            f"evaluate  {sizes.envs} environments ({self.asset_set.name} assets), {sizes.decoders} policy actors on"
-            f" {sizes.device}; logs in {logs}"
+            f"evaluate  {sizes.envs} environments, {sizes.decoders} policy actors on {sizes.device}; logs in {logs}"
         )
         working = WorkerSettings(
-            assets=assets.for_other_processes(c.libero_assets),
+            benchmark=self.benchmark,
+            spare_gpu=sizes.device == "cuda",
             num_steps_wait=c.num_steps_wait,
             center_crop=c.center_crop,
-            max_steps={suite: min(limit, c.max_steps or limit) for suite, limit in MAX_STEPS.items()},
             call_timeout_s=c.call_timeout_s,
             log_folder=logs,
-            open_env=partial(open_libero, spare_gpu=sizes.device == "cuda"),
         )
         serving = ServerSettings(
             device=sizes.device,
@@ -175,6 +172,7 @@ class Session:
             load_in_8bit=c.load_in_8bit,
             load_in_4bit=c.load_in_4bit,
             decode_batch_size=batch_size,
+            instructions=tuple(i for suite in self.benchmark.suites for i in self.benchmark.instructions(suite)),
             max_batch=batch_size or sizes.envs,
             wait_ms=c.wait_ms,
             log_folder=logs,
@@ -184,22 +182,20 @@ class Session:
 
     def _protocol(self, worker: WorkerFacts, server: ServerFacts) -> Protocol:
         serving = self.farm.serving
-        if worker.assets_digest != self.asset_set.digest:
+        here = self.benchmark.facts()
+        if others := differing(here, {name: worker.world.get(name, "") for name in here}):
             raise UserError(
-                f"the {self.asset_set.name} assets here, {worker.assets} where environments run",
-                expected="one set of assets on all machines, the driver's included",
-                remedy="Give a folder that every machine sees with --libero_assets, or set LIBERO_ASSETS on each.",
+                f"another world where environments run ({'; '.join(others)})",
+                expected="the same packages and files on all machines, the driver's included",
+                remedy="Install the same on each; for assets, give a folder that every machine sees with"
+                " --libero_assets, or set LIBERO_ASSETS on each.",
             )
-        measured = {name: worker.versions[package] for name, package in PACKAGES.items()}
         return Protocol(
-            **self._known()
-            | measured
-            | {
-                "renderer": worker.renderer,
-                "device": server.device,
-                "dtype": serving.dtype,
-                "decode_batch_size": serving.decode_batch_size,
-            }
+            **self._known(),
+            world=worker.world,
+            device=server.device,
+            dtype=serving.dtype,
+            decode_batch_size=serving.decode_batch_size,
         )
 
     def _register(self, plan: Plan, protocol: Protocol) -> None:

@@ -4,7 +4,7 @@ import base64
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def tell(run: Path) -> Story:
     if (run / runs.LEDGER).exists():
         with Ledger.open(run / runs.LEDGER) as ledger:
             trials, errors = ledger.trials(), ledger.errors()
-            protocol = [(k, str(v)) for manifest in ledger.protocols() for k, v in asdict(manifest).items()]
+            protocol = [(k, str(v)) for manifest in ledger.protocols() for k, v in manifest.manifest().items()]
     tables = tables_of(summarise(trials))
     return Story(
         title=run.resolve().name,

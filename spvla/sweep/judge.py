@@ -12,7 +12,7 @@ from spvla.config import EvaluateConfig, SweepConfig
 from spvla.data.index import ensure_index
 from spvla.data.loader import require_frames
 from spvla.data.store import FrameStore
-from spvla.eval.plan import chosen_tasks
+from spvla.eval.plan import benchmark_of, chosen_tasks
 from spvla.eval.session import session
 from spvla.eval.summary import Summary
 from spvla.policies.checkpoint import policy_digest
@@ -69,7 +69,7 @@ def require_room(config: SweepConfig) -> None:
 def require_trials(config: SweepConfig) -> None:
     """The tasks and init states to judge by exist. Raises UserError now rather than at the first checkpoint."""
     if config.metric == "success_rate":
-        chosen_tasks(config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
+        chosen_tasks(benchmark_of(config), config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
 
 
 def with_validation(config: SweepConfig) -> SweepConfig:

@@ -20,7 +20,7 @@ from spvla.config import EvaluateConfig, SelfplayConfig
 from spvla.errors import CheckpointError, InfrastructureError
 from spvla.eval.evaluate import run_evaluation
 from spvla.eval.ledger import Ledger, TrialRow
-from spvla.eval.plan import chosen_tasks, describe, unnorm_key
+from spvla.eval.plan import benchmark_of, chosen_tasks, describe, unnorm_key
 from spvla.files import require_writable, write_text
 from spvla.policies.checkpoint import policy_digest
 from spvla.statistics import Paired, paired
@@ -60,7 +60,7 @@ def selfplay(config: SelfplayConfig) -> list[Iteration]:
     config.check()
     require_datasets(config)
     require_startable(config)
-    chosen_tasks(config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
+    evaluated_tasks(config)
     run = require_writable(config.run_root_dir / selfplay_id(config), flag="--run_root_dir")
     runs.write_config(run, "selfplay", config)
     earlier = read_history(run)
@@ -177,10 +177,15 @@ def evaluate_on_farm(config: SelfplayConfig, run: Path, checkpoint: str, *, name
         run_id_note=name,
     )
     run_evaluation(farm, checkpoints=[checkpoint])
-    tasks = set(chosen_tasks(config.task_suite_name, config.tasks, trials=config.num_trials_per_task))
+    tasks = set(evaluated_tasks(config))
     with Ledger.open(run / runs.LEDGER) as ledger:
         rows = ledger.outcomes()
     return [r for r in rows if (r.suite, r.task) in tasks and r.init_state < config.num_trials_per_task]
+
+
+def evaluated_tasks(config: SelfplayConfig) -> list[tuple[str, int]]:
+    """(suite, task). Raises UserError unless all are there, with as many init states as trials are asked for."""
+    return chosen_tasks(benchmark_of(config), config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
 
 
 def score(rows: Sequence[TrialRow], policy: str) -> dict[str, int]:

@@ -20,7 +20,7 @@ from spvla.eval.episode import run_trial
 from spvla.eval.evaluate import run_evaluation
 from spvla.eval.follow import checkpoints_to_come, pin_new, pins_of, steps_of
 from spvla.eval.ledger import Ledger
-from spvla.eval.plan import describe, make_plan
+from spvla.eval.plan import benchmark_of, describe, make_plan
 from spvla.eval.sizing import Sizes
 from spvla.files import discard
 from spvla.policies.registry import load_policy
@@ -75,7 +75,7 @@ def test_several_checkpoints_and_suites_make_one_plan(tiny: Path, tmp_path: Path
     config = EvaluateConfig(
         pretrained_checkpoint="x", task_suite_name="libero_object,libero_goal", tasks=(3,), num_trials_per_task=2
     )
-    plan = make_plan(config, [tiny, adapter])
+    plan = make_plan(config, benchmark_of(config), [tiny, adapter])
     assert [v.name for v in plan.versions] == ["tiny", "run/step_000300"]
     assert [v.is_adapter for v in plan.versions] == [False, True]
     assert plan.versions[1].base == str(tiny)
@@ -124,7 +124,7 @@ def test_a_real_evaluation_equals_the_same_trials_played_one_by_one(
         assert (row.status, row.steps, row.state_digest) == (alone.status, alone.steps, alone.state_digest)
     env.close()
 
-    assert protocol.assets == assets.resolve().name and protocol.max_steps == 6 and protocol.device == "cpu"
+    assert protocol.world["assets"] == assets.resolve().name and protocol.max_steps == 6 and protocol.device == "cpu"
     (log,) = tmp_path.glob("EVAL-libero_object-openvla-*--X.txt")
     assert log.read_text().count("Starting episode") == 2
     (video,) = [row.video for row in rows if row.video]
@@ -151,7 +151,8 @@ def test_environments_spare_the_gpu_where_the_policy_decodes_on_one(tmp_path: Pa
         farm_session.session(EvaluateConfig(pretrained_checkpoint="x", local_log_dir=tmp_path)) as opened,
     ):
         patched["Farm"].side_effect = lambda config, **settings: nullcontext(settings["working"])
-        with opened._open_farm().open_env("libero_object", 0, assets.resolve()) as env:
+        working = opened._open_farm()
+        with working.benchmark.open_env("libero_object", 0, spare_gpu=working.spare_gpu) as env:
             assert env.spare_gpu == (device == "cuda")
 
 

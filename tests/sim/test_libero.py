@@ -18,7 +18,7 @@ from spvla.benchmarks.libero.assets import AssetSet, read_by_scenes, resolve
 from spvla.benchmarks.libero.env import SUITES, LiberoEnv, num_init_states, task_info, tasks
 from spvla.benchmarks.libero.sampling import SensorClock
 from spvla.errors import InfrastructureError, UserError
-from spvla.types import MAX_STEPS, Env
+from spvla.types import Env
 
 WAIT = np.array([0.0, 0, 0, 0, 0, 0, -1])
 
@@ -47,7 +47,7 @@ def everything(env: LiberoEnv) -> dict[str, np.ndarray]:
 
 
 def test_each_suite_has_its_tasks_with_fifty_init_states() -> None:
-    assert {suite: len(tasks(suite)) for suite in SUITES} == {s: 90 if s == "libero_90" else 10 for s in MAX_STEPS}
+    assert {suite: len(tasks(suite)) for suite in SUITES} == {s: 90 if s == "libero_90" else 10 for s in SUITES}
     for suite in SUITES:
         assert num_init_states(suite, 0) == num_init_states(suite, 9) == 50
 

@@ -17,11 +17,11 @@ from spvla.benchmarks.libero.controller import Controller
 from spvla.benchmarks.libero.init_states import init_states, num_init_states
 from spvla.benchmarks.libero.placements import Placements, Start
 from spvla.benchmarks.libero.sampling import Sample, SensorClock
-from spvla.benchmarks.libero.suites import SUITES, TaskInfo, task_info, tasks
+from spvla.benchmarks.libero.suites import MAX_STEPS, SUITES, TaskInfo, task_info, tasks
 from spvla.benchmarks.libero.warmstart import HardReset, solve_again
 from spvla.errors import UserError
 from spvla.render.rendering import Renderer, renderer_name
-from spvla.types import ACTION_DIM, MAX_STEPS
+from spvla.types import ACTION_DIM
 
 __all__ = ["SUITES", "LiberoEnv", "TaskInfo", "num_init_states", "renderer_name", "task_info", "tasks"]
 

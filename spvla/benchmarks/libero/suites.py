@@ -9,8 +9,15 @@ from types import ModuleType
 
 from spvla.benchmarks.libero.genuine import require_libero
 from spvla.errors import UserError
-from spvla.types import MAX_STEPS
 
+# Steps a trial may take in each suite, after the settling steps (OpenVLA's evaluation protocol).
+MAX_STEPS = {
+    "libero_spatial": 220,
+    "libero_object": 280,
+    "libero_goal": 300,
+    "libero_10": 520,
+    "libero_90": 400,
+}
 SUITES = tuple(MAX_STEPS)
 
 

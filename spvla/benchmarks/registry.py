@@ -1,0 +1,62 @@
+"""Benchmarks by the names of their suites. One is a class of the `Benchmark` protocol and a line in BENCHMARKS.
+
+Nothing heavy is imported until a world is opened, so commands check the names of suites here.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from spvla.errors import UserError
+from spvla.types import Benchmark
+
+BENCHMARKS = {
+    "libero": "spvla.benchmarks.libero.benchmark:Libero",
+}
+OLDEST = "libero"  # ledgers that name no benchmark are of this one
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkFlags:
+    """What a command's flags say about the worlds that it plays in."""
+
+    libero_assets: Path | None = None
+
+
+class BenchmarkClass(Protocol):
+    """What a line in BENCHMARKS names."""
+
+    suites: tuple[str, ...]
+
+    def __call__(self, flags: BenchmarkFlags) -> Benchmark:
+        """Raises UserError where this machine lacks what the benchmark is made of."""
+
+
+def find(task_suite_name: str, flags: BenchmarkFlags) -> Benchmark:
+    """The benchmark that has all of these suites, whose names are separated by commas. Raises UserError."""
+    wanted = task_suite_name.split(",")
+    every = {suite: name for name in BENCHMARKS for suite in load(name).suites}
+    for suite in wanted:
+        if suite not in every:
+            raise UserError(
+                f"--task_suite_name {suite}", expected=f"one of {', '.join(every)}", remedy="Correct the name."
+            )
+    if len({every[suite] for suite in wanted}) > 1:
+        raise UserError(
+            f"--task_suite_name {task_suite_name}",
+            expected="suites of one benchmark",
+            remedy="Evaluate each benchmark by itself, in a --local_log_dir of its own.",
+        )
+    return load(every[wanted[0]])(flags)
+
+
+def load(name: str) -> BenchmarkClass:
+    module, cls = BENCHMARKS[name].split(":")
+    return getattr(importlib.import_module(module), cls)
+
+
+def benchmark_of(facts: Mapping[str, str]) -> str:
+    """The name of the benchmark that a ledger's manifest is of."""
+    return facts.get("benchmark", OLDEST)
