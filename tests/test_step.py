@@ -1,5 +1,6 @@
 """One update: exact to resume, the same on two workers as on one, not spoilt by a NaN."""
 
+import itertools
 import math
 import multiprocessing
 from dataclasses import replace
@@ -7,6 +8,7 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from selfplay_parts import join, ragged_batch, take, take_step, tiny_core, tiny_model
@@ -14,6 +16,7 @@ from selfplay_parts import join, ragged_batch, take, take_step, tiny_core, tiny_
 from spvla.config import StepConfig
 from spvla.errors import CheckpointError, TrainingError, UserError
 from spvla.model.adapters import add_lora
+from spvla.policies.openvla.actions import encode
 from spvla.train.adapters import Flat
 from spvla.train.objective import token_logps
 from spvla.train.optimizer import Optimizer
@@ -332,6 +335,28 @@ def test_the_action_columns_are_not_enough_for_a_head_that_has_learnt_other_word
     core.language_model.lm_head.weight[5, 0] = 0.1
     with pytest.raises(UserError, match="loss_columns"):
         Learner(core, StepConfig(objective="sft", use_lora=False, loss_columns="action"))
+
+
+def eight_colours() -> Batch:
+    """Red, green and blue, each dark or bright, say what the first three numbers of the action are."""
+    drawn = np.array(list(itertools.product((0, 1), repeat=3)))
+    images = np.broadcast_to(np.array([30, 230], np.uint8)[drawn][:, None, None, None], (8, 1, 224, 224, 3))
+    actions = np.zeros((8, 1, ACTION_DIM), np.float32)
+    actions[:, 0, :3] = drawn - 0.5
+    ids = np.concatenate((np.tile([1, 512, 29_901, 29_871], (8, 1)), encode(actions[:, 0]), np.full((8, 1), 2)), 1)
+    return Batch(images=images, input_ids=ids, lengths=np.full(8, 12), actions=actions, samples=np.arange(8))
+
+
+def test_tiny_learns_from_nothing_to_look() -> None:
+    """Whoever knows the actions but does not look loses their entropy: 3 log 2 an action, a seventh of it a token.
+
+    At the start all 256 actions are alike, and other words are out.
+    """
+    flags = {"learning_rate": 3e-3, "adam_beta2": 0.95, "max_grad_norm": 1.0, "warmup_steps": 5}
+    learner = Learner(tiny_core(), StepConfig(objective="sft", use_lora=False, loss_columns="action", **flags))
+    losses = [take_step(learner, eight_colours())["train_loss"] for _ in range(36)]
+    assert losses[0] == pytest.approx(math.log(256), abs=0.5)
+    assert np.mean(losses[-4:]) < 0.8 * 3 * math.log(2) / ACTION_DIM
 
 
 def test_every_weight_can_be_trained_and_is_saved_by_the_model() -> None:

@@ -51,7 +51,7 @@ MARKER = "spvla"  # entry of CONFIG (of an adapter: of ADAPTER_CONFIG) in which 
 PARTS = "*_checkpoint.pt"  # a family's own weights beside OpenVLA's
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # written by old versions of transformers; computed here
 _COPIED = ("*.json", "*.model", "*.py")  # tokenizer, processor, and the original's code (never run here)
-_PRESETS_VERSION = 2  # raised when a preset's bytes change
+_PRESETS_VERSION = 3  # raised when a preset's bytes change
 
 
 def load_model(

@@ -32,6 +32,9 @@ TOWER_FILE = "tiny_vision.json"  # head counts of towers whose size was never pu
 
 _SEVEN_B_SIGLIP_MLP = 4304
 PRESETS = ("small", "tiny")  # those that can be made here
+# Every embedding's first number, and that of the rows of actions in the output head, which has no bias: actions thus
+# begin 8 above all other words. Otherwise a policy spends its first hundred steps on learning that it answers in them.
+_CONSTANT = 3.0
 ACTION_IDS = slice(ACTION_TOKEN_BEGIN + 1, VOCAB_SIZE)  # rows of the vocabulary that stand for actions
 
 
@@ -98,10 +101,13 @@ def _initial(name: str, like: Tensor, config: OpenVLAConfig, generator: torch.Ge
     if name.endswith(("pos_embed", "cls_token", "reg_token", "latent")):
         return 0.3 * random
     if name.endswith("embed_tokens.weight"):
-        return 0.2 * random
+        rows = 0.2 * random
+        rows[:, 0] = _CONSTANT
+        return rows
     if name.endswith("lm_head.weight"):  # words that are no actions are never the answer: theirs are zeros
         rows = torch.zeros_like(like)
         rows[ACTION_IDS] = 0.02 * random[ACTION_IDS]
+        rows[ACTION_IDS, 0] = _CONSTANT
         return rows
     return random / math.sqrt(like[0].numel() * _writers(name, config))
 
