@@ -20,6 +20,7 @@ import torch
 
 from spvla.config import StepConfig
 from spvla.model.openvla import OpenVLA
+from spvla.policies.openvla.images import draw_augmentation
 from spvla.policies.openvla.presets import initialise, preset
 from spvla.train.step import Learner, Pending
 from spvla.types import ACTION_DIM, IMAGE_SIZE, Batch
@@ -44,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--steps", type=int, default=30, help="timed")
     parser.add_argument("--loss_columns", default="action", choices=("action", "all"))
+    parser.add_argument("--no_augmentation", action="store_true")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--profile", action="store_true", help="print the kernels of three steps")
     parser.add_argument("--out", type=Path, help="JSON")
@@ -64,7 +66,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     return {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "torch": torch.__version__,
-        **{"preset": args.preset, "batch": args.batch, "trained_numbers": len(learner.policy.master)},
+        **{"preset": args.preset, "batch": args.batch, "augmented": not args.no_augmentation},
+        **{"compiled": not args.eager and args.device == "cuda", "trained_numbers": len(learner.policy.master)},
         **{"samples_per_s": args.batch / step_s, "step_ms": 1e3 * step_s, "warm_up_s": warm_up_s},
         **{part: statistics.median(row[part] for row in rows) for part in PARTS},
         "memory_gib": rows[-1]["memory_gib"],
@@ -117,7 +120,13 @@ def random_batch(args: argparse.Namespace, seed: int) -> Batch:
         lengths=np.full(args.batch, ids.shape[1]),
         actions=np.zeros((args.batch, 1, ACTION_DIM), np.float32),
         samples=np.arange(args.batch),
+        augmentation=None if args.no_augmentation else augmentations(args.batch, rng),
     )
+
+
+def augmentations(size: int, rng: np.random.Generator) -> np.ndarray:
+    """(B, 1, 6) float32."""
+    return np.stack([draw_augmentation(rng, diagonal=False).row() for _ in range(size)])[:, None]
 
 
 def profile(learner: Learner, batches: "cycle[Batch]") -> None:
