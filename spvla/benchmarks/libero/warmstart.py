@@ -37,6 +37,7 @@ class HardReset:
         """(nv,) the solution after the model is loaded and the arm is at home: no draw has come into it yet."""
         mujoco.mj_resetData(self.model, self.data)
         mujoco.mj_forward(self.model, self.data)
+        solve_again(self.model, self.data)  # as the renderer is opened
         self._set(*self.arm)
         mujoco.mj_forward(self.model, self.data)  # as the controller is built
         solve_again(self.model, self.data)  # as it reads the arm
