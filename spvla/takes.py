@@ -16,7 +16,7 @@ from spvla.cluster.machines import cpus_to_use, request_for, require_resources
 from spvla.data.spool import Spool
 from spvla.errors import InfrastructureError
 from spvla.progress import Progress
-from spvla.render.rendering import draw_on_one_core
+from spvla.render.rendering import draw_on_gpu, draw_on_one_core
 from spvla.types import Episode
 
 Take = tuple[int, int]  # task, number
@@ -102,6 +102,7 @@ class Workers:
         self.idle: list[tuple[ray.actor.ActorHandle, int | None]] = []
         self.busy: dict[ray.ObjectRef, tuple[ray.actor.ActorHandle, Take, float]] = {}
         self.deaths: dict[Take, int] = {}
+        self.made = 0  # actors
 
     def start(self, tally: Tally) -> bool:
         """Gives idle actors their takes. False when nothing is due and nothing runs."""
@@ -118,7 +119,8 @@ class Workers:
 
     def _new(self) -> ray.actor.ActorHandle:
         place = request_for("spvla_env")
-        return ray.remote(num_cpus=1, resources=place, max_restarts=0)(_Actor).remote(self.make)
+        self.made += 1
+        return ray.remote(num_cpus=1, resources=place, max_restarts=0)(_Actor).remote(self.make, self.made)
 
     def _run(self, actor: ray.actor.ActorHandle, take: Take) -> None:
         self.busy[actor.record.remote(*take)] = actor, take, time.monotonic()
@@ -154,8 +156,9 @@ class Workers:
 class _Actor:
     """A recorder in a process of its own."""
 
-    def __init__(self, make: Callable[[], Recorder]) -> None:
+    def __init__(self, make: Callable[[], Recorder], number: int) -> None:
         draw_on_one_core()
+        draw_on_gpu(number)
         self.recorder = make()
 
     def record(self, task: int, take: int) -> Episode | None:

@@ -16,7 +16,10 @@ from spvla.types import Episode
 
 
 class Recorder:
-    """Holds the environment of the last task, since opening one takes longer than resetting it."""
+    """Holds the environment of the last task, since opening one takes longer than resetting it.
+
+    Many record at once, and each draws 300 pictures a take: a GPU that they share is short before their cores are.
+    """
 
     def __init__(self, suite: str, assets: AssetSet) -> None:
         self.suite, self.assets = suite, assets
@@ -37,7 +40,7 @@ class Recorder:
     def open(self, task: int) -> LiberoEnv:
         if self.env is None or self.env.task != task:
             self.close()
-            self.env = LiberoEnv(self.suite, task, self.assets)
+            self.env = LiberoEnv(self.suite, task, self.assets, spare_gpu=True)
         return self.env
 
     def close(self) -> None:
