@@ -221,7 +221,7 @@ def test_a_chunk_holds_the_actions_from_its_step_on(loader, store: FrameStore, t
         assert ids.tolist() == [*prompt_ids(tokenizer, frames[0].instruction), *actions.encode(chunk).ravel(), 2]
         pictures = [resize_lanczos(decode_jpeg(jpeg)) for jpeg in (frames[0].image, frames[0].wrist_image)]
         assert np.array_equal(batch.images[row], pictures)
-        assert np.array_equal(batch.proprio[row], store.proprio_stats.normalise(frames[0].proprio))
+        assert np.array_equal(batch.proprio[row], store.proprio_stats.for_training(frames[0].proprio))
 
 
 def test_the_last_steps_of_an_episode_are_never_current(loader) -> None:

@@ -9,7 +9,7 @@ from data_parts import NAME, episode
 
 from spvla.config import ExportConfig
 from spvla.data import index, layout
-from spvla.data.index import ensure_index
+from spvla.data.index import ensure_index, require_source
 from spvla.data.recorded import RECORDING, export, write_index
 from spvla.data.store import FORMAT, INDEX, FrameStore
 from spvla.errors import DatasetError, UserError
@@ -53,6 +53,9 @@ def test_the_order_of_delivery_does_not_matter(root: Path, tmp_path: Path) -> No
 
 def test_a_recorded_index_is_used_as_it_is(root: Path) -> None:
     assert ensure_index(root, NAME) == root / NAME / "index"  # would ask for Ray, and for shards, to build one
+    require_source(root, NAME)
+    with pytest.raises(DatasetError, match="holds no data set other"):
+        require_source(root, "other")
 
 
 def test_an_index_in_a_form_of_the_past_says_what_to_do(tmp_path: Path) -> None:

@@ -69,6 +69,12 @@ def ensure_index(data_root_dir: Path, dataset_name: str, *, skip_corrupt: bool =
     return folder
 
 
+def require_source(data_root_dir: Path, dataset_name: str) -> None:
+    """Raises DatasetError where there is neither a recorded data set nor one to index."""
+    if not is_recorded(data_root_dir / safe_name(dataset_name, what="--dataset_name") / FOLDER):
+        layout.find(data_root_dir, dataset_name)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """What the system says about a disk becomes one clear error."""

@@ -190,7 +190,7 @@ class Loader:
             chunks[here] = store.action_stats.normalise(store.actions[own[:, None] + np.arange(self.needs.chunk)])
             prompts[here] = self.prompts.rows[d][store.episodes[own]]
             if proprio is not None and store.proprio is not None:
-                proprio[here] = store.proprio_stats.normalise(store.proprio[own])
+                proprio[here] = store.proprio_stats.for_training(store.proprio[own])
         input_ids, lengths = self.prompts.with_answers(prompts, actions.encode(chunks))
         return Batch(
             images=draft.images,

@@ -27,6 +27,7 @@ import pyarrow as pa
 
 from spvla.errors import DatasetError
 from spvla.files import write_json
+from spvla.policies.oft.proprio import ProprioStats
 from spvla.policies.openvla.actions import ActionStats, env_to_dataset, gripper_to_env
 from spvla.types import ACTION_DIM, PROPRIO_DIM, Episode, Frame
 
@@ -156,9 +157,8 @@ class FrameStore:
         return ActionStats.from_json(self.statistics[self.name]["action"])
 
     @cached_property
-    def proprio_stats(self) -> ActionStats:
-        """Of the eight proprio numbers; without a mask, so that all are normalised."""
-        return ActionStats.from_json(self.statistics[self.name]["proprio"])
+    def proprio_stats(self) -> ProprioStats:
+        return ProprioStats.from_json(self.statistics[self.name]["proprio"], name=self.name)
 
     def split(self, name: str, *, val_split_from_train: bool = True) -> range:
         """Frame numbers of "train" or "val".

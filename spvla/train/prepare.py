@@ -14,8 +14,7 @@ from pathlib import Path
 from spvla import runs
 from spvla.cluster.machines import require_resources, total, unbounded
 from spvla.config import TrainConfig
-from spvla.data import layout
-from spvla.data.index import ensure_index
+from spvla.data.index import ensure_index, require_source
 from spvla.errors import UserError
 from spvla.files import safe_name, write_json
 from spvla.model.adapters import read_adapter
@@ -119,7 +118,7 @@ def evaluation_key(dataset_name: str, suite: str) -> str | None:
 def require_datasets(config: TrainConfig) -> None:
     """Raises DatasetError when a data set is missing, listing those that are there."""
     for name, _ in datasets_of(config.dataset_name):
-        layout.find(config.data_root_dir.expanduser().resolve(), name)
+        require_source(config.data_root_dir.expanduser().resolve(), name)
 
 
 def start_policy(config: TrainConfig, run: Path) -> str:
