@@ -1,6 +1,7 @@
 """Samples a second of learning from nothing: behaviour cloning of every weight, on one device.
 
-    python bench/train_small.py                                                   # one H200, preset "small": 2 minutes
+    python bench/train_small.py                                                   # one H200, preset "small"
+    python bench/train_small.py --preset small-oft                                # both cameras, proprio, chunks
     python bench/train_small.py --preset tiny --device cpu --batch 2 --steps 1    # a smoke test
 
 A step is all that training does with a batch that stands in (pinned) host memory: the copy to the device, pixel values,
@@ -19,11 +20,12 @@ import numpy as np
 import torch
 
 from spvla.config import StepConfig
-from spvla.model.openvla import OpenVLA
+from spvla.policies.checkpoint import resolve
+from spvla.policies.networks import load_network
 from spvla.policies.openvla.images import draw_augmentation
-from spvla.policies.openvla.presets import initialise, preset
+from spvla.policies.presets import PRESETS
 from spvla.train.step import Learner, Pending
-from spvla.types import ACTION_DIM, IMAGE_SIZE, Batch
+from spvla.types import ACTION_DIM, IMAGE_SIZE, PROPRIO_DIM, Batch, Needs
 
 PROMPT = 24  # tokens before the action; LIBERO's prompts have 19 to 33
 PARTS = ("data_s", "forward_s", "backward_s")
@@ -40,7 +42,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="small", choices=("small", "tiny"))
+    parser.add_argument("--preset", default="small", choices=PRESETS)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--steps", type=int, default=30, help="timed")
@@ -54,7 +56,7 @@ def arguments() -> argparse.Namespace:
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
     learner = new_learner(args)
-    batches = cycle([random_batch(args, seed) for seed in range(2)])
+    batches = cycle([random_batch(args, learner.family.needs, seed) for seed in range(2)])
     start_s = time.perf_counter()
     steps(learner, batches, WARM_UP)
     warm_up_s = time.perf_counter() - start_s
@@ -76,10 +78,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
 
 
 def new_learner(args: argparse.Namespace) -> Learner:
-    model = OpenVLA(preset(args.preset))
-    initialise(model, 0)
     on_gpu = args.device == "cuda"
-    model = model.eval().requires_grad_(False).to(args.device, torch.bfloat16 if on_gpu else torch.float32)
+    model = load_network(resolve(args.preset), device=args.device, dtype="bfloat16" if on_gpu else "float32")
     config = StepConfig(
         objective="sft",
         use_lora=False,
@@ -106,27 +106,29 @@ def steps(learner: Learner, batches: "cycle[Batch]", count: int) -> list[dict[st
     return [*rows, pending.read()]
 
 
-def random_batch(args: argparse.Namespace, seed: int) -> Batch:
-    rng = np.random.default_rng(seed)
-    ids = np.full((args.batch, PROMPT + ACTION_DIM + 1), 20_000)
+def random_batch(args: argparse.Namespace, needs: Needs, seed: int) -> Batch:
+    rng, size, tokens = np.random.default_rng(seed), args.batch, needs.chunk * ACTION_DIM
+    ids = np.full((size, PROMPT + tokens + 1), 20_000)
     ids[:, 0], ids[:, PROMPT - 1], ids[:, -1] = 1, 29_871, 2
-    ids[:, PROMPT:-1] = rng.integers(31_744, 32_000, (args.batch, ACTION_DIM))
-    shape = (args.batch, 1, IMAGE_SIZE, IMAGE_SIZE, 3)
-    images = torch.empty(shape, dtype=torch.uint8, pin_memory=args.device == "cuda")
+    ids[:, PROMPT:-1] = rng.integers(31_744, 32_000, (size, tokens))
+    shape = (size, len(needs.cameras))
+    images = torch.empty((*shape, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, pin_memory=args.device == "cuda")
     images.random_(0, 256, generator=torch.Generator().manual_seed(seed))
     return Batch(
         images=images.numpy(),
+        augmentation=None if args.no_augmentation else augmentations(shape, rng),
+        proprio=rng.uniform(-1, 1, (size, PROPRIO_DIM)).astype(np.float32) if needs.proprio else None,
         input_ids=ids,
-        lengths=np.full(args.batch, ids.shape[1]),
-        actions=np.zeros((args.batch, 1, ACTION_DIM), np.float32),
-        samples=np.arange(args.batch),
-        augmentation=None if args.no_augmentation else augmentations(args.batch, rng),
+        lengths=np.full(size, ids.shape[1]),
+        actions=np.zeros((size, needs.chunk, ACTION_DIM), np.float32),
+        samples=np.arange(size),
     )
 
 
-def augmentations(size: int, rng: np.random.Generator) -> np.ndarray:
-    """(B, 1, 6) float32."""
-    return np.stack([draw_augmentation(rng, diagonal=False).row() for _ in range(size)])[:, None]
+def augmentations(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """(B, C, 6) float32."""
+    rows = [draw_augmentation(rng, diagonal=False).row() for _ in range(shape[0] * shape[1])]
+    return np.reshape(rows, (*shape, 6))
 
 
 def profile(learner: Learner, batches: "cycle[Batch]") -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from policy_parts import reference_model, requests, write_adapter
-from selfplay_parts import ragged_batch, take_step, tiny_model
+from selfplay_parts import ragged_batch, take_step, tiny_core, tiny_model
 from torch import Tensor
 
 import spvla
@@ -23,6 +24,8 @@ from spvla.model.vision import Block, TowerConfig
 from spvla.policies.openvla.policy import OpenVLAPolicy
 from spvla.policies.openvla.presets import initialise, preset
 from spvla.policies.openvla.prompt import build_tiny_tokenizer
+from spvla.train.adapters import Flat
+from spvla.train.optimizer import Optimizer
 from spvla.train.step import Learner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -234,3 +237,28 @@ def test_a_step_does_not_wait_for_the_device() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert math.isfinite(pending.read()["total_loss"])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_learning_every_weight_in_bfloat16_follows_a_cpu_in_float32_and_waits_for_nothing(compiled: bool) -> None:
+    flags = {"learning_rate": 1e-3, "loss_columns": "action", "weight_decay_on": "matrices", "max_grad_norm": 1.0}
+    config, batch = StepConfig(objective="sft", use_lora=False, **flags), ragged_batch(4)
+    here = Learner(tiny_core(), config)
+    there = Learner(tiny_core().cuda().bfloat16(), replace(config, compile=compiled))
+    for _ in range(4):
+        wanted = take_step(here, batch)
+        (questions,) = there.ask([[batch]])
+        torch.cuda.set_sync_debug_mode("error" if there.steps else "default")  # the first step compiles
+        try:
+            pending = there.step(questions)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert pending.read()["train_loss"] == pytest.approx(wanted["train_loss"], rel=2e-2)
+
+
+def test_the_gradients_norm_is_that_of_float64() -> None:
+    gradient = torch.randn(50_000_000, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) * 1e-3
+    optimizer = Optimizer(Flat([torch.zeros_like(gradient)], dtype=torch.float32, trainable=False), None, StepConfig())
+    optimizer.gradient.copy_(gradient)
+    norm = optimizer.update(torch.zeros((), device="cuda"), None, 0.0)["grad_norm"].item()
+    assert norm == pytest.approx(gradient.double().norm().item(), rel=1e-6)

@@ -287,7 +287,9 @@ def test_two_micro_batches_equal_one_of_twice_the_size() -> None:
     [
         StepConfig(beta=0.5, opponent_update="ema", ema_decay=0.9, lr_schedule="cosine", max_steps=6),
         StepConfig(beta=0.5, opponent_temperature=1.0, lora_dropout=0.3, max_grad_norm=0.1, warmup_steps=3),
-        StepConfig(objective="sft", use_lora=False, learning_rate=1e-3),
+        StepConfig(
+            objective="sft", use_lora=False, learning_rate=1e-3, weight_decay_on="matrices", loss_columns="action"
+        ),
     ],
     ids=["ema", "sampled, with dropout", "every weight"],
 )
