@@ -20,8 +20,9 @@ from spvla.benchmarks.libero.recorders import Demonstrator, Recorder, Replayer
 from spvla.cluster.connect import connection
 from spvla.config import CollectConfig, RegenerateConfig
 from spvla.data.demos import count_demos, demo_files
-from spvla.data.recorded import RECORDING, write_index
+from spvla.data.recorded import write_index
 from spvla.data.spool import Spool
+from spvla.data.store import RECORDING, read_recording
 from spvla.errors import DatasetError, UserError
 from spvla.files import require_writable, write_json
 from spvla.takes import Tally, gather
@@ -97,7 +98,8 @@ def record(
         gather(tally, spool, make, num_workers)
     print(table(request, tally))
     (waiting / BEGUN).touch()
-    folder = write_index([spool.name(*take) for take in tally.kept()], spool.read, root, request.name)
+    names = [spool.name(*take) for take in tally.kept()]
+    folder = write_index(names, spool.read, root, request.name, starts=request.how.get("starts"))
     write_json(root / request.name / RECORDING, request.to_json())
     shutil.rmtree(waiting)
     print(f"{request.name}  written to {folder}")
@@ -106,7 +108,7 @@ def record(
 def is_done(folder: Path, request: Request, waiting: Path) -> bool:
     """Whether the data set is there and is what was asked for. Raises DatasetError when it is anything else."""
     wanted = request.to_json()
-    found = read_note(folder / RECORDING)
+    found = read_recording(folder)
     if found == wanted:
         return True
     if not folder.exists() or (waiting / BEGUN).exists():  # cut short between data set and note: write both again
@@ -117,15 +119,6 @@ def is_done(folder: Path, request: Request, waiting: Path) -> bool:
         expected="no data set of that name, or one that the same command made",
         remedy="Give another --data_root_dir, or move the data set away.",
     )
-
-
-def read_note(path: Path) -> dict[str, Any]:
-    """What a recording says of itself; nothing where there is no such file, or none of ours."""
-    try:
-        note = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) else {}
 
 
 def table(request: Request, tally: Tally) -> str:

@@ -15,8 +15,7 @@ from spvla.benchmarks.libero.starts import initial_start
 from spvla.collect import Request, collect, regenerate
 from spvla.config import CollectConfig, RegenerateConfig
 from spvla.data.index import ensure_index
-from spvla.data.recorded import RECORDING
-from spvla.data.store import FrameStore
+from spvla.data.store import RECORDING, FrameStore
 from spvla.errors import DatasetError, InfrastructureError, UserError
 from spvla.takes import ENOUGH_CRASHES, Tally
 from spvla.types import Episode

@@ -10,15 +10,16 @@ from data_parts import NAME, episode
 from spvla.config import ExportConfig
 from spvla.data import index, layout
 from spvla.data.index import ensure_index, require_source
-from spvla.data.recorded import RECORDING, export, write_index
-from spvla.data.store import FORMAT, INDEX, FrameStore
+from spvla.data.recorded import export, write_index
+from spvla.data.store import FORMAT, INDEX, RECORDING, FrameStore
 from spvla.errors import DatasetError, UserError
 
 EPISODES = {f"take_{i}": episode(i, steps=3 + i % 3) for i in range(70)}
 
 
 def write(root: Path, names: list[str] | None = None) -> FrameStore:
-    return FrameStore.open(write_index(list(EPISODES) if names is None else names, EPISODES.__getitem__, root, NAME))
+    names = list(EPISODES) if names is None else names
+    return FrameStore.open(write_index(names, EPISODES.__getitem__, root, NAME, starts="fresh"))
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,7 @@ def test_an_exported_data_set_indexes_to_the_same_store(root: Path, tmp_path: Pa
     index.finish(folder, source)
     ours, theirs = FrameStore.open(root / NAME / "index"), FrameStore.open(folder)
     assert ours.statistics == theirs.statistics
+    assert ours.statistics[NAME]["starts"] == "fresh"
     assert ours.episode_lengths == theirs.episode_lengths
     assert all(a.equals(b) for a, b in zip(ours.batches, theirs.batches, strict=True))
 

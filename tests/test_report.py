@@ -106,6 +106,17 @@ def test_an_unfinished_evaluation_says_what_is_missing(run: Path) -> None:
     assert any(line.endswith("9/11 trials done, 5 successes (55.6%), 1 lost to errors") for line in describe(run))
 
 
+def test_a_policy_that_learnt_from_test_starts_has_seen_its_exam(run: Path, tmp_path: Path) -> None:
+    for name, starts in (("policy-a", "fresh"), ("policy-b", "test")):
+        learnt = {"libero_object_no_noops": {"starts": starts}, "libero_goal_no_noops": {"starts": "test"}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset_statistics.json").write_text(json.dumps(learnt))
+        with closing(sqlite3.connect(run / runs.LEDGER)) as db, db:
+            db.execute("UPDATE policies SET path = ? WHERE name = ?", (str(tmp_path / name), name))
+    (note,) = [note for note in tell(run).notes if "exam" in note]
+    assert note.startswith("policy-b has seen its exam: its demonstrations of libero_object begin at")
+
+
 def test_two_policies_of_one_name_stay_apart(run: Path) -> None:
     with closing(sqlite3.connect(run / runs.LEDGER)) as db, db:
         db.execute("UPDATE policies SET name = 'twin'")

@@ -24,6 +24,7 @@ from spvla.data.store import (
     FrameStore,
     conclude,
     read_index,
+    read_recording,
     write_batches,
 )
 from spvla.errors import DatasetError, SpvlaError
@@ -219,7 +220,8 @@ def finish(folder: Path, source: Layout) -> None:
             expected="at least one",
             remedy="Download or make the data set again.",
         )
-    conclude(folder, source.name, entries, skipped=skipped)
+    starts = read_recording(folder.parent).get("starts")
+    conclude(folder, source.name, entries, skipped=skipped, starts=starts)
     tidy(folder, {e["file"] for e in entries})
 
 

@@ -15,17 +15,23 @@ import numpy as np
 
 from spvla.config import ExportConfig
 from spvla.data.index import FOLDER, is_recorded, writing
-from spvla.data.store import FrameStore, conclude, write_batches
+from spvla.data.store import RECORDING, FrameStore, conclude, write_batches
 from spvla.errors import DatasetError, UserError
 from spvla.files import new_folder, require_writable, safe_name
 from spvla.types import Episode
 
-RECORDING = "recording.json"  # beside the index: what was asked for
 SHARD_EPISODES = 32  # about 200 MB
 THREADS = 8
 
 
-def write_index(names: Sequence[str], read: Callable[[str], Episode], data_root_dir: Path, dataset_name: str) -> Path:
+def write_index(
+    names: Sequence[str],
+    read: Callable[[str], Episode],
+    data_root_dir: Path,
+    dataset_name: str,
+    *,
+    starts: str | None = None,
+) -> Path:
     """Writes DATA_ROOT/NAME/index from the episodes of these names; nothing is there before all of it is.
 
     They are ordered by the digest of their names, so that the last 5% are a fair sample and the order in which parallel
@@ -46,7 +52,8 @@ def write_index(names: Sequence[str], read: Callable[[str], Episode], data_root_
         return {"file": path.name, "bytes": path.stat().st_size, "split": "train", "sha256": digest} | counts
 
     with writing(folder), new_folder(folder) as new, ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        conclude(new, dataset_name, list(pool.map(write_shard, range(len(groups)))), recorded=True)
+        entries = list(pool.map(write_shard, range(len(groups))))
+        conclude(new, dataset_name, entries, starts=starts, recorded=True)
     return folder
 
 

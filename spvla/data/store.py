@@ -33,6 +33,7 @@ from spvla.types import ACTION_DIM, PROPRIO_DIM, Episode, Frame
 
 FORMAT = 3  # raise when the files' meaning changes: older indices are then made again
 INDEX, STATISTICS = "index.json", "dataset_statistics.json"
+RECORDING = "recording.json"  # beside the index: how this project recorded the data set
 HELD_OUT = 0.05  # of the episodes, the last ones, when the source has no validation split
 COLUMNS = {"agentview": "image", "robot0_eye_in_hand": "wrist_image"}  # camera -> column
 JOINTS = 7  # of the arm
@@ -186,6 +187,15 @@ class FrameStore:
         return round((1 - HELD_OUT) * own)  # TFDS's own rounding of train[:95%]
 
 
+def read_recording(dataset: Path) -> dict[str, Any]:
+    """What the recording of a data set says of itself; nothing where there is none."""
+    try:
+        note = json.loads((dataset / RECORDING).read_text())
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.exists():
@@ -238,16 +248,23 @@ def write_batches(path: Path, episodes: Iterable[Episode]) -> list[int]:
 
 
 def conclude(
-    folder: Path, name: str, entries: Sequence[dict[str, Any]], *, skipped: Sequence[str] = (), recorded: bool = False
+    folder: Path,
+    name: str,
+    entries: Sequence[dict[str, Any]],
+    *,
+    skipped: Sequence[str] = (),
+    starts: str | None = None,
+    recorded: bool = False,
 ) -> None:
     """Writes the statistics over every episode, then the index itself, last.
 
-    An entry is a file: `file`, `bytes`, `split`, `episodes`, `frames`, and `sha256` of what it was made from.
-    `recorded`: the files are the data set, and there are no shards to read again.
+    An entry is a file: `file`, `bytes`, `split`, `episodes`, `frames`, and `sha256` of what it was made from. `starts`
+    ("fresh" or "test") joins the statistics, which go with every checkpoint: a report then knows whether a policy has
+    seen its exam. `recorded`: the files are the data set, and there are no shards to read again.
     """
     batches = [b for e in entries for b in read_batches(folder / e["file"], e["bytes"])]
     statistics = statistics_of(actions_of(batches), proprio_of(batches), len(batches))
-    write_json(folder / STATISTICS, {name: statistics})
+    write_json(folder / STATISTICS, {name: statistics | ({"starts": starts} if starts else {})})
     whole = {
         "format": FORMAT,
         "dataset_name": name,

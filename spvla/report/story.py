@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from spvla import runs
-from spvla.eval.ledger import ErrorRow, Ledger, TrialRow
+from spvla.eval.ledger import ErrorRow, Ledger, PolicyRow, TrialRow
 from spvla.eval.summary import Summary, shorten, summarise
 from spvla.report import plots
+from spvla.report.exam import exams_seen
 from spvla.statistics import paired
 from spvla.types import Status
 
@@ -142,9 +143,10 @@ def tell(run: Path) -> Story:
     trials: list[TrialRow] = []
     errors: list[ErrorRow] = []
     protocol: list[tuple[str, str]] = []
+    policies: list[PolicyRow] = []
     if (run / runs.LEDGER).exists():
         with Ledger.open(run / runs.LEDGER) as ledger:
-            trials, errors = ledger.trials(), ledger.errors()
+            trials, errors, policies = ledger.trials(), ledger.errors(), ledger.policies()
             protocol = [(k, str(v)) for manifest in ledger.protocols() for k, v in manifest.manifest().items()]
     tables = tables_of(summarise(trials))
     return Story(
@@ -153,7 +155,7 @@ def tell(run: Path) -> Story:
         command=written["command"],
         config=json.dumps(written["config"], indent=2),
         tiles=[*success_tiles(tables), *training_tiles(run)],
-        notes=notes(protocol, tables, errors),
+        notes=[*notes(protocol, tables, errors), *exams_seen(policies, tables)],
         history=history(run),
         evaluations=tables,
         success_plots=success_plots(tables),
