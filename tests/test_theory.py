@@ -1,4 +1,4 @@
-"""The closed form of docs/theory.md against a tabular softmax policy trained on the loss itself."""
+"""The statements of docs/theory.md: the closed form against a tabular softmax policy trained on the loss itself."""
 
 import pytest
 import torch
@@ -87,3 +87,41 @@ def test_one_iteration_scales_the_log_ratios_by_one_minus_one_over_beta() -> Non
     before, after = (DATA.log() - p.log() for p in (OPPONENT, optimum(OPPONENT, DATA, 0.7)))
     ratio = (after - after.mean()) / (before - before.mean())
     assert ratio.tolist() == pytest.approx([1 - 1 / 0.7] * len(DATA))
+
+
+def chunk_gradient(marginals: Tensor, joint: Tensor) -> Tensor:
+    """Of the loss over chunks of two tokens, where a policy that is a product plays against itself."""
+    logits = marginals.log().requires_grad_()
+    policy = logits.log_softmax(-1)
+    chunks = policy[0][:, None] + policy[1]  # (V, V) log-probs of each chunk
+    opponent = chunks.detach()
+    loss = torch.zeros((), dtype=torch.float64)
+    for real, generated in torch.cartesian_prod(torch.arange(joint.numel()), torch.arange(joint.numel())):
+        pair = [table.flatten()[i] for table in (chunks, opponent) for i in (real, generated)]
+        weight = joint.flatten()[real] * opponent.exp().flatten()[generated]
+        loss = loss + weight * spin_loss(*pair, beta=0.7).loss
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def test_chunks_come_to_rest_at_the_product_of_the_datas_marginals() -> None:
+    joint = torch.tensor([[0.4, 0.1, 0.1], [0.0, 0.1, 0.1], [0.0, 0.0, 0.2]], dtype=torch.float64)  # no product
+    marginals = torch.stack((joint.sum(1), joint.sum(0)))
+    assert chunk_gradient(marginals, joint).abs().max() < 1e-12
+    assert chunk_gradient(marginals.flip(0), joint).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("width", [0.05, 0.4])
+def test_a_regressing_heads_self_play_sets_out_along_l1s_own_gradient(width: float) -> None:
+    """Laplace's likelihood around mu, the opponent the same: beta / (2 b) times the gradient of E|y - mu|."""
+    data = torch.tensor([-0.9, -0.2, 0.1, 0.3, 0.8], dtype=torch.float64)
+    noise = torch.linspace(-8, 8, 2000, dtype=torch.float64) * width  # an even number: none of them is zero
+    drawn = (-(noise / width).abs()).softmax(-1)
+    for start in (-0.5, 0.1 + 1e-9, 0.6):  # the second as good as the median
+        mu = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+        y, other = data[:, None], (mu.detach() + noise)[None]
+        logps = [-(x - m).abs() / width for m in (mu, mu.detach()) for x in (y, other)]
+        loss = (drawn * spin_loss(*logps, beta=0.7).loss).sum(-1).mean()
+        (gradient,) = torch.autograd.grad(loss, mu)
+        l1 = torch.sign(mu.detach() - data).mean()
+        assert gradient.item() == pytest.approx(0.7 / (2 * width) * l1.item(), abs=1e-6)
+    assert 0.7 / (2 * width) * abs(torch.sign(0.1 - data).mean().item()) < 1e-12
