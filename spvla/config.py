@@ -344,6 +344,8 @@ class EvaluateConfig(FarmConfig):
     """checkpoint or adapter folder, several separated by commas, or a Hugging Face name in the local cache"""
     task_suite_name: str = "libero_spatial"
     """one suite, or several separated by commas"""
+    perturb: str = ""
+    """LIBERO-PRO's variants of these suites instead: object, position, language, task; several separated by commas"""
     tasks: tuple[int, ...] = ()
     """task numbers, such as 0,3; all by default"""
     num_trials_per_task: int = 50

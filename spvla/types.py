@@ -145,6 +145,9 @@ class Benchmark(Protocol):
     def max_steps(self, suite: str) -> int:
         """Steps that a trial may take, after the settling steps."""
 
+    def trained_on(self, suite: str) -> str:
+        """The suite whose action statistics a policy uses here: itself, or the one that it is a variant of."""
+
     def num_init_states(self, suite: str, task: int) -> int: ...
 
     def require(self, wanted: Sequence[tuple[str, int]]) -> None:

@@ -52,6 +52,9 @@ class FakeBenchmark:
     def max_steps(self, suite: str) -> int:
         return 280
 
+    def trained_on(self, suite: str) -> str:
+        return suite
+
     def num_init_states(self, suite: str, task: int) -> int:
         return 50
 

@@ -14,6 +14,7 @@ from spvla.types import Benchmark
 
 BENCHMARKS = {
     "libero": "spvla.benchmarks.libero.benchmark:Libero",
+    "libero_pro": "spvla.benchmarks.libero_pro.benchmark:LiberoPro",
 }
 OLDEST = "libero"  # ledgers that name no benchmark are of this one
 
@@ -29,6 +30,7 @@ class BenchmarkClass(Protocol):
     """What a line in BENCHMARKS names."""
 
     suites: tuple[str, ...]
+    variants: Mapping[tuple[str, str], str]  # (a suite, possibly another benchmark's; what is changed) -> suite
 
     def __call__(self, flags: BenchmarkFlags) -> Benchmark:
         """Raises UserError where this machine lacks what the benchmark is made of."""
@@ -50,6 +52,21 @@ def find(task_suite_name: str, flags: BenchmarkFlags) -> Benchmark:
             remedy="Evaluate each benchmark by itself, in a --local_log_dir of its own.",
         )
     return load(every[wanted[0]])(flags)
+
+
+def perturbed(task_suite_name: str, perturb: str) -> str:
+    """("libero_object,libero_goal", "object,position") -> the four suites that change those so. Raises UserError."""
+    variants = {asked: suite for name in BENCHMARKS for asked, suite in load(name).variants.items()}
+    wanted = [(suite, how) for suite in task_suite_name.split(",") for how in perturb.split(",")]
+    for suite, how in wanted:
+        if (suite, how) not in variants:
+            there = [other for base, other in variants if base == suite]
+            raise UserError(
+                f"--perturb {how} of {suite}",
+                expected=f"one of {', '.join(there) or '(none)'}, which it has in LIBERO-PRO's package",
+                remedy="Correct --perturb or --task_suite_name.",
+            )
+    return ",".join(variants[asked] for asked in wanted)
 
 
 def load(name: str) -> BenchmarkClass:

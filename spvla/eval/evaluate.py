@@ -4,8 +4,10 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from spvla.benchmarks.registry import perturbed
 from spvla.config import EvaluateConfig
 from spvla.eval.session import session
 from spvla.eval.summary import Summary, table
@@ -13,6 +15,8 @@ from spvla.eval.summary import Summary, table
 
 def evaluate(config: EvaluateConfig) -> None:
     """The command. Its table goes to stdout, everything else to stderr."""
+    if config.perturb:
+        config = replace(config, task_suite_name=perturbed(config.task_suite_name, config.perturb), perturb="")
     if config.follow is not None:
         from spvla.eval.follow import follow
 

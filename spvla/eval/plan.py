@@ -33,7 +33,8 @@ def make_plan(config: EvaluateConfig, benchmark: Benchmark, checkpoints: Sequenc
     """Raises UserError for a checkpoint, suite, task, key or number of trials that does not exist."""
     tasks = chosen_tasks(benchmark, config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
     versions = [describe(str(path), flags_of(config)) for path in checkpoints]
-    keys = {(v.digest, suite): unnorm_key(v, suite, config.unnorm_key) for v in versions for suite, _ in tasks}
+    suites = {suite: benchmark.trained_on(suite) for suite, _ in tasks}
+    keys = {(v.digest, s): unnorm_key(v, trained, config.unnorm_key) for v in versions for s, trained in suites.items()}
     trials = [
         Trial(policy=v.digest, suite=suite, task=task, init_state=i)
         for v in versions

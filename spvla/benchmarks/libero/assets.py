@@ -147,20 +147,31 @@ def _primitives() -> AssetSet:
 
 def _named(folder: Path) -> AssetSet:
     """Named by content: a folder's name says nothing about what lies in it."""
-    files = sorted(read_by_scenes(folder))
-    digest = remembered("assets", [folder / file for file in files], lambda: _digest(folder, files))
+    digest = content_digest(folder, _all_models())
     name = "libero" if digest == LIBERO_DIGEST else f"{folder.name}-{digest[:8]}"
     return AssetSet(name=name, path=folder, digest=digest)
 
 
-def read_by_scenes(folder: Path) -> set[str]:
-    """Paths in `folder` of what LIBERO's tasks can read: rooms, objects, and the meshes and textures they refer to.
+def content_digest(folder: Path, models: Iterable[str]) -> str:
+    """sha256 of what scenes with these models can read in `folder`. Raises UserError."""
+    files = sorted(read_by_scenes(folder, models))
+    return remembered("assets", [folder / file for file in files], lambda: _digest(folder, files))
+
+
+def read_by_scenes(folder: Path, models: Iterable[str] | None = None) -> set[str]:
+    """Paths in `folder` of what tasks can read: rooms, objects, and the meshes and textures that they refer to.
+
+    models: the objects, by default those of LIBERO's own tasks.
 
     A room or object may be missing, as in a set for some of the tasks. Raises UserError where one refers to a file
     that is not there, or cannot be parsed.
     """
     descriptions = [Path(scene) for scene in _SCENES if (folder / scene).is_file()]
-    descriptions += [description for model in sorted(_all_models()) for description in _models(folder, model)]
+    descriptions += [
+        description
+        for model in sorted(_all_models() if models is None else models)
+        for description in _models(folder, model)
+    ]
     found = {texture for texture in _TEXTURES if (folder / texture).is_file()}
     for description in descriptions:
         found |= {str(description), *_references(folder, description)}

@@ -3,6 +3,7 @@
 import importlib.metadata
 from collections.abc import Sequence
 from functools import cached_property
+from typing import ClassVar
 
 from spvla.benchmarks.libero import assets
 from spvla.benchmarks.libero.genuine import TASKS_DIGEST
@@ -18,6 +19,7 @@ class Libero:
     """Its five suites, on one set of assets."""
 
     suites = SUITES
+    variants: ClassVar[dict[tuple[str, str], str]] = {}
 
     def __init__(self, flags: BenchmarkFlags) -> None:
         self.flags = flags
@@ -35,6 +37,9 @@ class Libero:
 
     def max_steps(self, suite: str) -> int:
         return MAX_STEPS[suite]
+
+    def trained_on(self, suite: str) -> str:
+        return suite
 
     def num_init_states(self, suite: str, task: int) -> int:
         return num_init_states(suite, task)

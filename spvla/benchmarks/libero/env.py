@@ -14,10 +14,10 @@ import numpy as np
 from spvla.benchmarks.libero import stock
 from spvla.benchmarks.libero.assets import AssetSet
 from spvla.benchmarks.libero.controller import Controller
-from spvla.benchmarks.libero.init_states import init_states, num_init_states
+from spvla.benchmarks.libero.init_states import load_init_states, num_init_states
 from spvla.benchmarks.libero.placements import Placements, Start
 from spvla.benchmarks.libero.sampling import Sample, SensorClock
-from spvla.benchmarks.libero.suites import MAX_STEPS, SUITES, TaskInfo, task_info, tasks
+from spvla.benchmarks.libero.suites import SUITES, TaskInfo, task_info, tasks
 from spvla.benchmarks.libero.warmstart import HardReset, solve_again
 from spvla.errors import UserError
 from spvla.render.rendering import Renderer, renderer_name
@@ -35,11 +35,20 @@ class LiberoEnv:
     gets `image` and `proprio`, which show the moment that LIBERO's sensors last sampled. spare_gpu: see `Renderer`.
     """
 
-    def __init__(self, suite: str, task: int, assets: AssetSet, *, seed: int = 0, spare_gpu: bool = False) -> None:
-        info = task_info(suite, task)
+    def __init__(
+        self,
+        suite: str,
+        task: int,
+        assets: AssetSet,
+        *,
+        seed: int = 0,
+        spare_gpu: bool = False,
+        info: TaskInfo | None = None,  # of a task that another benchmark makes of LIBERO's parts
+    ) -> None:
+        info = info or task_info(suite, task)
         self.suite, self.task, self.task_name, self.instruction = suite, task, info.name, info.instruction
-        self.max_steps = MAX_STEPS[suite]
-        self.init_states = init_states(suite, task)
+        self.max_steps = info.max_steps
+        self.init_states = load_init_states(info.init_file)
         self.env = stock.build_problem(info.bddl_file, assets.path)
         self.model, self.data = self.env.sim.model._model, self.env.sim.data._data
         self.robot = self.env.robots[0]

@@ -29,28 +29,29 @@ def require_libero(root: Path, task_map: Mapping[str, Sequence[str]]) -> None:
     task_map: suite -> names of its tasks, as `root` has it.
     """
     for suite, size in SUITE_SIZES.items():
-        if (theirs := len(task_map.get(suite, ()))) != size:
-            raise _foreign(root, f"its {suite} has {theirs} tasks instead of {size} (LIBERO-plus has thousands)")
+        if (count := len(task_map.get(suite, ()))) != size:
+            raise _foreign(root, f"its {suite} has {count} tasks instead of {size} (LIBERO-plus has thousands)")
     if more := sorted(task_map.keys() - SUITE_SIZES):
         raise _foreign(root, f"it has suites that LIBERO has not, such as {more[0]} (LIBERO-PRO adds its own)")
     code = root / "__init__.py"
     if not code.is_file() or "def get_assets_path" not in code.read_text():
         raise _foreign(root, "it can read objects from its own folder only (as the repository and its forks do)")
     for suite, digest in SUITE_DIGESTS.items():
-        if suite_digest(root, suite, task_map[suite]) != digest:
+        try:
+            theirs = suite_digest(root, suite, task_map[suite])
+        except OSError as e:
+            raise _foreign(root, f"{e.filename} cannot be read ({e.strerror})") from e
+        if theirs != digest:
             raise _foreign(root, f"the names, BDDL files or init states of its {suite} are not LIBERO's")
 
 
 def suite_digest(root: Path, suite: str, names: Sequence[str]) -> str:
-    """sha256 over each task's name, BDDL file and init states, in the suite's order. UserError for a missing file."""
+    """sha256 over each task's name, BDDL file and init states, in the suite's order. OSError for a missing file."""
     total = hashlib.sha256()
     for name in names:
         total.update(name.encode())
         for file in (f"bddl_files/{suite}/{name}.bddl", f"init_files/{suite}/{name}.pruned_init"):
-            try:
-                total.update(hashlib.sha256((root / file).read_bytes()).digest())
-            except OSError as e:
-                raise _foreign(root, f"{file} cannot be read ({e.strerror})") from e
+            total.update(hashlib.sha256((root / file).read_bytes()).digest())
     return total.hexdigest()
 
 

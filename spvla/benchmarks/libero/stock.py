@@ -12,8 +12,9 @@ import logging
 import os
 import pdb
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -69,6 +70,7 @@ _keep_no_files()
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     import libero.libero
     from libero.libero.envs import TASK_MAPPING
+    from libero.libero.envs.base_object import OBJECTS_DICT, VISUAL_CHANGE_OBJECTS_DICT
     from libero.libero.envs.bddl_utils import get_problem_info
     from robosuite import load_controller_config
     from robosuite.environments.base import MujocoEnv
@@ -95,6 +97,22 @@ __all__ = [
 def use_assets(folder: Path) -> None:
     """Objects built from here on are read from `folder`; LIBERO looks it up each time."""
     libero.libero._assets_path_cache = str(folder)
+
+
+def add_objects(likes: Mapping[str, str]) -> None:
+    """Objects that LIBERO has not, each handled as one that it has (turned, opened, lit): its name -> LIBERO's name."""
+    for name, like in likes.items():
+        if name not in OBJECTS_DICT:
+            OBJECTS_DICT[name] = _resembling(name, OBJECTS_DICT[like])
+            if like in VISUAL_CHANGE_OBJECTS_DICT:
+                VISUAL_CHANGE_OBJECTS_DICT[name] = OBJECTS_DICT[name]
+
+
+def _resembling(name: str, like: type) -> type:
+    def build(self: Any, name: str = name, obj_name: str = name, **joints: Any) -> None:
+        like.__init__(self, name, obj_name, **joints)
+
+    return type("".join(word.capitalize() for word in name.split("_")), (like,), {"__init__": build})
 
 
 MAX_RESETS = 100  # LIBERO itself would try for ever to place a scene's objects

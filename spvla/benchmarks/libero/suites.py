@@ -29,14 +29,16 @@ class TaskInfo:
     id: int
     name: str
     instruction: str
+    max_steps: int
+    folder: Path  # with the benchmark's bddl_files and init_files
 
     @property
     def bddl_file(self) -> Path:
-        return package("libero") / "libero/bddl_files" / self.suite / f"{self.name}.bddl"
+        return self.folder / "bddl_files" / self.suite / f"{self.name}.bddl"
 
     @property
     def init_file(self) -> Path:
-        return package("libero") / "libero/init_files" / self.suite / f"{self.name}.pruned_init"
+        return self.folder / "init_files" / self.suite / f"{self.name}.pruned_init"
 
     @property
     def models(self) -> set[str]:
@@ -51,9 +53,9 @@ def tasks(suite: str) -> list[TaskInfo]:
     """Every task of a suite, in LIBERO's order."""
     if suite not in SUITES:
         raise UserError(f"suite {suite}", expected=f"one of {', '.join(SUITES)}", remedy="Correct the name.")
+    same = {"suite": suite, "max_steps": MAX_STEPS[suite], "folder": package("libero") / "libero"}
     return [
-        TaskInfo(suite=suite, id=i, name=name, instruction=_instruction(name))
-        for i, name in enumerate(_task_map()[suite])
+        TaskInfo(id=i, name=name, instruction=_instruction(name), **same) for i, name in enumerate(_task_map()[suite])
     ]
 
 
@@ -95,6 +97,13 @@ def _task_map() -> dict[str, list[str]]:
         ) from e
     require_libero(root, task_map)
     return task_map
+
+
+def bddl_language(file: Path) -> str:
+    """The wording in a BDDL file, which for LIBERO's own tasks is not the one that policies are given."""
+    found = re.search(r"\(:language ([^)]*)\)", file.read_text())
+    assert found is not None, file
+    return found[1].strip()
 
 
 def _instruction(name: str) -> str:
