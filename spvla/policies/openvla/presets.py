@@ -1,11 +1,12 @@
 """Models by name, and checkpoints of them with random weights: so the whole way can be gone without any download.
 
     7b      OpenVLA's own size
-    small   29 M parameters, of which the 12 M that LIBERO uses fit 23.5 MiB in bfloat16; learns LIBERO from nothing
+    small   30 M parameters, of which the 12 M that LIBERO uses fit 23.5 MiB in bfloat16; learns LIBERO from nothing
     tiny    8 M, of which 2 M outside the vocabulary; for tests and two CPU cores
 
 What is counted for "small": no weight of a tower's last block, final norm or pooling, which never run; of the
-vocabulary the rows of LIBERO's words and the 256 actions going in, and of the 256 actions coming out.
+vocabulary the rows of LIBERO's words and the 256 actions going in, and of the 256 actions coming out. The reasons are
+in docs/training.md.
 """
 
 import hashlib
