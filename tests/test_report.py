@@ -19,7 +19,7 @@ from spvla.errors import UserError
 from spvla.eval.ledger import Ledger
 from spvla.report import plots
 from spvla.report.html import render, report
-from spvla.report.story import interval, tell
+from spvla.report.story import interval, notes, tell
 from spvla.status import describe
 from spvla.train.selfplay import Iteration, judge
 from spvla.types import Outcome, Status, Trial
@@ -115,6 +115,13 @@ def test_a_policy_that_learnt_from_test_starts_has_seen_its_exam(run: Path, tmp_
             db.execute("UPDATE policies SET path = ? WHERE name = ?", (str(tmp_path / name), name))
     (note,) = [note for note in tell(run).notes if "exam" in note]
     assert note.startswith("policy-b has seen its exam: its demonstrations of libero_object begin at")
+
+
+def test_a_world_of_other_assets_than_liberos_is_named() -> None:
+    manifests = [("assets", "libero"), ("seed", "7"), ("assets", "primitives"), ("assets", "mine-1a2b3c4d")]
+    primitive, altered = notes(manifests, [], [])
+    assert "embedded primitive geometry" in primitive and "mine-1a2b3c4d, whose files differ" in altered
+    assert notes(manifests[:2], [], []) == []
 
 
 def test_two_policies_of_one_name_stay_apart(run: Path) -> None:

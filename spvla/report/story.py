@@ -332,17 +332,22 @@ def videos(run: Path, trials: Sequence[TrialRow]) -> Iterator[Video]:
         yield Video(base64.b64encode(data).decode(), t.status or "", label, t.init_state, t.steps or 0, t.note or "")
 
 
+def note_on_assets(name: str) -> str:
+    """Of a set that is not LIBERO's own, by its name in the manifest."""
+    if name == "primitives":
+        what = "the embedded primitive geometry, not LIBERO's own meshes"
+    else:
+        what = f"the assets {name}, whose files differ from LIBERO's own"
+    return f"Rolled out with {what}: these rates compare with each other, not with published ones."
+
+
 def notes(
     protocol: Sequence[tuple[str, str]], tables: Sequence[Sequence[Summary]], errors: Sequence[ErrorRow]
 ) -> list[str]:
     totals = [rows[-1] for rows in tables]
     planned, done = sum(s.planned for s in totals), sum(s.done for s in totals)
-    found = []
-    if any((name, value) == ("assets", "primitives") for name, value in protocol):
-        found.append(
-            "Rolled out with the embedded primitive geometry, not LIBERO's own meshes: "
-            "these rates compare with each other, not with published ones."
-        )
+    worlds = dict.fromkeys(value for name, value in protocol if name == "assets" and value != "libero")
+    found = [note_on_assets(name) for name in worlds]
     if done < planned:
         found.append(f"{planned - done} of {planned} trials have no outcome yet: rates are of the others.")
     if errors:
