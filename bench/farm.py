@@ -38,16 +38,16 @@ from spvla.cluster.connect import connection
 from spvla.config import FarmConfig
 from spvla.eval.actors import EnvWorker, PolicyServer
 from spvla.eval.batcher import BatchStats
-from spvla.eval.driver import Job, Run
+from spvla.eval.driver import Driver, EvaluationJob
 from spvla.eval.farm import Farm, cluster_sizes
 from spvla.eval.ledger import Ledger
-from spvla.eval.messages import Order, Request, ServerSettings, Version, WorkerSettings
-from spvla.eval.pool import Crew
+from spvla.eval.messages import ActionRequest, PolicyVersion, ServerSettings, TrialOrder, WorkerSettings
+from spvla.eval.pool import ActorPool
 from spvla.eval.protocol import Protocol
 from spvla.eval.sizing import DECODER_CPUS, Sizes, decode_batch_size
 from spvla.types import Env, Observation, Trial
 
-VERSION = Version(digest="random", name="random weights", path="random", base="random", is_adapter=False)
+VERSION = PolicyVersion(digest="random", name="random weights", path="random", base="random", is_adapter=False)
 STATISTICS = {
     "action": {"q01": [-0.9] * 6 + [0.0], "q99": [0.9] * 6 + [1.0], "mask": [True] * 6 + [False]}
     | {"min": [-1.0] * 7, "max": [1.0] * 7, "mean": [0.0] * 7, "std": [1.0] * 7}
@@ -100,7 +100,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def random_policy(version: Version, settings: ServerSettings) -> Any:
+def random_policy(version: PolicyVersion, settings: ServerSettings) -> Any:
     """A policy of a preset's size with random weights, made where it runs. The version's base is the preset's name."""
     import torch
 
@@ -145,7 +145,7 @@ class LiberoApart(Libero):
 class SupplyWorker(EnvWorker):
     """An environment worker that answers itself."""
 
-    def supply(self, order: Order, seconds: float) -> tuple[int, float, float]:
+    def supply(self, order: TrialOrder, seconds: float) -> tuple[int, float, float]:
         """(policy steps, seconds, CPU seconds) over whole trials, the first not counted: it opens the environment."""
         self.play(order, self.answer)
         steps, start, cpu = 0, time.monotonic(), time.process_time()
@@ -179,7 +179,7 @@ class DemandServer(PolicyServer):
         rng = np.random.default_rng(0)
         image = rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)
         observation = Observation(images=(image,), instruction=instruction)
-        request = Request(version=VERSION.digest, observation=observation, unnorm_key=suite)
+        request = ActionRequest(version=VERSION.digest, observation=observation, unnorm_key=suite)
         batch = [request] * self.settings.max_batch
         actions, start = 0, time.monotonic()
         while (now := time.monotonic()) - start < seconds:
@@ -227,7 +227,7 @@ class Bench:
             for i in range(self.sizes.envs)
         ]
         orders = [
-            Order(
+            TrialOrder(
                 trial=self.trial(i % len(self.instructions), i % 50),
                 needs=VERSION.needs,
                 unnorm_key=self.suite,
@@ -268,7 +268,7 @@ class Bench:
             facts = farm.start([self.version])
             self.device, self.renderer = facts[1].device, facts[0].world["renderer"]
             protocol = self.register(ledger, trials)
-            job = Job(
+            job = EvaluationJob(
                 protocol=protocol,
                 trials=trials,
                 needs={VERSION.digest: VERSION.needs},
@@ -277,7 +277,7 @@ class Bench:
                 steps_limit={self.suite: self.args.max_steps},
             )
             window = Window(farm)
-            Run(farm, job, ledger).play(window.look)
+            Driver(farm, job, ledger).play(window.look)
             steps = sum(row.steps for row in ledger.outcomes())
             return {
                 "farm": window.rate,
@@ -323,10 +323,10 @@ class Window:
     def __init__(self, farm: Farm) -> None:
         self.farm, self.envs, self.ends = farm, farm.sizes.envs, []
 
-    def look(self, run: Run) -> None:
-        if len(run.work) < self.envs or run.made < 2 * self.envs or run.scheduler.num_pending == 0:
+    def look(self, driver: Driver) -> None:
+        if len(driver.running) < self.envs or driver.made < 2 * self.envs or driver.scheduler.num_pending == 0:
             return
-        stats = run.batch_stats()
+        stats = driver.batch_stats()
         if not self.ends or stats.requests > self.ends[-1].stats.requests:
             env_s, policy_s = cpu_seconds(self.farm.workers), cpu_seconds(self.farm.servers)
             self.ends = [*self.ends[:1], Reading(time.monotonic(), stats, env_s, policy_s)]
@@ -367,10 +367,10 @@ def together(name: str, found: list[tuple[int, float, float]]) -> dict[str, floa
     return {name: sum(n / s for n, s, _ in found), f"{name}_cpu_ms": 1000 * sum(c for _, _, c in found) / actions}
 
 
-def cpu_seconds(crew: Crew) -> float:
-    """User and system time of a crew's processes on this machine."""
+def cpu_seconds(pool: ActorPool) -> float:
+    """User and system time of a pool's processes on this machine."""
     total = 0.0
-    for slot in crew.ready():
+    for slot in pool.ready():
         fields = Path(f"/proc/{slot.facts.pid}/stat").read_text().rsplit(")", 1)[1].split()
         total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return total

@@ -39,18 +39,25 @@ def readable_name(text: str, *, exact: str) -> str:
     return f"{safe[:180]}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}".lstrip("-")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes beside, then renames: a reader sees the old file or the new one."""
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` that takes its name when the block ends well, and vanishes when it does not: a reader
+    sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("w") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
+        yield beside
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole file or none of it, on the disk when this returns."""
+    with new_file(path) as beside, beside.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,10 +10,10 @@ from ray import cloudpickle
 
 from spvla.benchmarks.libero.suites import SUITES
 from spvla.config import FarmConfig
-from spvla.eval.driver import Job
+from spvla.eval.driver import EvaluationJob
 from spvla.eval.farm import Farm
 from spvla.eval.ledger import Ledger
-from spvla.eval.messages import ServerSettings, Version, WorkerSettings
+from spvla.eval.messages import PolicyVersion, ServerSettings, WorkerSettings
 from spvla.eval.protocol import Protocol
 from spvla.files import write_json
 from spvla.types import Needs, Trial
@@ -30,11 +30,11 @@ PROTOCOL = Protocol(
     dtype="float32",
     decode_batch_size=4,
 )
-VERSION = Version(digest="p0", name="fake", path="/fake", base="/fake", is_adapter=False)
+VERSION = PolicyVersion(digest="p0", name="fake", path="/fake", base="/fake", is_adapter=False)
 SUITE = "libero_object"
 
 
-def fake_policy(version: Version, settings: ServerSettings) -> fakes.FakePolicy:
+def fake_policy(version: PolicyVersion, settings: ServerSettings) -> fakes.FakePolicy:
     return fakes.FakePolicy(speed=0.2, needs=version.needs)
 
 
@@ -45,7 +45,7 @@ def fake_farm(
     *,
     open_env: Callable[[str, int], fakes.FakeEnv] | None = None,
     load: object = fake_policy,
-    versions: Sequence[Version] = (VERSION,),
+    versions: Sequence[PolicyVersion] = (VERSION,),
     start: bool = True,
 ) -> Iterator:
     """A farm, and what it said."""
@@ -106,7 +106,7 @@ def adapter_of(base: Path, folder: Path, *, seed: int) -> Path:
     return folder
 
 
-def trials(tasks: int, init_states: int, versions: Sequence[Version] = (VERSION,)) -> list[Trial]:
+def trials(tasks: int, init_states: int, versions: Sequence[PolicyVersion] = (VERSION,)) -> list[Trial]:
     return [
         Trial(policy=v.digest, suite=SUITE, task=t, init_state=i)
         for v in versions
@@ -115,7 +115,7 @@ def trials(tasks: int, init_states: int, versions: Sequence[Version] = (VERSION,
     ]
 
 
-def open_ledger(folder: Path, wanted: list[Trial], versions: Sequence[Version] = (VERSION,)) -> Ledger:
+def open_ledger(folder: Path, wanted: list[Trial], versions: Sequence[PolicyVersion] = (VERSION,)) -> Ledger:
     ledger = Ledger.create(folder / "ledger.sqlite")
     ledger.add_protocol(PROTOCOL)
     for v in versions:
@@ -125,8 +125,8 @@ def open_ledger(folder: Path, wanted: list[Trial], versions: Sequence[Version] =
     return ledger
 
 
-def job(wanted: list[Trial], key: str = SUITE, needs: Needs = VERSION.needs, steps: int = 280) -> Job:
-    return Job(
+def job(wanted: list[Trial], key: str = SUITE, needs: Needs = VERSION.needs, steps: int = 280) -> EvaluationJob:
+    return EvaluationJob(
         protocol=PROTOCOL.digest,
         trials=wanted,
         needs={t.policy: needs for t in wanted},

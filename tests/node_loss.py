@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 
 from spvla.cluster.connect import _set_environment
 from spvla.config import FarmConfig
-from spvla.eval.driver import Run
+from spvla.eval.driver import Driver
 
 _set_environment()
 
@@ -43,17 +43,17 @@ def play(cluster: Cluster, doomed: object, folder: Path, config: FarmConfig) -> 
     wanted = trials(tasks=2, init_states=6)
     lost = joined = False
 
-    def upheaval(run: Run) -> None:
+    def upheaval(driver: Driver) -> None:
         nonlocal lost, joined
-        if not lost and len(run.work) >= 2:
+        if not lost and len(driver.running) >= 2:
             lost = True
             cluster.remove_node(doomed, allow_graceful=False)
-        if not joined and run.made >= 2:
+        if not joined and driver.made >= 2:
             joined = True
             cluster.add_node(num_cpus=3)
 
     with open_ledger(folder, wanted) as ledger, fake_farm(folder, config, open_env=env) as (farm, said):
-        Run(farm, job(wanted), ledger).play(upheaval)
+        Driver(farm, job(wanted), ledger).play(upheaval)
         rows, errors = ledger.trials(), ledger.errors()
     print(*said, sep="\n")
     assert lost and joined

@@ -17,7 +17,7 @@ from training_parts import quick_flags, when
 from spvla import runs
 from spvla.cluster.connect import _set_environment
 from spvla.config import FarmConfig
-from spvla.eval.driver import Run
+from spvla.eval.driver import Driver
 from spvla.train.run import train
 
 POLICY, ENV = {"spvla_policy": 1000}, {"spvla_env": 1000}
@@ -61,16 +61,16 @@ def farm(folder: Path) -> None:
         wanted, seen = trials(tasks=2, init_states=50), set()
         joined: list = []
 
-        def look(run: Run) -> None:
+        def look(driver: Driver) -> None:
             if not joined:
                 joined.append(made.add_node(num_cpus=2, resources=ENV))
             seen.update(homes("EnvWorker"))
             if len(seen) == 2:
-                run.drop(wanted)  # enough is seen
+                driver.drop(wanted)  # enough is seen
 
         config = FarmConfig(num_videos=0, max_failure_videos=0)
         with open_ledger(folder, wanted) as ledger, fake_farm(folder, config, open_env=env) as (running, _):
-            Run(running, job(wanted), ledger).play(look)
+            Driver(running, job(wanted), ledger).play(look)
             assert set(homes("PolicyServer")) == {policy.node_id}
             assert {row.status for row in ledger.outcomes()} == {"success"} and ledger.errors() == []
         assert seen == {first.node_id, joined[0].node_id}

@@ -17,10 +17,10 @@ from farm_parts import PROTOCOL, VERSION, adapter_of, fake_farm, job, open_ledge
 from spvla.config import FarmConfig
 from spvla.errors import InfrastructureError
 from spvla.eval.actors import PolicyServer, open_base
-from spvla.eval.driver import Run
-from spvla.eval.messages import ServerSettings, Version
+from spvla.eval.driver import Driver
+from spvla.eval.messages import PolicyVersion, ServerSettings
 from spvla.eval.plan import describe
-from spvla.eval.pool import Crew
+from spvla.eval.pool import ActorPool
 from spvla.policies.registry import Description
 from spvla.types import Needs, Observation, Outcome, Status
 
@@ -49,7 +49,7 @@ def marks(tmp_path: Path) -> str:
 def test_every_trial_is_played_and_comes_out_as_it_must(tmp_path: Path) -> None:
     wanted = trials(tasks=2, init_states=3)
     with open_ledger(tmp_path, wanted) as ledger, fake_farm(tmp_path, quiet()) as (farm, _):
-        Run(farm, job(wanted), ledger).play()
+        Driver(farm, job(wanted), ledger).play()
         rows = ledger.trials()
     assert [r.status for r in rows] == ["success"] * 6
     # steps of 0.2 from -0.01 i until x > 1 + task
@@ -63,8 +63,8 @@ def test_a_chunk_is_executed_before_its_policy_is_asked_again(tmp_path: Path) ->
     wanted = trials(tasks=2, init_states=2)
     farm_of = fake_farm(tmp_path, quiet(num_envs=1), versions=[version])
     with open_ledger(tmp_path, wanted) as ledger, farm_of as (farm, _):
-        run = Run(farm, job(wanted, needs=needs), ledger)
-        run.play()
+        driver = Driver(farm, job(wanted, needs=needs), ledger)
+        driver.play()
         assert [r.steps for r in ledger.trials()] == [6, 6, 11, 11]
         (server,) = farm.servers.ready()
         stats = ray.get(server.actor.stats.remote())
@@ -87,7 +87,7 @@ def test_death_by_any_signal_is_an_error_and_the_trial_is_played_elsewhere(tmp_p
 
     config = quiet(call_timeout_s=8)
     with open_ledger(tmp_path, wanted) as ledger, fake_farm(tmp_path, config, open_env=env) as (farm, _):
-        Run(farm, job(wanted), ledger).play()
+        Driver(farm, job(wanted), ledger).play()
         assert [r.status for r in ledger.trials()] == ["success"] * 6
         errors = {e.init_state: e for e in ledger.errors()}
     assert sorted(errors) == [0, 1, 2, 3]
@@ -110,10 +110,10 @@ def test_an_exception_is_given_up_after_its_retries_and_is_no_failure(tmp_path: 
 
     config = quiet(max_retries=2)
     with open_ledger(tmp_path, wanted) as ledger, fake_farm(tmp_path, config, open_env=env) as (farm, said):
-        run = Run(farm, job(wanted), ledger)
-        run.play()
+        driver = Driver(farm, job(wanted), ledger)
+        driver.play()
         assert [(r.status, r.errors) for r in ledger.trials()] == [("success", 0), (None, 3), ("success", 0)]
-        assert run.scheduler.given_up == [wanted[1]]
+        assert driver.scheduler.given_up == [wanted[1]]
         assert all("the cabinet fell over" in e.message and "Traceback" in e.traceback for e in ledger.errors())
         assert len({e.worker for e in ledger.errors()}) == 2  # tried elsewhere
     assert any("given up" in line for line in said)
@@ -126,7 +126,7 @@ def test_an_action_that_is_no_number_is_the_policys_failure(tmp_path: Path) -> N
         return FakePolicy(speed=float("nan"))
 
     with open_ledger(tmp_path, wanted) as ledger, fake_farm(tmp_path, quiet(), load=policy) as (farm, _):
-        Run(farm, job(wanted), ledger).play()
+        Driver(farm, job(wanted), ledger).play()
         (row,) = ledger.trials()
     assert (row.status, row.note, row.errors) == ("failure", "NaN action at step 0", 0)
 
@@ -148,7 +148,7 @@ def test_a_policy_actor_that_dies_or_raises_is_replaced(tmp_path: Path, marks: s
         return Frail(speed=0.2)
 
     with open_ledger(tmp_path, wanted) as ledger, fake_farm(tmp_path, quiet(), load=policy) as (farm, _):
-        Run(farm, job(wanted), ledger).play()
+        Driver(farm, job(wanted), ledger).play()
         assert [r.status for r in ledger.trials()] == ["success"] * 6
         kinds = {e.kind for e in ledger.errors()}
     assert kinds == {"policy actor gone", "policy actor raised"}
@@ -168,7 +168,7 @@ def test_a_farm_whose_workers_only_die_says_why_and_where_the_logs_are(tmp_path:
     config = quiet(num_envs=1, max_retries=100)
     with open_ledger(tmp_path, wanted) as ledger, fake_farm(tmp_path, config, open_env=env) as (farm, _):
         with pytest.raises(InfrastructureError, match=r"5 times in a row.*Segmentation fault.*workers"):
-            Run(farm, job(wanted), ledger).play()
+            Driver(farm, job(wanted), ledger).play()
         assert ledger.claim(PROTOCOL.digest, wanted[0])  # nothing is left claimed
 
 
@@ -176,7 +176,7 @@ def test_a_worker_that_grows_too_large_is_replaced_between_trials(tmp_path: Path
     wanted = trials(tasks=1, init_states=3)
     config = quiet(num_envs=1, worker_memory_gb=0.01)
     with open_ledger(tmp_path, wanted) as ledger, fake_farm(tmp_path, config) as (farm, said):
-        Run(farm, job(wanted), ledger).play()
+        Driver(farm, job(wanted), ledger).play()
         assert [(r.status, r.errors) for r in ledger.trials()] == [("success", 0)] * 3
     assert sum("replaced" in line for line in said) == 3
 
@@ -185,7 +185,7 @@ def test_a_disk_that_takes_no_video_costs_no_outcome(tmp_path: Path) -> None:
     (tmp_path / "videos").write_text("in the folder's place")
     wanted = trials(tasks=1, init_states=3)
     with open_ledger(tmp_path, wanted) as ledger, fake_farm(tmp_path, quiet(num_videos=1)) as (farm, said):
-        Run(farm, job(wanted), ledger).play()
+        Driver(farm, job(wanted), ledger).play()
         rows = ledger.trials()
     assert [(r.status, r.video) for r in rows] == [("success", "")] * 3
     assert any(line.startswith("no video of libero_object task 0") for line in said)
@@ -206,7 +206,7 @@ def test_a_machine_without_an_encoder_costs_no_outcome(tmp_path: Path) -> None:
         open_ledger(tmp_path, wanted) as ledger,
         fake_farm(tmp_path, quiet(num_videos=1), open_env=env) as (farm, said),
     ):
-        Run(farm, job(wanted), ledger).play()
+        Driver(farm, job(wanted), ledger).play()
         rows = ledger.trials()
     assert [(r.status, r.video, r.errors) for r in rows] == [("success", "", 0)] * 3
     assert any("No module named 'imageio'" in line for line in said)
@@ -222,12 +222,12 @@ def test_trials_of_another_driver_are_left_to_it(tmp_path: Path) -> None:
     ):
         assert other.claim(PROTOCOL.digest, wanted[0]) and other.claim(PROTOCOL.digest, wanted[1])
 
-        def meanwhile(run: Run) -> None:
-            if run.made == 2:  # ours are done: one of theirs ends, the other is given back
+        def meanwhile(driver: Driver) -> None:
+            if driver.made == 2:  # ours are done: one of theirs ends, the other is given back
                 other.record(PROTOCOL.digest, wanted[0], theirs)
                 other.release(PROTOCOL.digest, wanted[1])
 
-        Run(farm, job(wanted), ledger).play(meanwhile)
+        Driver(farm, job(wanted), ledger).play(meanwhile)
         rows = ledger.trials()
     assert [r.status for r in rows] == ["failure", "success", "success", "success"]
     assert rows[0].state_digest == "theirs"
@@ -240,7 +240,7 @@ def test_a_trial_whose_claim_lapsed_is_played_unless_the_other_driver_ends_it(tm
         open_ledger(tmp_path, wanted) as other,
         fake_farm(tmp_path, quiet(num_envs=1)) as (farm, _),
     ):
-        run, record = Run(farm, job(wanted), ledger), ledger.record
+        driver, record = Driver(farm, job(wanted), ledger), ledger.record
 
         def stolen(*trial: object, **outcome: object) -> bool:
             ledger.release(PROTOCOL.digest, wanted[0])  # as a heartbeat that stopped for a minute does
@@ -251,24 +251,24 @@ def test_a_trial_whose_claim_lapsed_is_played_unless_the_other_driver_ends_it(tm
             return recorded
 
         ledger.record = stolen
-        run.play()
+        driver.play()
         assert [r.status for r in ledger.trials()] == ["success"]
 
 
-def test_a_crew_that_was_idle_for_long_is_not_stranded_the_moment_it_asks(ray_cluster: None) -> None:
+def test_a_pool_that_was_idle_for_long_is_not_without_a_place_the_moment_it_asks(ray_cluster: None) -> None:
     class Worker:
         pass
 
     nowhere = ray.remote(resources={"nowhere": 1})(Worker)
-    crew = Crew("env", launch=lambda name: nowhere.remote(), start=lambda actor: actor, start_timeout_s=60)
-    crew.grow_to(1)
-    crew.housed_at_s -= 1000
-    crew.fill(1)
-    assert crew.waiting() and not crew.stranded(900)
-    crew.housed_at_s -= 1000
-    crew.fill(1)
-    assert crew.stranded(900)
-    crew.close()
+    pool = ActorPool("env", launch=lambda name: nowhere.remote(), start=lambda actor: actor, start_timeout_s=60)
+    pool.grow_to(1)
+    pool.placed_at_s -= 1000
+    pool.fill(1)
+    assert pool.waiting() and not pool.without_a_place(900)
+    pool.placed_at_s -= 1000
+    pool.fill(1)
+    assert pool.without_a_place(900)
+    pool.close()
 
 
 def test_a_new_version_moves_its_adapter_and_leaves_the_base_where_it_is(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_new_version_moves_its_adapter_and_leaves_the_base_where_it_is(tmp_pat
     first, second = (describe(str(adapter_of(base, tmp_path / f"step{seed}", seed=seed))) for seed in (1, 2))
     loaded: list[str] = []
 
-    def load(version: Version, settings: ServerSettings) -> object:
+    def load(version: PolicyVersion, settings: ServerSettings) -> object:
         loaded.append(version.base)
         return open_base(version, settings)
 
@@ -323,7 +323,7 @@ def test_the_result_is_the_same_whatever_the_load(tmp_path: Path) -> None:
         folder, config = tmp_path / str(num_envs), quiet(num_envs=num_envs)
         farm_of = fake_farm(folder, config, open_env=env, load=open_base, versions=versions)
         with open_ledger(folder, wanted, versions) as ledger, farm_of as (farm, _):
-            Run(farm, job(wanted[:: -1 if num_envs == 2 else 1], "libero_object_no_noops", steps=8), ledger).play()
+            Driver(farm, job(wanted[:: -1 if num_envs == 2 else 1], "libero_object_no_noops", steps=8), ledger).play()
             tables.append([(r.trial, r.status, r.steps, r.state_digest) for r in ledger.trials()])
     assert tables[0] == tables[1] == tables[2]
     assert len({digest for *_, digest in tables[0]}) > 2  # two init states: so the versions do differ

@@ -18,7 +18,7 @@ from spvla.cluster.machines import usable_cpus
 from spvla.config import FarmConfig
 from spvla.errors import ClusterError, InfrastructureError
 from spvla.eval import farm as farm_module
-from spvla.eval.driver import Run
+from spvla.eval.driver import Driver
 from spvla.eval.farm import Farm, cluster_sizes
 from spvla.eval.sizing import sizes
 
@@ -98,7 +98,7 @@ def waiting() -> dict[str, int]:
 
 
 def tended(farm: Farm, wanted: dict[str, int]) -> None:
-    when(lambda: farm.tend() or waiting() == wanted, timeout_s=30)
+    when(lambda: farm.maintain() or waiting() == wanted, timeout_s=30)
 
 
 def test_a_farm_asks_for_all_it_wants_at_once_and_takes_back_what_it_needs_no_more(
@@ -135,7 +135,7 @@ def test_a_farm_waits_for_cpus_that_others_hold(tmp_path: Path, ray_cluster: Non
         tended(farm, {"EnvWorker": 2, "PolicyServer": 1})
         ray.kill(holder)
         farm.start([VERSION])
-        Run(farm, job(wanted), ledger).play()
+        Driver(farm, job(wanted), ledger).play()
         assert [r.status for r in ledger.trials()] == ["success"] * 4
 
 

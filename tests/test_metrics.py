@@ -6,7 +6,7 @@ import pytest
 
 from spvla import runs
 from spvla.config import TrainConfig
-from spvla.train.metrics import Follower, MetricsFile, Row, Smoothed, Wandb
+from spvla.train.metrics import Follower, MetricsFile, Row, Smoothed, WandbCurves
 
 
 class Recorder:
@@ -58,11 +58,11 @@ def test_wandb_offline_keeps_curves_in_the_run_and_no_key_anywhere(
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = TrainConfig(use_wandb=True)  # "online", but the environment says otherwise
-    first = Wandb(tmp_path, config)
+    first = WandbCurves(tmp_path, config)
     first.write({"step": 1, "total_loss": 0.5})
     first.close()
-    again = Wandb(tmp_path, config)
-    assert again.session.id == (tmp_path / "wandb" / "id").read_text()
+    again = WandbCurves(tmp_path, config)
+    assert again.wandb.run.id == (tmp_path / "wandb" / "id").read_text()
     again.close()
     files = [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_symlink()]
     assert any(p.suffix == ".wandb" and b"total_loss" in p.read_bytes() for p in files)

@@ -15,8 +15,8 @@ from farm_parts import PROTOCOL, SUITE, VERSION, open_ledger, trials
 from spvla.config import EvaluateConfig
 from spvla.errors import UserError
 from spvla.eval.batcher import BatchStats
-from spvla.eval.console import Console, Tally, View, rich_table
-from spvla.eval.exports import Wandb, export
+from spvla.eval.console import EvaluationConsole, ProgressView, TaskCounts, rich_table
+from spvla.eval.exports import export, log_results, open_wandb
 from spvla.eval.ledger import Ledger
 from spvla.eval.logfile import log_name, log_text, name_part, refuse_note
 from spvla.eval.settle import Pairs, pairs_of
@@ -75,9 +75,9 @@ def test_the_log_is_named_as_the_originals() -> None:
 def test_any_policys_name_can_end_a_logs_name() -> None:
     assert name_part("runs/my adapter (2)@0123") == "runs-my-adapter--2--0123"
     log_name("libero_spatial", at=datetime(2026, 1, 31), note=f"X--{name_part('../' + 'x' * 300)}")
-    refuse_note("x" * 80)
+    refuse_note("x" * 80, [SUITE])
     with pytest.raises(UserError, match="run_id_note"):
-        refuse_note("x" * 120)
+        refuse_note("x" * 120, [SUITE])
 
 
 def test_exports_hold_every_trial_result_and_error(ledger: Ledger) -> None:
@@ -97,8 +97,8 @@ def test_exports_hold_every_trial_result_and_error(ledger: Ledger) -> None:
 
 def test_wandb_gets_a_table_without_a_network(ledger: Ledger, tmp_path: Path) -> None:
     config = EvaluateConfig(pretrained_checkpoint="x", use_wandb=True, wandb_mode="offline")
-    opened = Wandb(config, folder=tmp_path, name="EVAL")
-    opened.write(summarise(ledger.trials()))
+    opened = open_wandb(config, folder=tmp_path, name="EVAL")
+    log_results(opened, summarise(ledger.trials()))
     opened.close()
     (found,) = tmp_path.glob("wandb/offline-run-*/files/media/table/results_*.json")
     content = json.loads(found.read_text())
@@ -110,21 +110,22 @@ def test_wandb_gets_a_table_without_a_network(ledger: Ledger, tmp_path: Path) ->
     ]
 
 
-def view() -> View:
-    shown = View("evaluate", {(SUITE, 0): Tally("pick the soup", 10, 4, 3, 1)}, made=4, workers=2, servers=1)
-    shown.batch_size, shown.batches = 4, BatchStats(batches=10, requests=30)
+def view() -> ProgressView:
+    counts = {(SUITE, 0): TaskCounts("pick the soup", 10, 4, 3, 1)}
+    shown = ProgressView("evaluate", counts, made=4, workers=2, servers=1)
+    shown.batch_size, shown.batches = 4, BatchStats(batches=10, requests=30, actions=240)
     return shown
 
 
 def test_without_a_terminal_progress_is_plain_lines() -> None:
     out = io.StringIO()
-    with Console(out) as console:
+    with EvaluationConsole(out) as console:
         console.show(view())
         console.say("env-0 fell")
         console.show(view())  # too soon for another
     lines = out.getvalue().splitlines()
     assert len(lines) == 2 and "\x1b" not in out.getvalue()
-    for part in ("4/10 trials", "success 75.0%", "errors 1", "trials/min", "batch fill 75%", "30 actions", "2 envs"):
+    for part in ("4/10 trials", "success 75.0%", "errors 1", "trials/min", "batch fill 75%", "240 actions", "2 envs"):
         assert part in lines[0]
     assert lines[0].endswith(" left")
 
@@ -135,11 +136,11 @@ def test_on_a_terminal_the_headline_is_first_and_each_task_has_one_row(width: in
 
     shown = view()
     long = "put the white mug on the left plate and put the yellow and white mug on the right plate [both]"
-    shown.tallies[SUITE, 1] = Tally(long, 10, 0, 0, 0)
+    shown.task_counts[SUITE, 1] = TaskCounts(long, 10, 0, 0, 0)
     out = io.StringIO()
     RichConsole(file=out, width=width).print(rich_table(shown))
     lines = out.getvalue().splitlines()
-    assert lines[0].startswith("evaluate  4/20 trials") and "30 actions" in " ".join(lines[:2])
+    assert lines[0].startswith("evaluate  4/20 trials") and "240 actions" in " ".join(lines[:2])
     counts = [line.split()[-3:] for line in lines[-3:]]
     assert counts == [["done", "success", "errors"], ["4/10", "3", "1"], ["0/10", "0", "0"]]
     assert "pick the soup" in lines[-2] and "…" in lines[-1] and max(map(len, lines)) <= width

@@ -25,7 +25,7 @@ import numpy as np
 from spvla.config import FrameMode
 from spvla.data.store import FrameStore
 from spvla.errors import DatasetError, UserError
-from spvla.files import cache_dir, writing_to
+from spvla.files import cache_dir, new_file, writing_to
 from spvla.policies.openvla.images import decode_jpeg, resize_lanczos
 from spvla.types import IMAGE_SIZE
 
@@ -145,24 +145,23 @@ def make_missing(wanted: Mapping[str, tuple[FrameStore, str]], folder: Path, thr
 
 def decode_all(store: FrameStore, camera: str, path: Path, threads: int) -> None:
     """Writes beside, then renames. All files of it are whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     source = StoredFrames(store)
-    try:
-        with beside.open("wb") as file, ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with (
+        new_file(path) as beside,
+        beside.open("wb") as file,
+        ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
+    ):
+        fcntl.flock(file, fcntl.LOCK_EX)
 
-            def some(first: int) -> None:
-                picture = np.empty(SHAPE, np.uint8)
-                for number in range(first, min(first + STRIDE, len(store))):
-                    source.read(number, camera, picture)
-                    os.pwrite(file.fileno(), picture, number * PICTURE_BYTES)
+        def some(first: int) -> None:
+            picture = np.empty(SHAPE, np.uint8)
+            for number in range(first, min(first + STRIDE, len(store))):
+                source.read(number, camera, picture)
+                os.pwrite(file.fileno(), picture, number * PICTURE_BYTES)
 
-            with writing_to(path.parent):
-                for _ in pool.map(some, range(0, len(store), STRIDE)):
-                    pass
-            beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        with writing_to(path.parent):
+            for _ in pool.map(some, range(0, len(store), STRIDE)):
+                pass
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spvla.files import new_file
 from spvla.types import Episode
 
 _NAME = re.compile(r"task_(\d+)_take_(\d+)\.(npz|failed)")
@@ -32,9 +33,8 @@ class Spool:
         if episode is None:
             file.with_suffix(".failed").touch()
             return
-        beside = self.folder / f".{file.name}.npz"
-        np.savez(beside, **_to_arrays(episode))
-        beside.replace(file.with_suffix(".npz"))
+        with new_file(file.with_suffix(".npz")) as beside, beside.open("wb") as opened:
+            np.savez(opened, **_to_arrays(episode))
 
     @staticmethod
     def name(task: int, take: int) -> str:

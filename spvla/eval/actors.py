@@ -29,13 +29,13 @@ from spvla.eval.messages import (
     EXCEPTION,
     POLICY_GONE,
     POLICY_RAISED,
+    ActionRequest,
     Fault,
-    Order,
-    Report,
-    Request,
+    PolicyVersion,
     ServerFacts,
     ServerSettings,
-    Version,
+    TrialOrder,
+    TrialReport,
     WorkerFacts,
     WorkerSettings,
 )
@@ -45,7 +45,7 @@ from spvla.policies.registry import AdaptablePolicy, family
 from spvla.types import Env, Observation, Trial
 
 
-def open_base(version: Version, settings: ServerSettings) -> AdaptablePolicy:
+def open_base(version: PolicyVersion, settings: ServerSettings) -> AdaptablePolicy:
     """A version's base, without its adapter."""
     return family(version.description.family).open(
         Path(version.base),
@@ -78,11 +78,11 @@ class PolicyServer:
         self.settings = settings
         self.policies: dict[tuple[str, str], AdaptablePolicy] = {}  # `opened_as` of the versions that stand on it
         self.actions = 0  # given out to be executed
-        self.versions: dict[str, Version] = {}
+        self.versions: dict[str, PolicyVersion] = {}
         self.changing = asyncio.Lock()
         self.depth = 2 if settings.device == "cuda" else 1
         self.decoding = ThreadPoolExecutor(self.depth, "decode", initializer=self._prepare_thread)
-        self.batcher: Batcher[Request, np.ndarray] = Batcher(
+        self.batcher: Batcher[ActionRequest, np.ndarray] = Batcher(
             self._decode,
             size=settings.max_batch,
             wait_ms=settings.wait_ms,
@@ -96,13 +96,13 @@ class PolicyServer:
         if self.settings.device == "cpu":
             torch.set_num_threads(1)  # a sum's order, and so its last bit, follows the number of threads
 
-    async def prepare(self, versions: Sequence[Version], adapters: dict[str, list[ray.ObjectRef]]) -> ServerFacts:
+    async def prepare(self, versions: Sequence[PolicyVersion], adapters: dict[str, list[ray.ObjectRef]]) -> ServerFacts:
         """Makes these versions resident, and no others. `adapters` holds, by digest, the files of one whose folder is
         elsewhere. Calls wait for one another: two at once would load a base twice, or drop what the other needs."""
         async with self.changing:
             return await asyncio.get_running_loop().run_in_executor(self.decoding, self._prepare, versions, adapters)
 
-    def _prepare(self, versions: Sequence[Version], adapters: dict[str, list[ray.ObjectRef]]) -> ServerFacts:
+    def _prepare(self, versions: Sequence[PolicyVersion], adapters: dict[str, list[ray.ObjectRef]]) -> ServerFacts:
         from spvla.model.kernels.compiled import arithmetic
 
         for version in versions:
@@ -115,7 +115,7 @@ class PolicyServer:
             policy.prepare(list(self.settings.instructions))
         return ServerFacts(device=arithmetic(self.settings.device, self.settings.dtype), pid=os.getpid())
 
-    def add(self, version: Version, files: dict[str, bytes] | None = None) -> None:
+    def add(self, version: PolicyVersion, files: dict[str, bytes] | None = None) -> None:
         """Loads a base checkpoint, or an adapter beside its base: from its folder, or from `files`."""
         if version.opened_as not in self.policies:
             policy = self.settings.load(version, self.settings)
@@ -134,7 +134,7 @@ class PolicyServer:
         if not any(v.opened_as == version.opened_as for v in self.versions.values()):
             del self.policies[version.opened_as]
 
-    async def act(self, client: str, request: Request) -> np.ndarray:
+    async def act(self, client: str, request: ActionRequest) -> np.ndarray:
         """(K, 7) float64: un-normalised, gripper 1 open."""
         return await self.batcher.submit(request, client=client)
 
@@ -144,12 +144,12 @@ class PolicyServer:
     async def stats(self) -> BatchStats:
         return replace(self.batcher.stats(), actions=self.actions)
 
-    async def _decode(self, requests: list[Request]) -> Sequence[np.ndarray]:
+    async def _decode(self, requests: list[ActionRequest]) -> Sequence[np.ndarray]:
         answers = await asyncio.get_running_loop().run_in_executor(self.decoding, self.act_now, requests)
         self.actions += sum(self.versions[r.version].needs.execute for r in requests)
         return answers
 
-    def act_now(self, requests: list[Request]) -> list[np.ndarray]:
+    def act_now(self, requests: list[ActionRequest]) -> list[np.ndarray]:
         """One pass for each base among the requests; adapters of one base share a pass."""
         answers: list[np.ndarray] = [np.empty(0)] * len(requests)
         by_base: dict[tuple[str, str], list[int]] = {}
@@ -182,20 +182,20 @@ class EnvWorker:
         world = self.benchmark.facts() | self.benchmark.measure()
         return WorkerFacts(world=world, pid=os.getpid(), log=str(self.log or ""))
 
-    def run(self, order: Order, server: Any) -> Report:
+    def run(self, order: TrialOrder, server: Any) -> TrialReport:
         """Plays one trial with actions from `server` (a PolicyServer's handle). Never raises."""
         act = self._remote_act(order, server)
         try:
             return self.play(order, act)
         except PolicyUnavailable as e:
-            return Report(fault=fault_of(e, e.kind, policy_at_fault=True))
+            return TrialReport(fault=fault_of(e, e.kind, policy_at_fault=True))
         except Exception as e:
             self._drop_env()
-            return Report(fault=fault_of(e, EXCEPTION, policy_at_fault=False))
+            return TrialReport(fault=fault_of(e, EXCEPTION, policy_at_fault=False))
         finally:
             server.rest.remote(self.name)
 
-    def play(self, order: Order, act: Act) -> Report:
+    def play(self, order: TrialOrder, act: Act) -> TrialReport:
         """Plays one trial with any `act`. Raises InfrastructureError."""
         frames: list[np.ndarray] = []
         trial = order.trial
@@ -215,11 +215,11 @@ class EnvWorker:
                 video = encode_mp4(frames)
             except Exception as e:  # no encoder on this machine, say: the outcome stands
                 no_video = f"{type(e).__name__}: {e}"
-        return Report(outcome=outcome, video=video, no_video=no_video, rss_bytes=resident_bytes())
+        return TrialReport(outcome=outcome, video=video, no_video=no_video, rss_bytes=resident_bytes())
 
-    def _remote_act(self, order: Order, server: Any) -> Act:
+    def _remote_act(self, order: TrialOrder, server: Any) -> Act:
         def act(observation: Observation) -> np.ndarray:
-            request = Request(version=order.trial.policy, observation=observation, unnorm_key=order.unnorm_key)
+            request = ActionRequest(version=order.trial.policy, observation=observation, unnorm_key=order.unnorm_key)
             try:
                 return ray.get(server.act.remote(self.name, request), timeout=self.settings.call_timeout_s)
             except (ray.exceptions.RayError, TimeoutError) as e:

@@ -14,7 +14,7 @@ LINE_EVERY_S = 10.0
 
 
 @dataclass
-class Tally:
+class TaskCounts:
     """One task's counts, over all policies that are being evaluated."""
 
     instruction: str
@@ -25,11 +25,11 @@ class Tally:
 
 
 @dataclass
-class View:
+class ProgressView:
     """The state of a run, as it is to be shown."""
 
     label: str
-    tallies: dict[tuple[str, int], Tally] = field(default_factory=lambda: defaultdict(lambda: Tally("")))
+    task_counts: dict[tuple[str, int], TaskCounts] = field(default_factory=lambda: defaultdict(lambda: TaskCounts("")))
     made: int = 0  # trials that this process ended
     workers: int = 0
     servers: int = 0
@@ -39,11 +39,11 @@ class View:
 
     @property
     def planned(self) -> int:
-        return sum(t.planned for t in self.tallies.values())
+        return sum(t.planned for t in self.task_counts.values())
 
     @property
     def done(self) -> int:
-        return sum(t.done for t in self.tallies.values())
+        return sum(t.done for t in self.task_counts.values())
 
     @property
     def per_minute(self) -> float:
@@ -51,8 +51,8 @@ class View:
 
     def headline(self) -> str:
         done, planned = self.done, self.planned
-        successes = sum(t.successes for t in self.tallies.values())
-        errors = sum(t.errors for t in self.tallies.values())
+        successes = sum(t.successes for t in self.task_counts.values())
+        errors = sum(t.errors for t in self.task_counts.values())
         left = format_seconds((planned - done) / self.per_minute * 60) if self.made else "?"
         rate = f"{successes / done:.1%}" if done else "-"
         fill = min(1.0, self.batches.mean_size / self.batch_size)
@@ -63,16 +63,16 @@ class View:
         )
 
 
-class Console:
-    """`with Console() as console: console.show(view)`; `say` prints a line that stays."""
+class EvaluationConsole:
+    """`with EvaluationConsole() as console: console.show(view)`; `say` prints a line that stays."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self.out = out or sys.stderr
         self.shown_s = -float("inf")
         self.live = None
-        self.view: View | None = None
+        self.view: ProgressView | None = None
 
-    def __enter__(self) -> "Console":
+    def __enter__(self) -> "EvaluationConsole":
         if self.out.isatty():
             from rich.console import Console as RichConsole
             from rich.live import Live
@@ -92,7 +92,7 @@ class Console:
         else:
             print(line, file=self.out, flush=True)
 
-    def show(self, view: View, *, now: bool = False) -> None:
+    def show(self, view: ProgressView, *, now: bool = False) -> None:
         due = REDRAW_S if self.live is not None else LINE_EVERY_S
         if not now and time.monotonic() - self.shown_s < due:
             return
@@ -103,7 +103,7 @@ class Console:
             print(view.headline(), file=self.out, flush=True)
 
 
-def rich_table(view: View) -> object:
+def rich_table(view: ProgressView) -> object:
     """The headline first: what does not fit on a terminal is cut off below."""
     from rich.console import Group
     from rich.table import Table
@@ -113,7 +113,7 @@ def rich_table(view: View) -> object:
     table.add_column("task")
     for name in ("done", "success", "errors"):
         table.add_column(name, justify="right", no_wrap=True)
-    for (suite, task), t in sorted(view.tallies.items()):
+    for (suite, task), t in sorted(view.task_counts.items()):
         # no_wrap of the text, not of its column: rich narrows those that may wrap, and leaves the counts whole
         name = Text(f"{suite} {task} {t.instruction}", no_wrap=True, overflow="ellipsis")
         table.add_row(name, f"{t.done}/{t.planned}", str(t.successes), str(t.errors))

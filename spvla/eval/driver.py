@@ -15,8 +15,8 @@ import ray
 from spvla.eval.batcher import BatchStats
 from spvla.eval.farm import Farm
 from spvla.eval.ledger import Ledger
-from spvla.eval.messages import POLICY_RAISED, Fault, Order, Report
-from spvla.eval.pool import POLL_S, Slot, cause_of_death, first_line, tail
+from spvla.eval.messages import POLICY_RAISED, Fault, TrialOrder, TrialReport
+from spvla.eval.pool import POLL_S, ActorSlot, cause_of_death, first_line, tail
 from spvla.eval.scheduler import Scheduler
 from spvla.eval.videos import FilmQuota, video_name
 from spvla.files import safe_name
@@ -28,7 +28,7 @@ HEARTBEAT_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class EvaluationJob:
     """Trials to be played, and what is needed to play and to name them."""
 
     protocol: str  # digest
@@ -40,16 +40,16 @@ class Job:
 
 
 @dataclass
-class Work:
+class RunningTrial:
     """A trial on its way, with the worker that plays it."""
 
-    order: Order
+    order: TrialOrder
     server: str
     quiet_since_s: float  # the worker owes a request since: it resets, or executes what it was given
 
 
 @dataclass
-class Watch:
+class ServerHealth:
     """What is known of a policy server from its last answer."""
 
     stats: BatchStats = field(default_factory=BatchStats)
@@ -58,73 +58,73 @@ class Watch:
     suspect: bool = False  # a worker could not reach it: no trial until it has answered
 
 
-class Run:
-    """`Run(farm, job, ledger).play()`: returns when each trial has an outcome or was given up."""
+class Driver:
+    """`Driver(farm, job, ledger).play()`: returns when each trial has an outcome or was given up."""
 
-    def __init__(self, farm: Farm, job: Job, ledger: Ledger) -> None:
+    def __init__(self, farm: Farm, job: EvaluationJob, ledger: Ledger) -> None:
         self.farm, self.job, self.ledger = farm, job, ledger
         self.scheduler = Scheduler(steps_limit=job.steps_limit, max_retries=farm.config.max_retries)
         self.scheduler.add(job.trials)
         self.quota = film_quota(ledger, successes=farm.config.num_videos, failures=farm.config.max_failure_videos)
-        self.work: dict[str, Work] = {}  # worker -> its trial
+        self.running: dict[str, RunningTrial] = {}  # worker -> its trial
         self.reports: dict[ray.ObjectRef, str] = {}  # -> worker
-        self.elsewhere: list[Trial] = []  # claimed by another driver
-        self.watches: dict[str, Watch] = {}  # policy server -> what is known of it
+        self.claimed_elsewhere: list[Trial] = []  # claimed by another driver
+        self.health: dict[str, ServerHealth] = {}  # policy server -> what is known of it
         self.past = BatchStats()  # of policy servers that are gone
         self.made = 0  # outcomes written by this run
-        self.beat_at_s = self.watched_at_s = 0.0
+        self.heartbeat_at_s = self.watched_at_s = 0.0
 
-    def play(self, on_tick: Callable[["Run"], None] = lambda run: None) -> None:
+    def play(self, on_tick: Callable[["Driver"], None] = lambda driver: None) -> None:
         """Raises InfrastructureError when nobody is left, LedgerError when it cannot write.
 
         `on_tick` is called several times a second, and may drop trials from the scheduler.
         """
         try:
-            while not self.scheduler.finished or self.elsewhere:
-                self.farm.trials_left = self.scheduler.unfinished + len(self.elsewhere)
-                self.farm.tend()
+            while not self.scheduler.finished or self.claimed_elsewhere:
+                self.farm.trials_left = self.scheduler.unfinished + len(self.claimed_elsewhere)
+                self.farm.maintain()
                 self._dispatch()
                 self._collect()
                 self._watch()
                 if self.scheduler.finished:
-                    self._look_elsewhere()
+                    self._take_back_from_others()
                 on_tick(self)
         finally:
-            self._abandon()
+            self._release_all()
 
     def drop(self, trials: Sequence[Trial]) -> int:
         """Leaves out those that nobody has begun; returns how many."""
         gone = set(trials)
-        self.elsewhere = [t for t in self.elsewhere if t not in gone]
+        self.claimed_elsewhere = [t for t in self.claimed_elsewhere if t not in gone]
         return self.scheduler.drop(trials)
 
     def batch_stats(self) -> BatchStats:
         """Over all policy servers, since they started."""
-        return total([self.past, *(w.stats for w in self.watches.values())])
+        return total([self.past, *(w.stats for w in self.health.values())])
 
     def _dispatch(self) -> None:
         """Gives each idle worker a trial, from the policy server that has fewest."""
-        servers = [s for s in self.farm.servers.ready() if not self._watch_of(s).suspect]
+        servers = [s for s in self.farm.servers.ready() if not self._health_of(s).suspect]
         ready = self.farm.workers.ready()
         living = [s.name for s in ready]
         for slot in ready if servers else ():
-            if slot.name in self.work or (trial := self._claimed(slot.name, living)) is None:
+            if slot.name in self.running or (trial := self._claimed(slot.name, living)) is None:
                 continue
             key = self.job.unnorm_keys[trial.policy, trial.suite]
             needs = self.job.needs[trial.policy]
             limit = self.job.steps_limit[trial.suite]
             film = self.quota.begin(trial)
-            order = Order(trial=trial, needs=needs, unnorm_key=key, max_steps=limit, film=film)
-            server = min(servers, key=lambda s: sum(w.server == s.name for w in self.work.values()))
+            order = TrialOrder(trial=trial, needs=needs, unnorm_key=key, max_steps=limit, film=film)
+            server = min(servers, key=lambda s: sum(w.server == s.name for w in self.running.values()))
             self.reports[slot.actor.run.remote(order, server.actor)] = slot.name
-            self.work[slot.name] = Work(order, server.name, time.monotonic())
+            self.running[slot.name] = RunningTrial(order, server.name, time.monotonic())
 
     def _claimed(self, worker: str, living: Sequence[str]) -> Trial | None:
         """The worker's next trial, ours alone; those that another driver has are put aside."""
         while (trial := self.scheduler.next(worker, living)) is not None:
             if self.ledger.claim(self.job.protocol, trial):
                 return trial
-            self.elsewhere.append(self.scheduler.skip(worker))
+            self.claimed_elsewhere.append(self.scheduler.skip(worker))
         return None
 
     def _collect(self) -> None:
@@ -138,17 +138,17 @@ class Run:
         for reference in ready:
             slot = self._worker(self.reports.pop(reference))
             try:
-                report: Report = ray.get(reference)
+                report: TrialReport = ray.get(reference)
             except ray.exceptions.RayError as e:
-                self._worker_fell(slot, kind="environment died", message=str(e))
+                self._worker_died(slot, kind="environment died", message=str(e))
                 continue
             if report.fault is not None:
                 self._fault(slot.name, report.fault, died=False)
             elif report.outcome is not None:
                 self._done(slot, report, report.outcome)
 
-    def _done(self, slot: Slot, report: Report, outcome: Outcome) -> None:
-        work = self.work.pop(slot.name)
+    def _done(self, slot: ActorSlot, report: TrialReport, outcome: Outcome) -> None:
+        running = self.running.pop(slot.name)
         trial = self.scheduler.done(slot.name)
         video = self._keep_video(trial, outcome.status, report.video) if report.video else ""
         if report.no_video:
@@ -156,17 +156,17 @@ class Run:
         if self.ledger.record(self.job.protocol, trial, outcome, video=video, worker=slot.name):
             self.made += 1
         else:
-            self.elsewhere.append(trial)  # our claim had lapsed: whoever took it may yet give it back
-        self.quota.end(trial, work.order.film, outcome.status if video else None)
+            self.claimed_elsewhere.append(trial)  # our claim had lapsed: whoever took it may yet give it back
+        self.quota.end(trial, running.order.film, outcome.status if video else None)
         slot.deaths = 0
         for server in self.farm.servers.slots:
-            server.deaths = 0 if server.name == work.server else server.deaths
+            server.deaths = 0 if server.name == running.server else server.deaths
         if report.rss_bytes > self.farm.config.worker_memory_gb * 2**30:
             self.farm.say(f"{slot.name} holds {report.rss_bytes / 2**30:.1f} GiB: replaced")
             self.farm.workers.retire(slot)
             self.scheduler.task_of.pop(slot.name, None)
 
-    def _worker_fell(self, slot: Slot, *, kind: str, message: str) -> None:
+    def _worker_died(self, slot: ActorSlot, *, kind: str, message: str) -> None:
         """A worker died, or hangs and is ended."""
         log = self.farm.logs.get(slot.name)
         message = cause_of_death(log) or first_line(message)
@@ -180,20 +180,20 @@ class Run:
 
     def _fault(self, worker: str, fault: Fault, *, died: bool) -> None:
         """An infrastructure error: written down, and the trial goes back to pending."""
-        work = self.work.pop(worker)
-        trial = work.order.trial
-        self.quota.end(trial, work.order.film, None)
+        running = self.running.pop(worker)
+        trial = running.order.trial
+        self.quota.end(trial, running.order.film, None)
         self.ledger.record_error(
             self.job.protocol,
             trial,
             kind=fault.kind,
             message=fault.message,
             traceback=fault.traceback,
-            worker=work.server if fault.policy_at_fault else worker,
+            worker=running.server if fault.policy_at_fault else worker,
         )
         self.ledger.release(self.job.protocol, trial)
         if fault.policy_at_fault:
-            self._suspect(work.server, fault)
+            self._suspect(running.server, fault)
         again = self.scheduler.failed(worker, died=died)
         where = f"{trial.suite} task {trial.task}, init state {trial.init_state}"
         what = "tried again" if again else "given up"
@@ -203,17 +203,17 @@ class Run:
         """A worker got no action. A server that raised is not trusted again: a CUDA error, say, stays for good."""
         for slot in self.farm.servers.ready():
             if slot.name == server and fault.kind == POLICY_RAISED:
-                self._server_fell(slot, first_line(fault.message))
+                self._server_died(slot, first_line(fault.message))
             elif slot.name == server:
-                self.watches[server] = Watch(stats=self._watch_of(slot).stats, suspect=True)
+                self.health[server] = ServerHealth(stats=self._health_of(slot).stats, suspect=True)
 
-    def _look_elsewhere(self) -> None:
+    def _take_back_from_others(self) -> None:
         """Trials of another driver: those it has finished are forgotten, the rest are asked for again."""
-        if self.elsewhere:
+        if self.claimed_elsewhere:
             time.sleep(POLL_S)
             done = {row.trial for row in self.ledger.outcomes()}
-            self.scheduler.add(t for t in self.elsewhere if t not in done)
-            self.elsewhere = []
+            self.scheduler.add(t for t in self.claimed_elsewhere if t not in done)
+            self.claimed_elsewhere = []
 
     def _keep_video(self, trial: Trial, status: Status, video: bytes) -> str:
         """Writes a video beside the ledger; returns its path from there, or "" where the disk takes no more."""
@@ -237,23 +237,23 @@ class Run:
     def _watch(self) -> None:
         """Asks the policy servers whom they heard lately; ends whoever hangs. Keeps the ledger's claims."""
         now = time.monotonic()
-        if now - self.beat_at_s > HEARTBEAT_EVERY_S:
-            self.beat_at_s = now
+        if now - self.heartbeat_at_s > HEARTBEAT_EVERY_S:
+            self.heartbeat_at_s = now
             self.ledger.heartbeat()
-        if now - self.watched_at_s < WATCH_EVERY_S and not any(w.suspect for w in self.watches.values()):
+        if now - self.watched_at_s < WATCH_EVERY_S and not any(w.suspect for w in self.health.values()):
             return
         self.watched_at_s = now
         for slot in self.farm.servers.ready():
             if why := self._fault_of_server(slot, now):
-                self._server_fell(slot, why)
-        for name, work in list(self.work.items()):
-            if (quiet_s := now - work.quiet_since_s) > self.farm.config.call_timeout_s:
+                self._server_died(slot, why)
+        for name, running in list(self.running.items()):
+            if (quiet_s := now - running.quiet_since_s) > self.farm.config.call_timeout_s:
                 self.reports = {r: n for r, n in self.reports.items() if n != name}
-                self._worker_fell(self._worker(name), kind="hang", message=f"no request for {quiet_s:.0f} s")
+                self._worker_died(self._worker(name), kind="hang", message=f"no request for {quiet_s:.0f} s")
 
-    def _fault_of_server(self, slot: Slot, now: float) -> str:
+    def _fault_of_server(self, slot: ActorSlot, now: float) -> str:
         """Takes the server's last answer and asks anew. Returns what is wrong with it, if anything."""
-        watch, limit_s = self._watch_of(slot), self.farm.config.call_timeout_s
+        watch, limit_s = self._health_of(slot), self.farm.config.call_timeout_s
         if watch.asked is not None and ray.wait([watch.asked], timeout=0)[0]:
             reference, watch.asked = watch.asked, None
             try:
@@ -270,29 +270,29 @@ class Run:
             return f"a batch has taken {watch.stats.oldest_wait_s:.0f} s"
         return ""
 
-    def _watch_of(self, slot: Slot) -> Watch:
-        return self.watches.setdefault(slot.name, Watch())
+    def _health_of(self, slot: ActorSlot) -> ServerHealth:
+        return self.health.setdefault(slot.name, ServerHealth())
 
     def _note_requests(self, server: str, stats: BatchStats, now: float) -> None:
         for name, quiet_s in stats.quiet_s.items():
-            if name in self.work and self.work[name].server == server:
-                work = self.work[name]
-                work.quiet_since_s = max(work.quiet_since_s, now - quiet_s)
+            if name in self.running and self.running[name].server == server:
+                running = self.running[name]
+                running.quiet_since_s = max(running.quiet_since_s, now - quiet_s)
 
-    def _server_fell(self, slot: Slot, why: str) -> None:
+    def _server_died(self, slot: ActorSlot, why: str) -> None:
         """Its workers notice by themselves, and report their trials back."""
-        self.farm.say(f"{slot.name} fell ({why}): started again")
-        self.past = total([self.past, self.watches.pop(slot.name, Watch()).stats])
+        self.farm.say(f"{slot.name} failed ({why}): started again")
+        self.past = total([self.past, self.health.pop(slot.name, ServerHealth()).stats])
         self.farm.servers.lost(slot, why)
 
-    def _abandon(self) -> None:
+    def _release_all(self) -> None:
         """On the way out, interrupted or not: workers still at a trial are ended, their claims given back."""
-        for name, work in list(self.work.items()):
+        for name, running in list(self.running.items()):
             self.farm.workers.retire(self._worker(name))
-            self.ledger.release(self.job.protocol, work.order.trial)
-        self.work.clear()
+            self.ledger.release(self.job.protocol, running.order.trial)
+        self.running.clear()
 
-    def _worker(self, name: str) -> Slot:
+    def _worker(self, name: str) -> ActorSlot:
         return next(s for s in self.farm.workers.slots if s.name == name)
 
 

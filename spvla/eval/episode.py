@@ -46,7 +46,7 @@ def run_trial(
             if step < 0:
                 env.step(WAIT_ACTION)  # objects fall before the policy acts; success does not count yet
                 continue
-            frames = Frames(env)
+            frames = CameraFrames(env)
             if on_frame is not None:
                 on_frame(frames[FILM_CAMERA][::-1, ::-1])
             if not queue:
@@ -70,7 +70,7 @@ def run_trial(
     return Outcome(status=status, steps=taken, seconds=time.monotonic() - started, state_digest=digest, note=note)
 
 
-class Frames(dict[str, np.ndarray]):
+class CameraFrames(dict[str, np.ndarray]):
     """What the cameras show at one moment, each drawn when it is first looked at: (256, 256, 3) uint8, not rotated."""
 
     def __init__(self, env: Env) -> None:
@@ -81,7 +81,7 @@ class Frames(dict[str, np.ndarray]):
         return self[camera]
 
 
-def observe(env: Env, frames: Frames, needs: Needs, *, center_crop: bool) -> Observation:
+def observe(env: Env, frames: CameraFrames, needs: Needs, *, center_crop: bool) -> Observation:
     """What the policy sees now, and no more than it needs. The wrist's image goes the main image's way."""
     return Observation(
         images=tuple(evaluation_image(frames[camera], center_crop=center_crop) for camera in needs.cameras),

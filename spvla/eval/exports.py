@@ -11,7 +11,7 @@ from spvla.config import EvaluateConfig
 from spvla.eval.ledger import Ledger, TrialRow
 from spvla.eval.summary import Summary, summarise
 from spvla.files import write_json, write_text
-from spvla.tracking import start_run
+from spvla.tracking import WandbRun
 
 RESULTS, TRIALS = "results.json", "trials.csv"
 STEP = "checkpoint_step"
@@ -45,31 +45,30 @@ def as_csv(rows: Sequence[TrialRow]) -> str:
     return out.getvalue()
 
 
-class Wandb:
-    """One Weights & Biases run for all that a session evaluates, under the original's names."""
+def open_wandb(config: EvaluateConfig, *, folder: Path, name: str) -> WandbRun:
+    """One run for all that a session evaluates. Raises UserError, before any trial is played, without a login."""
+    opened = WandbRun(config, name=name, folder=folder)
+    opened.run.define_metric("*", step_metric=STEP)  # checkpoints of a run may be evaluated newest first
+    return opened
 
-    def __init__(self, config: EvaluateConfig, *, folder: Path, name: str) -> None:
-        """Raises UserError, before any trial is played, where W&B cannot start."""
-        self.run = start_run(config, name=name, folder=folder)
-        self.run.define_metric("*", step_metric=STEP)  # checkpoints of a run may be evaluated newest first
 
-    def write(self, summaries: Sequence[Summary], *, step: int | None = None) -> None:
-        """One table of all tasks, and one number for each task and suite; `step` of training places it on a curve."""
-        import wandb
+def log_results(opened: WandbRun, summaries: Sequence[Summary], *, step: int | None = None) -> None:
+    """One table of all tasks, and one number for each task and suite, under the original's names.
 
-        columns = ["policy", "suite", "task", "instruction", "successes", "trials", "rate", "low", "high", "errors"]
-        rows = [
-            [s.policy_name, s.suite, -1 if s.task is None else s.task, s.instruction, s.successes, s.done, s.rate]
-            + [*s.interval, s.errors]
-            for s in summaries
-        ]
-        values: dict[str, Any] = {"results": wandb.Table(columns=columns, data=rows)}
-        several = len({(s.policy, s.suite) for s in summaries}) > 1
-        for s in summaries:
-            where = "total" if s.task is None else s.instruction
-            prefix = f"{s.policy_name}/{s.suite}/" if several else ""
-            values |= {f"{prefix}success_rate/{where}": s.rate, f"{prefix}num_episodes/{where}": s.done}
-        self.run.log(values if step is None else values | {STEP: step})
+    `step` of training places it on a curve.
+    """
+    import wandb
 
-    def close(self) -> None:
-        self.run.finish()
+    columns = ["policy", "suite", "task", "instruction", "successes", "trials", "rate", "low", "high", "errors"]
+    rows = [
+        [s.policy_name, s.suite, -1 if s.task is None else s.task, s.instruction, s.successes, s.done, s.rate]
+        + [*s.interval, s.errors]
+        for s in summaries
+    ]
+    values: dict[str, Any] = {"results": wandb.Table(columns=columns, data=rows)}
+    several = len({(s.policy, s.suite) for s in summaries}) > 1
+    for s in summaries:
+        where = "total" if s.task is None else s.instruction
+        prefix = f"{s.policy_name}/{s.suite}/" if several else ""
+        values |= {f"{prefix}success_rate/{where}": s.rate, f"{prefix}num_episodes/{where}": s.done}
+    opened.log(values if step is None else values | {STEP: step})

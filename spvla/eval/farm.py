@@ -1,4 +1,4 @@
-"""The farm: crews of environment workers and policy servers on the cluster, kept alive, of one mind about the protocol.
+"""The farm: pools of environment workers and policy servers on the cluster, kept alive, all of one protocol.
 
 Start it once, then play as many jobs on it as you like (spvla.eval.driver).
 """
@@ -16,15 +16,15 @@ from spvla.cluster.machines import cpus_for, grows, request_for, total, unbounde
 from spvla.config import FarmConfig
 from spvla.errors import InfrastructureError
 from spvla.eval.actors import RemoteEnvWorker, RemotePolicyServer
-from spvla.eval.messages import ServerFacts, ServerSettings, Version, WorkerFacts, WorkerSettings
-from spvla.eval.pool import Crew, Slot
+from spvla.eval.messages import PolicyVersion, ServerFacts, ServerSettings, WorkerFacts, WorkerSettings
+from spvla.eval.pool import ActorPool, ActorSlot
 from spvla.eval.sizing import DECODER_CPUS, Sizes, sizes
 
 RESIZE_EVERY_S = 5.0
 SERVER_START_S = 900.0  # 15 GB from a slow disk
 WORKER_START_S = 300.0
 MACHINE_WAIT_S = 900.0  # a machine that must boot and set itself up first
-TELL_AFTER_S = 20.0
+SAY_AFTER_S = 20.0
 
 
 class Farm:
@@ -34,12 +34,12 @@ class Farm:
         self, config: FarmConfig, *, working: WorkerSettings, serving: ServerSettings, say: Callable[[str], None]
     ) -> None:
         self.config, self.working, self.serving, self.say = config, working, serving, say
-        self.versions: list[Version] = []
+        self.versions: list[PolicyVersion] = []
         self.adapters: dict[str, list[ray.ObjectRef]] = {}
-        self.workers: Crew[WorkerFacts] = Crew("env", self._ask_for_worker, self._start_worker, WORKER_START_S)
-        self.servers: Crew[ServerFacts] = Crew("policy", self._ask_for_server, self._start_server, SERVER_START_S)
+        self.workers = ActorPool[WorkerFacts]("env", self._ask_for_worker, self._start_worker, WORKER_START_S)
+        self.servers = ActorPool[ServerFacts]("policy", self._ask_for_server, self._start_server, SERVER_START_S)
         self.trials_left = sys.maxsize  # no more actors are asked for than trials can be played at once
-        self.told_waiting: dict[str, int] = {}  # crew -> how many wait for a machine
+        self.said_waiting: dict[str, int] = {}  # pool -> how many wait for a machine
         self.expected: tuple[WorkerFacts, ServerFacts] | None = None
         self.logs: dict[str, Path] = {}
         self.sizes = cluster_sizes(config, serving.device)
@@ -52,18 +52,18 @@ class Farm:
         self.workers.close()
         self.servers.close()
 
-    def start(self, versions: Sequence[Version]) -> tuple[WorkerFacts, ServerFacts]:
+    def start(self, versions: Sequence[PolicyVersion]) -> tuple[WorkerFacts, ServerFacts]:
         """Brings the policies in; returns what the first worker and the first server say of themselves."""
         self.use(versions)
         while self.expected is None:
-            self.tend()
+            self.maintain()
             workers, servers = self.workers.ready(), self.servers.ready()
             if workers and servers:
                 self.expected = workers[0].facts, servers[0].facts
             time.sleep(0.05)
         return self.expected
 
-    def use(self, versions: Sequence[Version]) -> None:
+    def use(self, versions: Sequence[PolicyVersion]) -> None:
         """The policies that every server holds from now on. Adapters are moved as their few files only."""
         self.versions = list(versions)
         if grows() or sum(node["Alive"] for node in ray.nodes()) > 1:
@@ -72,50 +72,50 @@ class Farm:
             slot.facts, slot.starting = None, self._start_server(slot.actor)
             slot.since_s = time.monotonic()
 
-    def tend(self) -> None:
-        """Fills empty places, welcomes who has started, and grows with the cluster. Raises when nobody is left."""
+    def maintain(self) -> None:
+        """Fills empty slots, admits actors that have started, and grows with the cluster. Raises when none is left."""
         now = time.monotonic()
         if now - self.resized_at_s > RESIZE_EVERY_S:
             self.resized_at_s, self.sizes = now, cluster_sizes(self.config, self.serving.device)
             self.workers.grow_to(self.sizes.envs)
             self.servers.grow_to(self.sizes.decoders)
-            self._tell_who_waits()
-        for crew, size in ((self.servers, self.sizes.decoders), (self.workers, self.sizes.envs)):
-            crew.fill(min(size, self.trials_left))
-            for slot, why in crew.started():
+            self._say_who_waits()
+        for pool, size in ((self.servers, self.sizes.decoders), (self.workers, self.sizes.envs)):
+            pool.fill(min(size, self.trials_left))
+            for slot, why in pool.started():
                 if why:
-                    self.say(f"{slot.name} fell while starting: {why}")
+                    self.say(f"{slot.name} died while starting: {why}")
                 else:
-                    self._welcome(crew, slot)
-            if not crew.alive():
+                    self._admit(pool, slot)
+            if not pool.alive():
                 raise InfrastructureError(
-                    f"no {crew.kind} actor is left ({crew.last_fall}); logs: {self.working.log_folder}"
+                    f"no {pool.kind} actor is left ({pool.last_death}); logs: {self.working.log_folder}"
                 )
-            if crew.stranded(MACHINE_WAIT_S):
+            if pool.without_a_place(MACHINE_WAIT_S):
                 raise InfrastructureError(
-                    f"no machine took in any {crew.kind} actor within {MACHINE_WAIT_S:.0f} s; `ray status` shows who"
+                    f"no machine took in any {pool.kind} actor within {MACHINE_WAIT_S:.0f} s; `ray status` shows who"
                     " holds what, and which machines could not be started"
                 )
 
-    def _tell_who_waits(self) -> None:
-        waiting = {crew.kind: len(crew.waiting(TELL_AFTER_S)) for crew in (self.workers, self.servers)}
-        if any(waiting.values()) and waiting != self.told_waiting:
+    def _say_who_waits(self) -> None:
+        waiting = {pool.kind: len(pool.waiting(SAY_AFTER_S)) for pool in (self.workers, self.servers)}
+        if any(waiting.values()) and waiting != self.said_waiting:
             self.say(
                 f"waiting for room on the cluster: {waiting['env']} environments, {waiting['policy']} policy actors"
             )
-        self.told_waiting = waiting
+        self.said_waiting = waiting
 
-    def _welcome(self, crew: Crew, slot: Slot) -> None:
-        """Only who would give the same results may join."""
-        if crew is self.workers:
+    def _admit(self, pool: ActorPool, slot: ActorSlot) -> None:
+        """Only an actor that would give the same results may join."""
+        if pool is self.workers:
             self.logs[slot.name] = Path(slot.facts.log)
         if self.expected is None:
             return
-        wanted = self.expected[0 if crew is self.workers else 1]
+        wanted = self.expected[0 if pool is self.workers else 1]
         if changed := wanted.differences(slot.facts):
             why = f"{slot.name} runs another protocol ({'; '.join(changed)})"
             self.say(f"{why}: left out")
-            crew.dismiss(slot, why)
+            pool.dismiss(slot, why)
 
     def _ask_for_worker(self, name: str) -> Any:
         options = {"num_cpus": self.sizes.env_cpus, "num_gpus": 0, "resources": request_for("spvla_env")}

@@ -13,7 +13,7 @@ def differing(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Version:
+class PolicyVersion:
     """One policy that the farm knows: a base checkpoint, or an adapter on one."""
 
     digest: str
@@ -47,7 +47,7 @@ class ServerSettings:
     max_batch: int
     wait_ms: float | None
     log_folder: str | None
-    load: Callable[[Version, "ServerSettings"], AdaptablePolicy]
+    load: Callable[[PolicyVersion, "ServerSettings"], AdaptablePolicy]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class ServerFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class ActionRequest:
     """One question to a policy. 150 KB an image: with two it still travels inline in Ray's message."""
 
     version: str  # digest
@@ -93,7 +93,7 @@ class WorkerFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class TrialOrder:
     """A trial for a worker to play."""
 
     trial: Trial
@@ -118,7 +118,7 @@ class Fault:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class TrialReport:
     """What came of an order: an outcome or a fault."""
 
     outcome: Outcome | None = None

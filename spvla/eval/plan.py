@@ -8,7 +8,7 @@ from spvla.benchmarks import registry
 from spvla.benchmarks.registry import BenchmarkFlags
 from spvla.config import EvaluateConfig, SelfplayConfig, SweepConfig
 from spvla.errors import CheckpointError, UserError
-from spvla.eval.messages import Version
+from spvla.eval.messages import PolicyVersion
 from spvla.policies import checkpoint
 from spvla.policies import registry as families
 from spvla.policies.registry import NO_FLAGS, PolicyFlags, flags_of
@@ -19,7 +19,7 @@ from spvla.types import Benchmark, Trial
 class Plan:
     """What is to be evaluated."""
 
-    versions: list[Version]
+    versions: list[PolicyVersion]
     trials: list[Trial]  # version by version, or init state by init state if `paired`
     unnorm_keys: dict[tuple[str, str], str]  # (policy digest, suite) -> key
     instructions: dict[tuple[str, int], str]  # (suite, task) -> text
@@ -78,11 +78,11 @@ def chosen_tasks(
     return chosen
 
 
-def describe(path: str, flags: PolicyFlags = NO_FLAGS) -> Version:
+def describe(path: str, flags: PolicyFlags = NO_FLAGS) -> PolicyVersion:
     """Identifies a checkpoint by what decides its behaviour. Raises UserError where the flags do not fit its files."""
     base, adapter = checkpoint.base_of(path)
     folder = Path(adapter or base)
-    return Version(
+    return PolicyVersion(
         digest=checkpoint.policy_digest(path),
         name=readable_name(folder),
         path=str(folder),
@@ -99,7 +99,7 @@ def readable_name(folder: Path) -> str:
     return folder.name
 
 
-def unnorm_key(version: Version, suite: str, asked: str | None) -> str:
+def unnorm_key(version: PolicyVersion, suite: str, asked: str | None) -> str:
     """The key of the action statistics: the flag's, else the suite's name or that + "_no_noops".
 
     What the policy was trained on comes before what its base knows.

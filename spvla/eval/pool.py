@@ -1,4 +1,4 @@
-"""Crews of Ray actors that are kept alive: started a few at a time, replaced when they die, given up at last.
+"""Pools of Ray actors that are kept alive: started a few at a time, replaced when they die, given up at last.
 
 An actor that has no place on any machine waits for one, which is what an autoscaler starts machines for.
 
@@ -23,8 +23,8 @@ LOG_HEADER = "--- process"  # begins what each process writes to its log
 
 
 @dataclass
-class Slot(Generic[Facts]):
-    """One place in a crew, filled by one actor after another under the same name."""
+class ActorSlot(Generic[Facts]):
+    """One place in a pool, filled by one actor after another under the same name."""
 
     name: str
     actor: Any = None
@@ -42,48 +42,48 @@ class Slot(Generic[Facts]):
 
 
 @dataclass
-class Crew(Generic[Facts]):
+class ActorPool(Generic[Facts]):
     """`launch(name)` asks for an actor; `start(actor)` returns a reference that resolves when it can work."""
 
     kind: str
     launch: Callable[[str], Any]
     start: Callable[[Any], ray.ObjectRef]
     start_timeout_s: float
-    slots: list[Slot[Facts]] = field(default_factory=list)
-    proven: bool = False  # somebody has been ready: falls are bad luck, not a fault of every machine
-    last_fall: str = ""
-    housed_at_s: float = field(default_factory=time.monotonic)  # when last somebody had a place, or nobody asked
+    slots: list[ActorSlot[Facts]] = field(default_factory=list)
+    any_started: bool = False  # one has been ready: deaths are bad luck, not a fault of every machine
+    last_death: str = ""
+    placed_at_s: float = field(default_factory=time.monotonic)  # when last an actor had a place, or none was asked for
 
     def grow_to(self, size: int) -> None:
         while len(self.slots) < size:
-            self.slots.append(Slot(name=f"{self.kind}-{len(self.slots)}"))
+            self.slots.append(ActorSlot(name=f"{self.kind}-{len(self.slots)}"))
 
-    def ready(self) -> list[Slot[Facts]]:
+    def ready(self) -> list[ActorSlot[Facts]]:
         return [s for s in self.slots if s.ready]
 
     def alive(self) -> bool:
         """Somebody works, or may yet. Where nobody ever could, a round of falls is enough."""
-        if not self.proven and sum(s.deaths for s in self.slots) >= GIVE_UP_AFTER + STARTS_AT_ONCE:
+        if not self.any_started and sum(s.deaths for s in self.slots) >= GIVE_UP_AFTER + STARTS_AT_ONCE:
             return False
         return any(not s.given_up for s in self.slots)
 
-    def waiting(self, seconds: float = 0) -> list[Slot[Facts]]:
-        """Those that no machine has taken in for so long."""
+    def waiting(self, seconds: float = 0) -> list[ActorSlot[Facts]]:
+        """Those that have waited for a machine for so long."""
         asked = time.monotonic() - seconds
         return [s for s in self.slots if s.placing is not None and s.since_s <= asked]
 
-    def stranded(self, seconds: float) -> bool:
-        """For so long now nobody has had a place, and somebody waits for one."""
+    def without_a_place(self, seconds: float) -> bool:
+        """For so long no actor has had a place, and some wait for one."""
         now = time.monotonic()
         if not self.waiting() or any(s.actor is not None and s.placing is None for s in self.slots):
-            self.housed_at_s = now
-        return now - self.housed_at_s > seconds
+            self.placed_at_s = now
+        return now - self.placed_at_s > seconds
 
     def fill(self, wanted: int) -> None:
         """Asks for actors in empty slots, up to `wanted` in all; who still waits for a place beyond that is let go."""
         now = time.monotonic()
         if not any(s.actor is not None for s in self.slots):
-            self.housed_at_s = now  # nobody has asked yet
+            self.placed_at_s = now  # none was asked for yet
         surplus = sum(s.actor is not None for s in self.slots) - wanted
         for slot in self.waiting()[::-1][: max(0, surplus)]:
             self.retire(slot)
@@ -92,22 +92,22 @@ class Crew(Generic[Facts]):
             slot.actor = self.launch(slot.name)
             slot.placing, slot.since_s = slot.actor.__ray_ready__.remote(), now
 
-    def started(self) -> Iterator[tuple[Slot[Facts], str]]:
-        """Starts who has a place; yields (slot, "") for each that became ready, (slot, why) for each that fell."""
+    def started(self) -> Iterator[tuple[ActorSlot[Facts], str]]:
+        """Starts those that have a place; yields (slot, "") for each now ready, (slot, why) for each that died."""
         yield from self._start_placed()
         for slot in [s for s in self.slots if s.starting is not None]:
             if ray.wait([slot.starting], timeout=0)[0]:
                 reference, slot.starting = slot.starting, None
                 try:
                     slot.facts = ray.get(reference)
-                    self.proven = True
+                    self.any_started = True
                     yield slot, ""
                 except ray.exceptions.RayError as e:
                     yield slot, self.lost(slot, last_line(str(e)))
             elif time.monotonic() - slot.since_s > self.start_timeout_s:
                 yield slot, self.lost(slot, f"not ready within {self.start_timeout_s:.0f} s")
 
-    def _start_placed(self) -> Iterator[tuple[Slot[Facts], str]]:
+    def _start_placed(self) -> Iterator[tuple[ActorSlot[Facts], str]]:
         """A few at a time: many at once starve each other of disk and memory."""
         room = STARTS_AT_ONCE - sum(s.starting is not None for s in self.slots)
         placed = [s for s in self.waiting() if ray.wait([s.placing], timeout=0)[0]]
@@ -119,23 +119,23 @@ class Crew(Generic[Facts]):
             except ray.exceptions.RayError as e:
                 yield slot, self.lost(slot, last_line(str(e)))
 
-    def lost(self, slot: Slot[Facts], why: str) -> str:
+    def lost(self, slot: ActorSlot[Facts], why: str) -> str:
         """The actor is dead or must go: empties its slot, and counts it. Returns `why`."""
         self.retire(slot)
         slot.deaths += 1
         slot.wait_until_s = time.monotonic() + min(10.0, 0.1 * 2**slot.deaths)
-        self.last_fall = f"{slot.name} died {slot.deaths} times in a row, at last of: {why}"
+        self.last_death = f"{slot.name} died {slot.deaths} times in a row, at last of: {why}"
         if slot.deaths >= GIVE_UP_AFTER:
-            slot.given_up = self.last_fall
+            slot.given_up = self.last_death
         return why
 
-    def retire(self, slot: Slot[Facts]) -> None:
+    def retire(self, slot: ActorSlot[Facts]) -> None:
         """Ends the actor, if it lives, without blame."""
         if slot.actor is not None:
             ray.kill(slot.actor)
         slot.actor = slot.placing = slot.starting = slot.facts = None
 
-    def dismiss(self, slot: Slot[Facts], why: str) -> None:
+    def dismiss(self, slot: ActorSlot[Facts], why: str) -> None:
         """Ends the actor for good."""
         self.retire(slot)
         slot.given_up = why

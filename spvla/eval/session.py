@@ -17,9 +17,9 @@ from spvla.cluster.connect import connection
 from spvla.config import EvaluateConfig
 from spvla.errors import UserError
 from spvla.eval.actors import open_base
-from spvla.eval.console import Console, Tally, View
-from spvla.eval.driver import Job, Run
-from spvla.eval.exports import Wandb, export
+from spvla.eval.console import EvaluationConsole, ProgressView, TaskCounts
+from spvla.eval.driver import Driver, EvaluationJob
+from spvla.eval.exports import export, log_results, open_wandb
 from spvla.eval.farm import Farm, cluster_sizes
 from spvla.eval.ledger import Ledger, TrialRow
 from spvla.eval.logfile import name_part, refuse_note, write_log
@@ -30,6 +30,7 @@ from spvla.eval.settle import pairs_of, verdict
 from spvla.eval.sizing import decode_batch_size
 from spvla.eval.summary import Summary, summarise
 from spvla.files import require_writable, writing_to
+from spvla.tracking import WandbRun
 from spvla.types import Benchmark, Trial
 
 WORKER_LOGS = "workers"
@@ -38,23 +39,23 @@ DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 @contextmanager
-def session(config: EvaluateConfig) -> Iterator["Session"]:
+def session(config: EvaluateConfig) -> Iterator["EvaluationSession"]:
     """Opens the ledger in --local_log_dir. Raises UserError if it cannot be used."""
     benchmark = benchmark_of(config)
     refuse_note(config.run_id_note, config.task_suite_name.split(","))  # now, not when hours of trials are done
     folder = require_writable(config.local_log_dir, flag="--local_log_dir")
-    with Ledger.create(folder / runs.LEDGER) as ledger, Console() as console, ExitStack() as stack:
-        yield Session(config, benchmark, ledger, console, stack)
+    with Ledger.create(folder / runs.LEDGER) as ledger, EvaluationConsole() as console, ExitStack() as stack:
+        yield EvaluationSession(config, benchmark, ledger, console, stack)
 
 
-class Session:
+class EvaluationSession:
     def __init__(
-        self, config: EvaluateConfig, benchmark: Benchmark, ledger: Ledger, console: Console, stack: ExitStack
+        self, config: EvaluateConfig, benchmark: Benchmark, ledger: Ledger, console: EvaluationConsole, stack: ExitStack
     ) -> None:
         self.config, self.benchmark, self.ledger = config, benchmark, ledger
         self.console, self.stack = console, stack
         self.farm: Farm | None = None
-        self.wandb: Wandb | None = None
+        self.wandb: WandbRun | None = None
         self.began = datetime.now()
 
     @property
@@ -134,7 +135,7 @@ class Session:
         self.farm.trials_left = len(missing)
         protocol = self._protocol(*self.farm.start(plan.versions))
         self._register(plan, protocol)
-        job = Job(
+        job = EvaluationJob(
             protocol=protocol.digest,
             trials=missing,
             needs={v.digest: v.needs for v in plan.versions},
@@ -142,8 +143,8 @@ class Session:
             instructions=plan.instructions,
             steps_limit={suite: self._max_steps(suite) for suite in plan.suites},
         )
-        watcher = Watcher(self, plan)
-        Run(self.farm, job, self.ledger).play(watcher.tick)
+        watcher = ProgressWatcher(self, plan)
+        Driver(self.farm, job, self.ledger).play(watcher.tick)
 
     def _max_steps(self, suite: str) -> int:
         limit = self.benchmark.max_steps(suite)
@@ -209,10 +210,10 @@ class Session:
         trials = set(plan.trials)
         return [row for row in self.ledger.trials() if row.trial in trials]
 
-    def _open_wandb(self) -> Wandb:
+    def _open_wandb(self) -> WandbRun:
         suites = self.config.task_suite_name.replace(",", "+")
         name = f"EVAL-{suites}-openvla-{self.began:%Y_%m_%d-%H_%M_%S}"
-        opened = Wandb(self.config, folder=self.folder, name=name)
+        opened = open_wandb(self.config, folder=self.folder, name=name)
         self.stack.callback(opened.close)
         return opened
 
@@ -229,36 +230,36 @@ class Session:
         for path in export(self.ledger):
             self.console.say(f"evaluate  export: {path}")
         if self.wandb is not None:
-            self.wandb.write(summarise(self._rows(plan)), step=step)
+            log_results(self.wandb, summarise(self._rows(plan)), step=step)
 
 
-class Watcher:
+class ProgressWatcher:
     """Looks at a run several times a second: shows it, and ends a comparison that is settled."""
 
-    def __init__(self, session: Session, plan: Plan) -> None:
+    def __init__(self, session: EvaluationSession, plan: Plan) -> None:
         self.session, self.plan = session, plan
-        self.view = View("evaluate", batch_size=session.farm.serving.max_batch)
+        self.view = ProgressView("evaluate", batch_size=session.farm.serving.max_batch)
         self.looked_at_s = -float("inf")
         self.settled = False
 
-    def tick(self, run: Run) -> None:
+    def tick(self, driver: Driver) -> None:
         now = time.monotonic()
-        if now - self.looked_at_s < LOOK_EVERY_S and not run.scheduler.finished:
+        if now - self.looked_at_s < LOOK_EVERY_S and not driver.scheduler.finished:
             return
         self.looked_at_s = now
         rows = self.session._rows(self.plan)
-        self.view.tallies = tallies(rows)
-        self.view.made = run.made
-        self.view.workers, self.view.servers = len(run.farm.workers.ready()), len(run.farm.servers.ready())
-        self.view.batches = run.batch_stats()
-        self.session.console.show(self.view, now=run.scheduler.finished)
+        self.view.task_counts = task_counts(rows)
+        self.view.made = driver.made
+        self.view.workers, self.view.servers = len(driver.farm.workers.ready()), len(driver.farm.servers.ready())
+        self.view.batches = driver.batch_stats()
+        self.session.console.show(self.view, now=driver.scheduler.finished)
         if self.session.config.stop_when_settled and not self.settled:
-            self._settle(rows, run)
+            self._settle(rows, driver)
 
-    def _settle(self, rows: Sequence[TrialRow], run: Run) -> None:
+    def _settle(self, rows: Sequence[TrialRow], driver: Driver) -> None:
         if words := settled(self.plan, rows):
             self.settled = True
-            dropped = run.drop(self.plan.trials)
+            dropped = driver.drop(self.plan.trials)
             self.session.console.say(f"evaluate  {words}; {dropped} trials left out")
 
 
@@ -271,11 +272,11 @@ def settled(plan: Plan, rows: Sequence[TrialRow]) -> str:
     return f"{names}: settled after {found.both} of {pairs} pairs: {words}" if words else ""
 
 
-def tallies(rows: Sequence[TrialRow]) -> dict[tuple[str, int], Tally]:
+def task_counts(rows: Sequence[TrialRow]) -> dict[tuple[str, int], TaskCounts]:
     """Counts for each (suite, task), over all policies."""
-    counts: dict[tuple[str, int], Tally] = {}
+    counts: dict[tuple[str, int], TaskCounts] = {}
     for row in rows:
-        tally = counts.setdefault((row.suite, row.task), Tally(row.instruction))
+        tally = counts.setdefault((row.suite, row.task), TaskCounts(row.instruction))
         tally.planned += 1
         tally.done += row.status is not None
         tally.successes += row.status == "success"

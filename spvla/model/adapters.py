@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from spvla.errors import CheckpointError
-from spvla.files import write_json
+from spvla.files import new_file, write_json
 from spvla.model.openvla import OpenVLA
 from spvla.model.weights import alone, read_headers, read_json, refuse_pickles, write_tensors
 
@@ -116,9 +116,8 @@ def save_adapter(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    beside = folder / f".{ADAPTER_WEIGHTS}.tmp"
-    write_tensors({name: alone(t) for name, t in state.items()}, beside)
-    beside.replace(folder / ADAPTER_WEIGHTS)
+    with new_file(folder / ADAPTER_WEIGHTS) as beside:
+        write_tensors({name: alone(t) for name, t in state.items()}, beside)
     if norm_stats is not None:
         write_json(folder / STATISTICS, norm_stats)
     config = model.peft_config[adapter_name].to_dict()

@@ -1,8 +1,8 @@
 """Families of policies: which one a checkpoint is of, what it needs to see, and how it is opened.
 
-A family is one folder of this room and one line in FAMILIES, which names a module with two functions (`Family`). They
-are asked in order; "openvla" comes last, since it is what a checkpoint of that model type is when it shows no more.
-Nothing heavy is imported before a checkpoint is opened.
+A family is one folder of this room and one line in FAMILIES, which names a module with two functions
+(`PolicyFamily`). They are asked in order; "openvla" comes last, since it is what a checkpoint of that model type is
+when it shows no more. Nothing heavy is imported before a checkpoint is opened.
 """
 
 import importlib
@@ -43,7 +43,7 @@ class Description:
 
     family: str
     needs: Needs
-    form: Any = None  # the family's own: what `Family.open` must know beside the base's weights
+    form: Any = None  # the family's own: what `PolicyFamily.open` must know beside the base's weights
 
 
 PLAIN_OPENVLA = Description(family="openvla", needs=ONE_STEP)
@@ -62,7 +62,7 @@ class AdaptablePolicy(Policy, Protocol):
     def remove_adapter(self, name: str) -> None: ...
 
 
-class Family(Protocol):
+class PolicyFamily(Protocol):
     """What a family's module offers."""
 
     def describe(self, base: Path, adapter: Path | None, flags: PolicyFlags) -> Description | None:
@@ -93,7 +93,7 @@ def describe(path: str | Path, flags: PolicyFlags = NO_FLAGS) -> Description:
     return next(description for description in found if description is not None)
 
 
-def family(name: str) -> Family:
+def family(name: str) -> PolicyFamily:
     return importlib.import_module(FAMILIES[name])
 
 

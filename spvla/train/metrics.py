@@ -14,9 +14,8 @@ from typing import Protocol
 
 from spvla import runs
 from spvla.config import TrainConfig
-from spvla.files import write_text
 from spvla.progress import Progress
-from spvla.tracking import start_run
+from spvla.tracking import WandbRun
 
 Row = dict[str, float]  # {"step": 10, "train_loss": 0.69, ...}
 
@@ -79,22 +78,18 @@ class Console:
         self.progress.__exit__()
 
 
-class Wandb:
-    """Weights & Biases. The id is kept in the run's folder, so that a resumed run continues the same curves."""
+class WandbCurves:
+    """Weights & Biases; a resumed run continues the same curves."""
 
     def __init__(self, run: Path, config: TrainConfig) -> None:
-        id_file = run / "wandb" / "id"
-        known = id_file.read_text().strip() if id_file.exists() else None
-        self.session = start_run(config, name=run.name, folder=run, id=known, resume="allow")
-        if known is None:
-            write_text(id_file, self.session.id)
+        self.wandb = WandbRun(config, name=run.name, folder=run, resume=True)
 
     def write(self, row: Row) -> None:
-        step = int(row["step"])
-        self.session.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=step)
+        values = {k: v for k, v in row.items() if k != "step" and v is not None}
+        self.wandb.log(values, step=int(row["step"]))
 
     def close(self) -> None:
-        self.session.finish()
+        self.wandb.close()
 
 
 class Follower:

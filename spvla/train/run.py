@@ -21,7 +21,7 @@ from spvla.config import TrainConfig
 from spvla.errors import TrainingError
 from spvla.files import require_writable
 from spvla.train.merge import Merger
-from spvla.train.metrics import Console, Follower, Row, Sink, Wandb
+from spvla.train.metrics import Console, Follower, Row, Sink, WandbCurves
 from spvla.train.prepare import (
     Job,
     locked,
@@ -72,7 +72,7 @@ def train(config: TrainConfig, *, label: str = "train", callbacks: Sequence[User
                 merger.finish()
             return done
         # before Ray, so that a missing login shows at once
-        sinks: list[Sink] = [Wandb(run, config)] if config.use_wandb else []
+        sinks: list[Sink] = [WandbCurves(run, config)] if config.use_wandb else []
         with connection():
             job = prepare(config, run, start)
             _announce(label, job)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spvla.errors import CheckpointError
-from spvla.files import write_json
+from spvla.files import new_file, write_json
 from spvla.model.adapters import ADAPTER_CONFIG
 from spvla.model.weights import alone, read_json
 from spvla.policies.oft.form import FAMILY, OftForm
@@ -99,7 +99,6 @@ def write_added(added: Mapping[str, nn.Module], form: OftForm, folder: Path, ste
     """Head and projector as the original's files, and the marker, into a folder whose config is there."""
     for part, module in added.items():
         state = {f"{_WRAPPER}{name}": alone(t) for name, t in module.state_dict().items()}
-        beside = folder / f".{part}.tmp"
-        torch.save(state, beside)
-        beside.replace(folder / f"{part}--{step}_checkpoint.pt")
+        with new_file(folder / f"{part}--{step}_checkpoint.pt") as beside:
+            torch.save(state, beside)
     mark(folder, form)
