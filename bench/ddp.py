@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -23,11 +24,12 @@ import torch
 import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from train_step import BETA, LEARNING_RATE, random_batch, random_model
+from train_step import BETA, LEARNING_RATE, random_batch, random_core, random_lora
 
 from spvla.cluster.connect import connection
 from spvla.cluster.machines import require_resources
 from spvla.config import StepConfig
+from spvla.model.lora_file import LoraFile
 from spvla.train.questions import together
 from spvla.train.step import Learner
 
@@ -98,10 +100,10 @@ def work(config: dict[str, argparse.Namespace]) -> Row:
     device = ray.train.torch.get_device()
     torch.set_num_threads(args.cpus_per_worker)
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = random_model(args)
-    scatter(model, rank)
+    model = random_core(args)
+    adapter = scattered(random_lora(model, args.rank), rank)
     compiled = device.type == "cuda" and not args.eager
-    learner = Learner(model, StepConfig(beta=BETA, learning_rate=LEARNING_RATE, compile=compiled))
+    learner = Learner(model, StepConfig(beta=BETA, learning_rate=LEARNING_RATE, compile=compiled), policy=adapter)
     equal_at_start = equal(learner)
     batches = cycle([random_batch(args.batch, args.text, seed) for seed in (2 * rank, 2 * rank + 1)])
     ahead = min(args.steps, together(args.batch))  # steps that the opponent answers at once
@@ -129,12 +131,10 @@ def work(config: dict[str, argparse.Namespace]) -> Row:
     }
 
 
-def scatter(model: torch.nn.Module, rank: int) -> None:
-    """Makes each worker's adapter another one, so that equality afterwards is the learner's doing."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.mul_(1 + 0.1 * rank)
+def scattered(adapter: LoraFile, rank: int) -> LoraFile:
+    """Each worker's another one, so that equality afterwards is the learner's doing."""
+    by = 1 + 0.1 * rank
+    return replace(adapter, factors={name: (by * a, by * b) for name, (a, b) in adapter.factors.items()})
 
 
 def equal(learner: Learner) -> float:

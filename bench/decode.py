@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spvla.model.adapters import StoredAdapter, lora_config
 from spvla.model.kernels.compiled import arithmetic
-from spvla.model.linear import Rows
+from spvla.model.linear import named_maps
+from spvla.model.lora_bank import LoraBank, RowSlots
+from spvla.model.lora_file import LoraFile
 from spvla.model.openvla import OpenVLA, with_patches
-from spvla.model.resident import Residents, map_shape
 from spvla.model.transfer import to_device
 from spvla.model.vision import NUM_PATCHES
 from spvla.model.weights import torch_dtype
@@ -75,7 +75,7 @@ class Bench:
         self.images = smooth_images(count, rng)
         self.prompts = [prompt_ids(tokenizer, INSTRUCTIONS[i % len(INSTRUCTIONS)]) for i in range(count)]
         self.max_prompt = max(map(len, self.prompts))
-        self.rows = Rows()
+        self.row_slots = RowSlots()
         self.result = Result(machine=machine(self.device, args.dtype))
         self.decoders: dict[int, Decoder] = {}
 
@@ -107,7 +107,11 @@ class Bench:
     def decoder(self, batch: int) -> Decoder:
         if batch not in self.decoders:
             self.decoders[batch] = Decoder(
-                self.model, batch_size=batch, max_prompt=self.max_prompt, rows=self.rows, cuda_graphs=self.graphs
+                self.model,
+                batch_size=batch,
+                max_prompt=self.max_prompt,
+                row_slots=self.row_slots,
+                cuda_graphs=self.graphs,
             )
         return self.decoders[batch]
 
@@ -214,7 +218,8 @@ class Bench:
 
         def own_size(rows: np.ndarray) -> Decoder:
             longest = max(len(self.prompts[i]) for i in rows)
-            return Decoder(self.model, batch_size=len(rows), max_prompt=longest, rows=self.rows, cuda_graphs=False)
+            kind = {"batch_size": len(rows), "max_prompt": longest, "row_slots": self.row_slots}
+            return Decoder(self.model, **kind, cuda_graphs=False)
 
         own = [self.grouped(g, own_size) for g in groupings]
         self.result.flips_own_size = float(np.mean([o != own[0] for o in own[1:]]))
@@ -234,12 +239,12 @@ class Bench:
         self.decoders.clear()
         if self.graphs:
             torch.cuda.empty_cache()
-        residents = Residents(self.model)
+        bank = LoraBank(self.model)
         adapter = random_adapter(self.model, LORA_RANK)
         for i in range(4):
-            residents.add(f"version {i}", adapter)
+            bank.add(f"version {i}", adapter)
         self.sync()
-        kind = {"batch_size": n, "max_prompt": self.max_prompt, "rows": residents.rows, "cuda_graphs": self.graphs}
+        kind = {"batch_size": n, "max_prompt": self.max_prompt, "row_slots": bank.slots, "cuda_graphs": self.graphs}
         decoder = Decoder(self.model, **kind)
         slots = [i % 5 for i in range(n)]
 
@@ -248,8 +253,8 @@ class Bench:
 
         one()
         seconds = statistics.median(self.timed(one, self.args.repeats))
-        swap_s = min(self.timed(lambda: residents.add("version 0", adapter), 3))
-        moved = sum(t.numel() for t in adapter.tensors.values()) * torch.empty(0, dtype=self.dtype).element_size()
+        swap_s = min(self.timed(lambda: bank.add("version 0", adapter), 3))
+        moved = sum(t.numel() for pair in adapter.factors.values() for t in pair) * self.dtype.itemsize
         self.result.adapters = {
             "versions": 4,
             "actions_per_s": n / seconds,
@@ -355,17 +360,15 @@ def transformers_llama(model: OpenVLA) -> torch.nn.Module:
     return llama.eval()
 
 
-def random_adapter(model: OpenVLA, rank: int) -> StoredAdapter:
-    """An adapter as a checkpoint would hold it, on every map that LoRA reaches."""
-    names = set(lora_config(model, rank=rank).target_modules)
-    tensors = {}
-    for key, module in model.named_modules():
-        if key.rpartition(".")[2] in names and hasattr(module, "lora"):
-            outputs, inputs = map_shape(module)
-            like = {"device": model.device, "dtype": torch.float32}
-            tensors[f"base_model.model.{key}.lora_A.weight"] = torch.randn(rank, inputs, **like) / rank
-            tensors[f"base_model.model.{key}.lora_B.weight"] = torch.randn(outputs, rank, **like) * inputs**-0.5
-    return StoredAdapter(folder=Path("random"), rank=rank, alpha=16, tensors=tensors)
+def random_adapter(model: OpenVLA, rank: int) -> LoraFile:
+    """An adapter as a checkpoint would hold it, on every map."""
+    like = {"device": model.device, "dtype": torch.float32}
+    factors = {}
+    for name, named in named_maps(model).items():
+        outputs, inputs = named.shape
+        a, b = torch.randn(rank, inputs, **like) / rank, torch.randn(outputs, rank, **like) * inputs**-0.5
+        factors[name] = a, b
+    return LoraFile(rank=rank, alpha=16, factors=factors)
 
 
 def machine(device: torch.device, dtype: str) -> dict[str, str]:

@@ -4,13 +4,14 @@
     python bench/train_step.py --preset tiny --device cpu --batch 2 --steps 1    # a smoke test, one minute
 
 a  the fork's step: a second copy of the model as opponent, each model's own argmax, logits at every position
-b  the textbook SPIN step: generate with transformers, then both sequences through policy and opponent; at batch 8,
-   since 20 does not fit
+b  the textbook SPIN step: generate, then both sequences through policy and opponent; at batch 8, since 20 does not fit
 c  ours: the opponent's replies decoded afresh, both actions scored over one shared prefix
 d  ours: the opponent's reply known from an earlier epoch
 
 As in training, c and d have the opponent answer several steps at once, and read a step's numbers later: the device
 always has work. Rates are those of all steps, one after another; parts are medians.
+
+a and b are made as the fork is: transformers' Llama, peft's adapters, autocast.
 
 Ways run in processes of their own (c and d share one). The floor of a, b and c is three passes through every weight
 (the policy's forward and backward, frozen weights needing no gradient, and the opponent's forward) at the measured rate
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -35,16 +37,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spvla.config import StepConfig
-from spvla.model.adapters import add_lora, use_adapter
-from spvla.model.openvla import OpenVLA
+from spvla.model.lora_file import LoraFile, fresh_lora
+from spvla.model.openvla import OpenVLA, with_patches
 from spvla.model.vision import NUM_PATCHES
 from spvla.policies.openvla.presets import preset
-from spvla.train.network import Network, bare
+from spvla.train.network import Network
 from spvla.train.objective import greedy_logps, spin_loss, token_logps
 from spvla.train.questions import together
 from spvla.train.replies import ReplyStore
 from spvla.train.scoring import FED, REAL_ROWS, score_pair, to_inputs
-from spvla.train.settings import ALLOCATOR, POLICY
+from spvla.train.settings import ALLOCATOR
 from spvla.train.step import Learner
 from spvla.types import ACTION_DIM, Batch
 
@@ -96,15 +98,16 @@ def in_process(ways: str) -> dict[str, dict]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict]:
-    model = random_model(args)
+    model = random_core(args)
     if args.way == "a":
         return {"a": timed(args, fork_step(args, model), args.batch, passes=3, model=model)}
     if args.way == "b":
         return {"b": timed(args, textbook_step(args, model), args.textbook_batch, passes=3, model=model)}
+    adapter = random_lora(model, args.rank)
     compiled = args.device == "cuda" and not args.eager
     config = StepConfig(beta=BETA, learning_rate=LEARNING_RATE, compile=compiled)
     agreement = agree(args, model)
-    learner, ahead = Learner(model, config), together(args.batch)
+    learner, ahead = Learner(model, config, policy=adapter), together(args.batch)
     steps = our_steps(args, learner, ahead)
     rows = {"c": timed(args, steps, args.batch, passes=3, model=model, count=ahead) | agreement}
     if args.profile:
@@ -122,7 +125,7 @@ def timed(
     batch: int,
     *,
     passes: int,
-    model: nn.Module,
+    model: OpenVLA,
     count: int = 1,
 ) -> dict[str, float]:
     """Mean seconds of a step, one after another, and what follows. `passes` through all weights are its floor.
@@ -171,17 +174,17 @@ def our_steps(args: argparse.Namespace, learner: Learner, ahead: int) -> Callabl
     return steps
 
 
-def fork_step(args: argparse.Namespace, policy: nn.Module) -> Callable[[], dict[str, float]]:
+def fork_step(args: argparse.Namespace, core: OpenVLA) -> Callable[[], dict[str, float]]:
     """Two models; log-probs averaged over the seven tokens; cross entropy from the same logits."""
-    opponent = random_core(args).requires_grad_(False)
+    policy, opponent = with_peft(core, args.rank), AsTheFork(random_core(args))
     optimizer, batches = adamw(policy), stream(args, args.batch)
 
     def step() -> dict[str, float]:
         x = to_inputs(next(batches), args.device)
         with autocast(args):
-            logits = all_logits(policy, x.pixels, x.text)
+            logits = policy(x.pixels, x.text)
             with torch.no_grad():
-                judged = all_logits(opponent, x.pixels, x.text)
+                judged = opponent(x.pixels, x.text)
         rows = slice(NUM_PATCHES + args.text - 1 - REAL_ROWS, None)  # all samples have one length
         (real, own), (their_real, their_own) = (
             (token_logps(y, x.real).mean(-1), greedy_logps(y).mean(-1))
@@ -194,19 +197,18 @@ def fork_step(args: argparse.Namespace, policy: nn.Module) -> Callable[[], dict[
     return step
 
 
-def textbook_step(args: argparse.Namespace, policy: nn.Module) -> Callable[[], dict[str, float]]:
+def textbook_step(args: argparse.Namespace, core: OpenVLA) -> Callable[[], dict[str, float]]:
     """The opponent is the policy without its adapter; transformers generates."""
-    generator = as_transformers(policy.get_base_model())
+    policy = with_peft(core, args.rank)
     optimizer, batches = adamw(policy), stream(args, args.textbook_batch)
 
     def step() -> dict[str, float]:
         x = to_inputs(next(batches), args.device)
         start = int(x.start[0])
-        with torch.no_grad(), use_adapter(policy, None), autocast(args):
-            core = policy.get_base_model()
-            embeds, patches = core.embed(x.text[:, :start]), core.patches(x.pixels)
-            prompt = torch.cat((embeds[:, :1], patches, embeds[:, 1:]), 1).to(core.dtype)
-            generated = generator.generate(
+        with torch.no_grad(), policy.disable_adapter(), autocast(args):
+            base = policy.get_base_model()
+            prompt = base.embed(x.pixels, x.text[:, :start]).to(core.dtype)
+            generated = base.language_model.generate(
                 inputs_embeds=prompt,
                 attention_mask=torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device),
                 max_new_tokens=ACTION_DIM,
@@ -217,9 +219,9 @@ def textbook_step(args: argparse.Namespace, policy: nn.Module) -> Callable[[], d
         text = torch.cat((x.text, torch.cat((x.text[:, :start], generated, x.text[:, start + ACTION_DIM :]), 1)))
         pixels, ids = x.pixels.repeat(2, 1, 1, 1), torch.cat((x.real, generated))
         with autocast(args):
-            logits = all_logits(policy, pixels, text)
-            with torch.no_grad(), use_adapter(policy, None):
-                judged = all_logits(policy, pixels, text)
+            logits = policy(pixels, text)
+            with torch.no_grad(), policy.disable_adapter():
+                judged = policy(pixels, text)
         rows = slice(NUM_PATCHES + start - 1, NUM_PATCHES + start - 1 + ACTION_DIM)
         (real, gen), (their_real, their_gen) = (token_logps(y[:, rows], ids).sum(-1).chunk(2) for y in (logits, judged))
         return update(spin_loss(real, gen, their_real, their_gen, beta=BETA).loss.mean(), optimizer)
@@ -239,16 +241,44 @@ def adamw(policy: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=LEARNING_RATE)
 
 
-def all_logits(model: nn.Module, pixels: Tensor, text: Tensor) -> Tensor:
-    return model(pixel_values=pixels, input_ids=text).logits
-
-
 def autocast(args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
 
 
+class AsTheFork(nn.Module):
+    """OpenVLA with transformers' Llama, over the memory of `core`."""
+
+    def __init__(self, core: OpenVLA) -> None:
+        super().__init__()
+        self.vision_backbone, self.projector = core.vision_backbone, core.projector
+        self.language_model = as_transformers(core)
+
+    def embed(self, pixels: Tensor, text: Tensor) -> Tensor:
+        patches = self.projector(self.vision_backbone(pixels.to(self.language_model.dtype)))
+        return with_patches(self.language_model.get_input_embeddings()(text), patches)
+
+    def forward(self, pixels: Tensor, text: Tensor) -> Tensor:
+        """Logits at every position."""
+        return self.language_model(inputs_embeds=self.embed(pixels, text), use_cache=False).logits
+
+
+def with_peft(core: OpenVLA, rank: int) -> nn.Module:
+    """Float32 adapters on every linear map, B not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    model = AsTheFork(core)
+    targets = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    config = LoraConfig(r=rank, lora_alpha=min(rank, 16), target_modules=targets, init_lora_weights="gaussian")
+    policy = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 1e-3)
+    return policy
+
+
 def as_transformers(core: OpenVLA) -> nn.Module:
-    """The language model as transformers' own, over the same memory."""
+    """The language model as transformers' own, its maps parts of the same memory."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     llm = core.config.llm
@@ -262,28 +292,27 @@ def as_transformers(core: OpenVLA) -> nn.Module:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    state = {n.replace(".base_layer", ""): p for n, p in core.language_model.named_parameters() if "lora_" not in n}
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(core.language_model.state_dict(), assign=True)
     rotary = type(model.model.rotary_emb)
     model.model.rotary_emb = rotary(config=config).to(core.device)  # has no weights in a checkpoint
     model.generation_config.eos_token_id = None
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
-def agree(args: argparse.Namespace, model: nn.Module) -> dict[str, float]:
+def agree(args: argparse.Namespace, model: OpenVLA) -> dict[str, float]:
     """Largest difference in log-prob between the shared-prefix pass and two plain ones through the same model."""
-    network, batch = Network(model), next(stream(args, 2))
+    batch = next(stream(args, 2))
     x = to_inputs(batch, args.device)
     generated = x.real.flip(0)
-    with torch.no_grad(), use_adapter(model, None):
-        pair = score_pair(network, x, generated, bare)
+    with torch.no_grad():
+        pair = score_pair(Network(model=model), x, generated)
         ours = torch.stack((token_logps(pair.real[:, :ACTION_DIM], x.real), token_logps(pair.generated, generated)))
         start = int(x.start[0])
         rows = slice(NUM_PATCHES + start - 1, NUM_PATCHES + start - 1 + ACTION_DIM)
         plain = []
         for ids in (x.real, generated):
             text = torch.cat((x.text[:, :start], ids, x.text[:, start + ACTION_DIM :]), 1)
-            plain.append(token_logps(all_logits(model, x.pixels, text)[:, rows], ids))
+            plain.append(token_logps(model(x.pixels, text).logits[:, rows], ids))
     return {"largest_logp_difference": (ours - torch.stack(plain)).abs().max().item()}
 
 
@@ -304,14 +333,11 @@ def random_core(args: argparse.Namespace) -> OpenVLA:
     return model.requires_grad_(False)
 
 
-def random_model(args: argparse.Namespace) -> nn.Module:
-    """Under a LoRA adapter "policy" whose B is not zero: matrix products of zeros are quicker than real ones."""
-    model = add_lora(random_core(args), rank=args.rank, adapter_name=POLICY, seed=0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 1e-3)
-    return model
+def random_lora(model: OpenVLA, rank: int) -> LoraFile:
+    """B is not zero: matrix products of zeros are quicker than real ones."""
+    fresh, generator = fresh_lora(model, rank=rank), torch.Generator().manual_seed(1)
+    factors = {name: (a, torch.randn(b.shape, generator=generator) * 1e-3) for name, (a, b) in fresh.factors.items()}
+    return replace(fresh, factors=factors)
 
 
 def stream(args: argparse.Namespace, size: int) -> Iterator[Batch]:
@@ -332,15 +358,14 @@ def random_batch(size: int, text: int, seed: int) -> Batch:
     )
 
 
-def forward_flop(model: nn.Module, text: int) -> float:
+def forward_flop(model: OpenVLA, text: int) -> float:
     """Operations of one sample's forward pass through every weight in use: twice weights x rows, attention left out."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config, rows = core.config, NUM_PATCHES + text - 1 + FED
+    config, rows = model.config, NUM_PATCHES + text - 1 + FED
     towers = sum(
         (t.depth - 1) * (4 * t.width + 2 * t.mlp_hidden) * t.width * (NUM_PATCHES + t.num_registers + t.class_token)
         for t in (config.dino, config.siglip)
     )
-    projector = sum(p.numel() for n, p in core.projector.named_parameters() if "lora" not in n) * NUM_PATCHES
+    projector = sum(p.numel() for n, p in model.projector.named_parameters() if "lora" not in n) * NUM_PATCHES
     llm = config.llm
     layers = llm.depth * (4 * llm.width + 3 * llm.mlp_hidden) * llm.width * rows
     return 2.0 * (towers + projector + layers + llm.width * llm.vocab_size * (REAL_ROWS + FED))

@@ -93,16 +93,11 @@ def tiny_with_statistics(folder: Path) -> Path:
 
 def adapter_of(base: Path, folder: Path, *, seed: int) -> Path:
     """An adapter on a tiny checkpoint that does something: B is random too."""
-    import torch
+    from policy_parts import random_lora
 
-    from spvla.policies.checkpoint import add_lora, load_model, norm_stats, save_adapter
+    from spvla.policies.checkpoint import load_model, norm_stats
 
-    model = add_lora(load_model(base), rank=4, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.2, generator=generator)
-    save_adapter(model, folder, base=str(base), norm_stats=norm_stats(base))
+    random_lora(load_model(base), seed=seed, strength=0.2).write(folder, base=str(base), norm_stats=norm_stats(base))
     return folder
 
 

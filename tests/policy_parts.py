@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spvla.model.adapters import add_lora, save_adapter
+from spvla.model.linear import named_maps
 from spvla.model.llama import LlamaConfig
+from spvla.model.lora_file import LoraFile, fresh_lora
 from spvla.model.openvla import OpenVLA, OpenVLAConfig
 from spvla.model.vision import TowerConfig
 from spvla.policies.checkpoint import load_model
@@ -87,6 +89,16 @@ def reference_weight(name: str, shape: torch.Size) -> Tensor:
     return r / r[0].numel() ** 0.5
 
 
+def gradients_of(model: OpenVLA) -> dict[str, Tensor | None]:
+    """Each gradient by the checkpoint's name, None where there is none."""
+    found = {name: p.grad for name, p in model.named_parameters()}
+    for named in named_maps(model).values():
+        if named.name != named.path:
+            whole, parts = found[f"{named.path}.weight"], named.module.parts
+            found[f"{named.name}.weight"] = whole.split([*parts.values()])[named.part]
+    return {name: found[name] for name in model.state_dict()}
+
+
 def requests(count: int) -> tuple[list[np.ndarray], list[str]]:
     """Images and instructions of different lengths."""
     images = np.random.default_rng(7).integers(0, 256, (count, 14, 14, 3), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
@@ -99,15 +111,16 @@ def observations(count: int) -> list[Observation]:
     return [Observation(images=(image,), instruction=instruction) for image, instruction in pairs]
 
 
+def random_lora(model: OpenVLA, *, rank: int = 4, seed: int = 0, strength: float = 0.1) -> LoraFile:
+    """An adapter that changes what the model does: both of its factors random."""
+    lora = fresh_lora(model, rank=rank, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    factors = {name: (a, strength * torch.randn(b.shape, generator=generator)) for name, (a, b) in lora.factors.items()}
+    return replace(lora, factors=factors)
+
+
 def write_adapter(
     folder: Path, *, base: str | Path = "tiny", rank: int = 4, seed: int = 0, norm_stats: dict[str, Any] | None = None
 ) -> Path:
-    """An adapter that changes what the policy does: both of its factors random."""
-    model = add_lora(load_model(base), rank=rank, seed=seed, adapter_name="policy")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.1, generator=generator)
-    save_adapter(model, folder, adapter_name="policy", base=str(base), norm_stats=norm_stats)
+    random_lora(load_model(base), rank=rank, seed=seed).write(folder, base=str(base), norm_stats=norm_stats)
     return folder

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from policy_parts import random_lora
 
-from spvla.model.adapters import add_lora
+from spvla.config import StepConfig
+from spvla.model.lora_file import LoraFile
 from spvla.model.openvla import OpenVLA
 from spvla.policies.checkpoint import load_model
 from spvla.policies.openvla.presets import initialise, preset
+from spvla.train.replies import ReplyStore
 from spvla.train.scoring import REAL_ROWS, Inputs
 from spvla.train.step import Learner
 from spvla.types import ACTION_DIM, Batch
@@ -24,9 +26,17 @@ def tiny_core() -> OpenVLA:
     return deepcopy(_core())
 
 
-def tiny_model(*names: str, rank: int = 4, dropout: float = 0.0, strength: float = 0.05) -> nn.Module:
-    """Under one adapter for each name, all different from each other and from the base."""
-    return deepcopy(_model(names, rank, dropout, strength))
+def tiny_lora(seed: int = 0, *, rank: int = 4, strength: float = 0.05) -> LoraFile:
+    """An adapter that does something, each seed's another."""
+    return random_lora(_core(), rank=rank, seed=seed, strength=strength)
+
+
+def tiny_learner(
+    config: StepConfig, *, opponent: LoraFile | None = None, replies: ReplyStore | None = None, rank: int = 4
+) -> Learner:
+    """Of a policy with an adapter, or whose every weight is trained; against the base, or another adapter."""
+    policy = tiny_lora(rank=rank) if config.use_lora else None
+    return Learner(tiny_core(), config, policy=policy, opponent=opponent, replies=replies)
 
 
 @cache
@@ -35,18 +45,6 @@ def _core() -> OpenVLA:
     model = OpenVLA(preset("tiny"))
     initialise(model, 0)
     return model.eval().requires_grad_(False)
-
-
-@cache
-def _model(names: tuple[str, ...], rank: int, dropout: float, strength: float) -> nn.Module:
-    model = tiny_core()
-    for i, name in enumerate(names):
-        model = add_lora(model, rank=rank, dropout=dropout, adapter_name=name, seed=i)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = strength * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def ragged_batch(size: int = 3, *, seed: int = 0, actions: np.ndarray | None = None, even: bool = False) -> Batch:

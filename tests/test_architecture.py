@@ -39,7 +39,7 @@ HEAVY = {
     "numba": ("spvla.compiler",),
     "h5py": ("spvla.data.demos",),
     "sqlite3": ("spvla.eval.ledger",),
-    "peft": ("spvla.model", "spvla.policies"),
+    "peft": (),  # only its file format is used
     "ray": (
         "spvla.cluster",
         "spvla.takes",

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import spvla
 from spvla.errors import CheckpointError, UserError
-from spvla.model.adapters import add_lora, load_adapter, lora_layers, read_adapter, use_adapter
 from spvla.model.convert import convert
+from spvla.model.lora_file import ADAPTER_WEIGHTS, fresh_lora, read_lora
 from spvla.model.openvla import OpenVLA
 from spvla.model.weights import INDEX, SINGLE, open_weights, write_weights
 from spvla.policies.checkpoint import (
@@ -120,13 +120,21 @@ def test_bfloat16_keeps_its_bits_through_a_round_trip(tiny: Path, tmp_path: Path
     assert {t.dtype for t in state_of(tmp_path / "again").values()} == {torch.bfloat16}
 
 
-def test_joined_and_adapted_weights_are_saved_under_their_own_names(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_joined_weights_are_saved_apart_under_the_checkpoints_names(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     policy = spvla.load_policy(tiny)
-    policy.add_adapter("a", adapter)
-    policy.model.language_model.pack()
+    policy.add_adapter("a", adapter)  # which is no part of the model's own weights
+    attention = policy.model.language_model.model.layers[0].self_attn
+    q, k = (policy.model.state_dict()[f"language_model.model.layers.0.self_attn.{n}_proj.weight"] for n in "qk")
+    assert q.data_ptr() == attention.qkv_proj.weight.data_ptr()  # no second copy
+    assert torch.equal(torch.cat((q, k)), attention.qkv_proj.weight[: len(q) + len(k)])
     save_model(policy.model, tmp_path / "saved", source=tiny)
     before, after = state_of(tiny), state_of(tmp_path / "saved")
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    again = load_model(tiny)
+    again.load_state_dict({n: 2 * t for n, t in before.items()})
+    assert torch.equal(again.language_model.model.layers[0].self_attn.qkv_proj.weight, 2 * attention.qkv_proj.weight)
+    with pytest.raises(RuntimeError, match="qkv_proj"):
+        again.load_state_dict({n: t for n, t in before.items() if "layers.0.self_attn.k_proj" not in n})
 
 
 def test_a_merged_checkpoint_acts_as_its_adapter(tiny: Path, adapter: Path, tmp_path: Path) -> None:
@@ -135,63 +143,92 @@ def test_a_merged_checkpoint_acts_as_its_adapter(tiny: Path, adapter: Path, tmp_
     assert np.abs(logits_of(adapter) - logits_of(tiny)).max() > 1e-2
     assert norm_stats(tmp_path / "merged") == STATS
     changed = [n for n, t in state_of(tmp_path / "merged").items() if not torch.equal(t, state_of(tiny)[n])]
-    assert len(changed) == len(list(read_adapter(adapter).pairs()))
+    assert len(changed) == len(read_lora(adapter).factors)
 
 
-def test_an_adapter_folder_is_pefts_own(adapter: Path, tiny: Path) -> None:
+class Skeleton(torch.nn.Module):
+    """A base's linear maps alone, each a module of its own, as peft expects them."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            parent = self
+            *path, leaf = name.split(".")
+            for part in path:
+                if not hasattr(parent, part):
+                    parent.add_module(part, torch.nn.Module())
+                parent = getattr(parent, part)
+            out, *inputs = weight.shape
+            kind = torch.nn.Linear(*inputs, out) if len(inputs) == 1 else torch.nn.Conv2d(inputs[0], out, 14, 14)
+            kind.weight.data = weight.clone()
+            parent.add_module(leaf, kind)
+
+
+def test_an_adapter_folder_is_pefts_own(adapter: Path, tiny: Path, tmp_path: Path) -> None:
+    """peft reads it and merges it to the weights that this project merges it to; and writes it back alike."""
     from peft import PeftModel
 
-    policy = spvla.load_policy(adapter)
-    images, instructions = requests(1)
-    model = PeftModel.from_pretrained(load_model(tiny), str(adapter)).eval()  # read by peft, not by this project
-    own = load_adapter(load_model(tiny), adapter).eval()
-    for (name, p), (other, q) in zip(model.named_parameters(), own.named_parameters(), strict=True):
-        assert name == other and torch.equal(p, q)
-    policy_of_peft = type(policy)(
-        model=model.get_base_model(), tokenizer=policy.tokenizer, norm_stats={}, name="peft's"
-    )
-    theirs = policy_of_peft.decode(images, instructions, logits=True)[1]
-    assert np.allclose(theirs, policy.decode(images, instructions, logits=True)[1], atol=1e-4)
+    maps, base = read_lora(adapter).factors.keys(), state_of(tiny)
+    model = PeftModel.from_pretrained(Skeleton({n: base[f"{n}.weight"] for n in maps}), str(adapter))
+    model.save_pretrained(tmp_path / "again")
+    ours, theirs = load_file(adapter / ADAPTER_WEIGHTS), load_file(tmp_path / "again" / ADAPTER_WEIGHTS)
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert read_lora(tmp_path / "again").factors.keys() == maps
+    save_merged(adapter, tmp_path / "merged")
+    merged, peft_merged = state_of(tmp_path / "merged"), model.merge_and_unload().state_dict()
+    for name in maps:
+        torch.testing.assert_close(merged[f"{name}.weight"], peft_merged[f"{name}.weight"], atol=1e-6, rtol=1e-6)
 
 
-def test_a_fresh_adapter_changes_nothing_and_equal_seeds_give_equal_ones(tiny: Path) -> None:
-    images = torch.zeros(1, 6, 224, 224)
-    ids = torch.tensor([[1, 278, 29871, 31800]])
-    base, adapted = load_model(tiny), add_lora(load_model(tiny), rank=4, seed=3, adapter_name="policy")
-    with torch.no_grad():
-        assert torch.equal(base(images, ids).logits, adapted(images, ids).logits)
-    again = add_lora(load_model(tiny), rank=4, seed=3, adapter_name="policy")
-    other = add_lora(load_model(tiny), rank=4, seed=4, adapter_name="policy")
-    pick = "base_model.model.projector.fc1.lora_A.policy.weight"
-    assert torch.equal(adapted.get_parameter(pick), again.get_parameter(pick))
-    assert not torch.equal(adapted.get_parameter(pick), other.get_parameter(pick))
-    assert {p.dtype for n, p in adapted.named_parameters() if "lora_" in n} == {torch.float32}
-    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
-    assert trained and all("lora_" in n for n in trained)
+# What LoraConfig of peft 0.11.1 takes, which OpenVLA pins; an unknown key is refused there.
+PEFT_0_11_1 = """alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights
+    layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_config
+    megatron_core modules_to_save peft_type r rank_pattern revision target_modules task_type use_dora use_rslora"""
 
 
-def test_two_adapters_on_one_base_are_switched_by_a_block(tiny: Path, adapter: Path) -> None:
-    model = add_lora(load_model(tiny), rank=8, adapter_name="policy", seed=0)
-    load_adapter(model, adapter, adapter_name="opponent")
-    images, ids = torch.zeros(1, 6, 224, 224), torch.tensor([[1, 278, 29871, 31800]])
+def test_an_adapters_config_has_only_keys_that_old_peft_knows(adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config.keys() <= set(PEFT_0_11_1.split())
+    assert config["target_modules"] == sorted({n.rpartition(".")[2] for n in read_lora(adapter).factors})
 
-    def logits() -> torch.Tensor:
-        with torch.no_grad():
-            return model.get_base_model()(images, ids).logits
 
-    with use_adapter(model, "policy"):
-        policy = logits()
-    with use_adapter(model, "opponent"):
-        opponent = logits()
-    with use_adapter(model, None):
-        base = logits()
-    assert torch.equal(policy, base)  # its B is zero
-    assert (opponent - base).abs().max() > 1e-2
-    wanted = {n: p.requires_grad for n, p in model.named_parameters()}
-    with use_adapter(model, "policy"):
-        assert wanted == {n: p.requires_grad for n, p in model.named_parameters()}
-    assert not any(p.requires_grad for n, p in model.named_parameters() if ".opponent." in n)
-    assert len(list(lora_layers(model))) > 40
+def with_lm_head(adapter: Path, folder: Path, weight: torch.Tensor) -> Path:
+    """As peft 0.11 saves an adapter on lm_head: the base's own weight stands beside it."""
+    shutil.copytree(adapter, folder)
+    name = "base_model.model.language_model.lm_head.base_layer.weight"
+    save_file({**load_file(folder / ADAPTER_WEIGHTS), name: weight}, folder / ADAPTER_WEIGHTS)
+    return folder
+
+
+def test_the_bases_own_weight_in_an_adapter_is_left_aside(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    weight = state_of(tiny)["language_model.lm_head.weight"]
+    for i, dtype in enumerate((torch.float32, torch.bfloat16)):
+        saved = with_lm_head(adapter, tmp_path / str(i), weight.to(dtype))
+        assert np.array_equal(logits_of(saved), logits_of(adapter))
+        save_merged(saved, tmp_path / f"merged-{i}")
+    save_merged(adapter, tmp_path / "merged")
+    ours, theirs = state_of(tmp_path / "merged-0"), state_of(tmp_path / "merged")
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+
+def test_an_adapter_that_holds_another_bases_weight_is_refused(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    weight = state_of(tiny)["language_model.lm_head.weight"].clone()
+    weight[5, 5] += 1
+    saved = with_lm_head(adapter, tmp_path / "saved", weight)
+    refused(saved, "language_model.lm_head.weight", "not the base's")
+    with pytest.raises(CheckpointError, match="lm_head"):
+        save_merged(saved, tmp_path / "merged")
+
+
+def test_a_fresh_adapter_changes_nothing_and_equal_seeds_give_equal_ones(tiny: Path, tmp_path: Path) -> None:
+    model = load_model(tiny)
+    one, again, other = (fresh_lora(model, rank=4, seed=seed) for seed in (3, 3, 4))
+    one.write(tmp_path / "fresh", base=str(tiny))
+    assert np.array_equal(logits_of(tmp_path / "fresh"), logits_of(tiny))
+    (a, b), (a2, _), (a3, _) = (lora.factors["projector.fc1"] for lora in (one, again, other))
+    assert torch.equal(a, a2) and not torch.equal(a, a3) and not b.any()
+    assert (a.std() * 4).item() == pytest.approx(1, abs=0.1)  # Gaussian, 1 / rank, as peft draws it
+    assert {t.dtype for pair in one.factors.values() for t in pair} == {torch.float32}
 
 
 def test_a_base_is_found_absolute_and_relative_to_a_moved_run(tiny: Path, adapter: Path, tmp_path: Path) -> None:

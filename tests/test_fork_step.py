@@ -7,13 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from selfplay_parts import golden_core, golden_inputs, ragged_batch, take_step
-from torch import nn
 
 from spvla.config import StepConfig
-from spvla.model.adapters import add_lora
+from spvla.model.lora_file import LoraFile, fresh_lora
 from spvla.train import questions
-from spvla.train.adapters import Adapter
-from spvla.train.scoring import Inputs, Reply, score_real
+from spvla.train.flat import FlatLora
+from spvla.train.scoring import Inputs, ReferenceOutput, score_real
 from spvla.train.step import Learner, Shares
 from spvla.types import ACTION_DIM
 
@@ -35,22 +34,22 @@ def golden_numbers(golden: Path, name: str) -> dict[str, np.ndarray]:
     return {k.removeprefix(f"head/{name}/"): v for k, v in np.load(golden / "selfplay.npz").items()}
 
 
-def golden_model(golden: Path, *names: str) -> nn.Module:
-    model = golden_core(golden)
-    values = load_file(golden / "selfplay_lora_r4.safetensors")
-    for name in names:
-        model = add_lora(model, rank=4, adapter_name=name)
-    parameters = dict(model.named_parameters())
-    for key, value in values.items():
-        for name in names:
-            parameters[key.replace(".default.", f".{name}.")].data.copy_(value)
-    return model
+def golden_learner(golden: Path, loss_type: str, *, against_itself: bool = False) -> Learner:
+    """The fork's adapter, against the base or its own copy."""
+    model, values = golden_core(golden), load_file(golden / "selfplay_lora_r4.safetensors")
+    fresh, factors = fresh_lora(model, rank=4), {}
+    for name in fresh.factors:
+        keys = [f"base_model.model.{name}.lora_{part}.default.weight" for part in "AB"]
+        factors[name] = values[keys[0]], values[keys[1]]
+    adapter = LoraFile(rank=4, alpha=fresh.alpha, factors=factors)
+    config = StepConfig(**{**vars(FORK), "loss_type": loss_type})
+    return Learner(model, config, policy=adapter, opponent=adapter if against_itself else None)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
 def test_a_step_equals_the_forks_against_the_base(golden: Path, inputs: Inputs, loss_type: str) -> None:
     expected, batch = golden_numbers(golden, f"{loss_type}/seed0base"), ragged_batch(4)
-    learner = Learner(golden_model(golden, "policy"), StepConfig(**{**vars(FORK), "loss_type": loss_type}))
+    learner = golden_learner(golden, loss_type)
     reply = learner.asker.answer(inputs, torch.zeros(4, ACTION_DIM))
     objective, measured = learner._losses(inputs, reply, Shares(1 / 4, 1 / 4))
     objective.backward()
@@ -66,7 +65,7 @@ def test_a_step_equals_the_forks_against_the_base(golden: Path, inputs: Inputs, 
 
 
 def check_gradient(learner: Learner, expected: dict[str, np.ndarray]) -> None:
-    lora = learner.policy.lora("projector.fc2")
+    lora = learner.policy.pairs["projector.fc2"]
     for leaf, part in ((lora.a, "lora_A"), (lora.b, "lora_B")):
         name = f"grad/base_model.model.projector.fc2.{part}.default.weight"
         np.testing.assert_allclose(leaf.grad, expected[name], atol=1e-5)
@@ -77,22 +76,23 @@ def test_a_step_equals_the_forks_against_its_own_copy(golden: Path, inputs: Inpu
     """The fork's copied opponent goes on running the *policy's* vision towers, gradient and all (its towers' forward is
     bound to the original). Ours is frozen as a whole; with the towers tied for this test its numbers come out."""
     expected, batch = golden_numbers(golden, f"{loss_type}/same"), ragged_batch(4)
-    learner = Learner(golden_model(golden, "policy", "opponent"), StepConfig(**{**vars(FORK), "loss_type": loss_type}))
+    learner = golden_learner(golden, loss_type, against_itself=True)
 
-    def tied(inputs: object, uniforms: object) -> Reply:
-        loras = lambda site: (learner.policy.lora if site.startswith("vision") else frozen.lora)(site)  # noqa: E731
-        logits = score_real(learner.network, inputs, loras)[:, :ACTION_DIM]
-        return Reply(
+    def tied(inputs: Inputs, uniforms: object) -> ReferenceOutput:
+        with frozen.attached():
+            logits = score_real(learner.network, inputs)[:, :ACTION_DIM]
+        return ReferenceOutput(
             generated=logits.detach().argmax(-1),
-            real_logps=learner.speech.logps(logits, inputs.real),
-            generated_logps=learner.speech.greedy(logits),
+            real_logps=learner.sampler.logps(logits, inputs.real),
+            generated_logps=learner.sampler.greedy(logits),
         )
 
     first = take_step(learner, batch)  # equal weights: equal log-probs, whoever's towers ran
     assert first["selfplay_loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert first["real_rewards"] == first["generated_rewards"] == 0
-    learner = Learner(golden_model(golden, "policy", "opponent"), learner.config)
-    frozen = Adapter("opponent", learner.network.parts, dtype=torch.float32, trainable=False, bind=False)
+    learner = golden_learner(golden, loss_type, against_itself=True)
+    frozen = FlatLora(learner.network.model, learner.policy.file, trainable=False)
+    frozen.pairs |= {path: pair for path, pair in learner.policy.pairs.items() if path.startswith("vision")}
     learner.asker.answer = tied
     first, second = take_step(learner, batch), take_step(learner, batch)
     assert first["grad_norm"] == pytest.approx(expected["lora_grad_norm"], rel=1e-5)

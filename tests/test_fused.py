@@ -1,6 +1,7 @@
 """The fused halves of a layer give what the plain code gives, gradients included."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spvla.train import fused
-from spvla.train.adapters import Lora, Site, adapted
+from spvla.model.attention import rotate
+from spvla.model.kernels import lora as fused
+from spvla.model.lora import LoraPair
 
 BATCH, TOKENS, HEADS, HEAD, HIDDEN, RANK = 3, 25, 2, 32, 160, 16
 WIDTH = HEADS * HEAD
@@ -19,31 +21,31 @@ PLACES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])]
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("own_positions", [False, True])
-def test_heads_are_adapted_and_turned_as_by_the_plain_code(place: str, own_positions: bool) -> None:
+def test_heads_are_adapted_and_rotated_as_by_the_plain_code(place: str, own_positions: bool) -> None:
     draw = drawing(place)
-    site, lora = adapted_maps(draw, WIDTH, [WIDTH] * 3)
+    weight, lora = adapted_maps(draw, WIDTH, [WIDTH] * 3)
     angles = draw(BATCH if own_positions else 1, TOKENS, 1, HEAD // 2)
     cos, sin = (torch.cat((t, t), -1) for t in (angles.cos(), angles.sin()))
 
     def plain(h: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = (part.unflatten(-1, (HEADS, -1)) for part in adapted(h, site, lora).split(site.outs, -1))
-        return fused.turned(q, cos, sin), fused.turned(k, cos, sin), v.transpose(1, 2)
+        q, k, v = (part.unflatten(-1, (HEADS, -1)) for part in adapted(h, weight, lora).split(WIDTH, -1))
+        return tuple(t.transpose(1, 2) for t in (rotate(q, (cos, sin)), rotate(k, (cos, sin)), v))
 
-    assert_equal(draw, plain, lambda h: fused.heads(h, site, lora, cos, sin), [lora.a, lora.b])
+    assert_equal(draw, plain, lambda h: fused.heads(h, weight, lora, cos, sin), [lora.a, lora.b])
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_gated_mlp_is_that_of_the_plain_code(place: str) -> None:
     draw = drawing(place)
-    site, lora = adapted_maps(draw, WIDTH, [HIDDEN] * 2)
+    weight, lora = adapted_maps(draw, WIDTH, [HIDDEN] * 2)
     down, lora_down = adapted_maps(draw, HIDDEN, [WIDTH])
 
     def plain(h: Tensor) -> tuple[Tensor, ...]:
-        gate, up = adapted(h, site, lora).chunk(2, -1)
+        gate, up = adapted(h, weight, lora).chunk(2, -1)
         return (adapted(F.silu(gate) * up, down, lora_down),)
 
     trained = [lora.a, lora.b, lora_down.a, lora_down.b]
-    assert_equal(draw, plain, lambda h: (fused.gated_mlp(h, site, lora, down, lora_down),), trained)
+    assert_equal(draw, plain, lambda h: (fused.gated_mlp(h, weight, lora, down, lora_down),), trained)
 
 
 def test_dropout_and_missing_adapters_are_left_to_the_plain_code() -> None:
@@ -52,13 +54,14 @@ def test_dropout_and_missing_adapters_are_left_to_the_plain_code() -> None:
     h = draw(2, 3, WIDTH)
     assert fused.fits(h, lora, lora)
     assert not fused.fits(h, lora, None)
-    assert not fused.fits(h, lora._replace(dropout=0.1))
+    assert not fused.fits(h, replace(lora, dropout=0.1))
 
 
 @pytest.mark.parametrize(("rank", "fits"), [(8, False), (16, True), (24, False), (32, True)])
 def test_a_gpu_fuses_ranks_that_its_tiles_can_have(rank: int, fits: bool) -> None:
     rows = SimpleNamespace(is_cuda=True)
-    assert fused.fits(rows, Lora(torch.empty(rank, 8), torch.empty(8, rank), 1.0, 0.0), head=64) is fits
+    lora = LoraPair(a=torch.empty(rank, 8), b=torch.empty(8, rank), scale=1.0, outs=(8,))
+    assert fused.fits(rows, lora, head=64) is fits
 
 
 Draw = Callable[..., Tensor]
@@ -69,10 +72,14 @@ def drawing(place: str) -> Draw:
     return lambda *shape: torch.randn(shape, generator=generator).to(place)
 
 
-def adapted_maps(draw: Draw, inputs: int, outs: list[int]) -> tuple[Site, Lora]:
-    site = Site(draw(sum(outs), inputs) * inputs**-0.5, None, tuple(outs))
+def adapted_maps(draw: Draw, inputs: int, outs: list[int]) -> tuple[Tensor, LoraPair]:
+    weight = draw(sum(outs), inputs) * inputs**-0.5
     a, b = draw(len(outs) * RANK, inputs) * inputs**-0.5, draw(sum(outs), RANK) * RANK**-0.5
-    return site, Lora(a.requires_grad_(), b.requires_grad_(), 0.5, 0.0)
+    return weight, LoraPair(a=a.requires_grad_(), b=b.requires_grad_(), scale=0.5, outs=tuple(outs))
+
+
+def adapted(x: Tensor, weight: Tensor, lora: LoraPair) -> Tensor:
+    return lora.add(x, F.linear(x, weight))
 
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]

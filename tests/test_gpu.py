@@ -11,20 +11,19 @@ import numpy as np
 import pytest
 import torch
 from policy_parts import reference_model, requests, write_adapter
-from selfplay_parts import ragged_batch, take_step, tiny_core, tiny_model
+from selfplay_parts import ragged_batch, take_step, tiny_core, tiny_lora
+from spvla.train.adapters import Flat
 from torch import Tensor
 
 import spvla
 from spvla.config import StepConfig
-from spvla.model.attention import Packing, attend_new, attend_prompts
+from spvla.model.attention import Packing, attend_new, attend_prompts, rotary
 from spvla.model.kernels.compiled import quack_version
-from spvla.model.llama import LlamaConfig, rotary
 from spvla.model.openvla import OpenVLA
 from spvla.model.vision import Block, TowerConfig
 from spvla.policies.openvla.policy import OpenVLAPolicy
 from spvla.policies.openvla.presets import initialise, preset
 from spvla.policies.openvla.prompt import build_tiny_tokenizer
-from spvla.train.adapters import Flat
 from spvla.train.optimizer import Optimizer
 from spvla.train.step import Learner
 
@@ -69,21 +68,20 @@ def on_gpu(packing: Packing) -> Packing:
 def test_packed_prompts_attend_as_with_torchs_attention(dtype: torch.dtype, close: float) -> None:
     lengths, slots = [1, 63, 64, 65, 150], 150
     qkv, packing = packed_prompts(lengths, slots)
-    rope = tuple(t[0, 0] for t in rotary(torch.arange(slots)[None], LlamaConfig(width=512, num_heads=4), torch.float32))
+    rope = tuple(t[0, :, 0] for t in rotary(torch.arange(slots)[None], 128, 10_000.0))
     wanted_cache, cache = (
         [torch.zeros(5, slots, 4, 128, dtype=kind, device=device).transpose(1, 2) for _ in range(2)]
         for kind, device in ((torch.float32, "cpu"), (dtype, "cuda"))
     )
     wanted = attend_prompts(*qkv, rope, *wanted_cache, packing)
-    turn = tuple(t.to(dtype).cuda() for t in rope)
-    out = attend_prompts(*(t.to(dtype).cuda() for t in qkv), turn, *cache, on_gpu(packing))
+    out = attend_prompts(*(t.to(dtype).cuda() for t in qkv), tuple(t.cuda() for t in rope), *cache, on_gpu(packing))
     assert torch.allclose(out.float().cpu(), wanted, atol=close)
     for ours, theirs in zip(cache, wanted_cache, strict=True):
         assert torch.allclose(ours.float().cpu(), theirs, atol=close)
 
 
 def test_a_prompt_attends_alike_whichever_prompts_are_packed_beside_it() -> None:
-    slots, rope = 150, (torch.randn(150, 128).bfloat16().cuda(), torch.randn(150, 128).bfloat16().cuda())
+    slots, rope = 150, (torch.randn(150, 128).cuda(), torch.randn(150, 128).cuda())
 
     def outputs(qkv: list[Tensor], packing: Packing) -> Tensor:
         cache = [torch.zeros(3, slots, 4, 128).bfloat16().cuda().transpose(1, 2) for _ in range(2)]
@@ -92,8 +90,8 @@ def test_a_prompt_attends_alike_whichever_prompts_are_packed_beside_it() -> None
     lengths = [140, 20, 90]
     qkv, packing = packed_prompts(lengths, slots)
     first, second, third = outputs(qkv, packing).split(lengths)
-    turned = [torch.cat(list(reversed(t.split(lengths)))) for t in qkv]
-    assert torch.equal(outputs(turned, packed_prompts(lengths[::-1], slots)[1]), torch.cat((third, second, first)))
+    backwards = [torch.cat(list(reversed(t.split(lengths)))) for t in qkv]
+    assert torch.equal(outputs(backwards, packed_prompts(lengths[::-1], slots)[1]), torch.cat((third, second, first)))
 
 
 def test_a_row_attends_alike_wherever_in_the_batch_it_stands() -> None:
@@ -147,11 +145,11 @@ def far(ours: Tensor, wanted: Tensor) -> float:
 
 def test_a_gate_finished_in_its_product_is_the_gate_of_a_products_result(hopper: ModuleType) -> None:
     torch.manual_seed(0)
-    x, packed = torch.randn(1500, 512).cuda(), torch.randn(2 * 344, 512).cuda() / 16
-    gate, up = torch.nn.functional.linear(x, packed).chunk(2, -1)
-    ours = hopper.gated(x.bfloat16(), packed.bfloat16())
+    x, weights = torch.randn(1500, 512).cuda(), torch.randn(2 * 344, 512).cuda() / 16
+    gate, up = torch.nn.functional.linear(x, weights).chunk(2, -1)
+    ours = hopper.gated(x.bfloat16(), weights.bfloat16())
     assert far(ours, torch.nn.functional.silu(gate) * up) < 1e-2
-    assert torch.equal(hopper.gated(x[200:1300].bfloat16(), packed.bfloat16()), ours[200:1300])  # whoever is beside it
+    assert torch.equal(hopper.gated(x[200:1300].bfloat16(), weights.bfloat16()), ours[200:1300])  # whoever is beside it
 
 
 @pytest.mark.parametrize("layer_scale", [True, False])
@@ -201,11 +199,14 @@ def test_batches_started_before_any_is_read_decode_as_one_after_another(heat: fl
     assert np.array_equal(together, np.concatenate(apart))
 
 
+def two_adapters(config: StepConfig, device: str) -> Learner:
+    return Learner(tiny_core().to(device), config, policy=tiny_lora(0), opponent=tiny_lora(1))
+
+
 def test_an_opponent_asked_for_several_steps_answers_as_on_a_cpu() -> None:
-    model = tiny_model("policy", "opponent")
     config = StepConfig(opponent_temperature=1.0)
     coming = [[ragged_batch(3, seed=seed)] for seed in range(3)]
-    wanted, found = (Learner(m, config).ask(coming) for m in (model, deepcopy(model).cuda()))
+    wanted, found = (two_adapters(config, device).ask(coming) for device in ("cpu", "cuda"))
     for (ours,), (theirs,) in zip(found, wanted, strict=True):
         assert torch.equal(ours.reply.generated.cpu(), theirs.reply.generated)
         assert torch.allclose(ours.reply.real_logps.cpu(), theirs.reply.real_logps, atol=1e-3)
@@ -213,14 +214,14 @@ def test_an_opponent_asked_for_several_steps_answers_as_on_a_cpu() -> None:
 
 
 def test_a_step_equals_a_cpus_and_is_skipped_alike() -> None:
-    model, batch = tiny_model("policy", "opponent"), ragged_batch(3)
-    here, there = (Learner(m, StepConfig(beta=0.5, max_grad_norm=1.0)) for m in (model, deepcopy(model).cuda()))
+    batch, config = ragged_batch(3), StepConfig(beta=0.5, max_grad_norm=1.0)
+    here, there = (two_adapters(config, device) for device in ("cpu", "cuda"))
     for _ in range(2):
         wanted, found = take_step(here, batch), take_step(there, batch)
         for name in ("total_loss", "grad_norm", "policy_real_logps", "policy_generated_logps", "margin"):
             assert found[name] == pytest.approx(wanted[name], abs=1e-2, rel=1e-3)
-    before, site = there.state_dict(), there.network.sites["lm_head"]
-    there.network.sites["lm_head"] = site._replace(weight=site.weight + math.nan)
+    before = there.state_dict()
+    there.network.model.language_model.lm_head.weight.fill_(math.nan)
     assert take_step(there, batch)["skipped"] == 1
     after = there.state_dict()
     assert torch.equal(after["policy"], before["policy"])
@@ -228,7 +229,7 @@ def test_a_step_equals_a_cpus_and_is_skipped_alike() -> None:
 
 
 def test_a_step_does_not_wait_for_the_device() -> None:
-    learner = Learner(tiny_model("policy", "opponent").cuda(), StepConfig(beta=0.5, max_grad_norm=1.0))
+    learner = two_adapters(StepConfig(beta=0.5, max_grad_norm=1.0), "cuda")
     take_step(learner, ragged_batch(3))  # kernels are compiled
     (questions,) = learner.ask([[ragged_batch(3)]])
     torch.cuda.set_sync_debug_mode("error")

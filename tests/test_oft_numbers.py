@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oft_parts import enlarge, oft_inputs, reference_oft, reference_oft_model, statistics
-from policy_parts import reference_image
+from policy_parts import gradients_of, reference_image
 
 from spvla.model.openvla import IGNORED
 from spvla.policies.oft.chunks import decode_chunk, unnormalise
@@ -98,7 +98,7 @@ def training_inputs(data: np.lib.npyio.NpzFile, cameras: int) -> tuple[OftInputs
 
 
 def assert_same_gradients(data: np.lib.npyio.NpzFile, kind: str, network: OpenVLAOFT) -> None:
-    found = {n: -1 if p.grad is None else p.grad.norm().item() for n, p in network.named_parameters()}
+    found = {n: -1 if g is None else g.norm().item() for n, g in gradients_of(network).items()}
     for name, expected in zip(data[f"{kind}_grad_names"].tolist(), data[f"{kind}_grad_norms"], strict=True):
         assert found[name] == pytest.approx(expected, rel=RELATIVE, abs=1e-9), name
 

@@ -16,14 +16,14 @@ from spvla.policies.oft.network import OpenVLAOFT
 from spvla.policies.registry import load_policy
 from spvla.train.chunks import Chunks, to_chunk_inputs
 from spvla.train.family import family_of
-from spvla.train.network import Network, bare
+from spvla.train.network import Network
 from spvla.train.prepare import Job, start_policy
-from spvla.train.scoring import Speech, to_inputs
+from spvla.train.scoring import TokenSampler, to_inputs
 from spvla.train.session import Place, Session
 from spvla.train.step import Learner
 from spvla.types import Batch
 
-SPEECH = Speech()
+GREEDY = TokenSampler()
 
 
 def small_model(form: OftForm) -> OpenVLAOFT:
@@ -32,7 +32,7 @@ def small_model(form: OftForm) -> OpenVLAOFT:
 
 @pytest.fixture(scope="module")
 def chunks() -> Chunks:
-    family = family_of(Network(small_model(OftForm(cameras=2, proprio=True))))
+    family = family_of(Network(model=small_model(OftForm(cameras=2, proprio=True))))
     assert isinstance(family, Chunks)
     return family
 
@@ -42,7 +42,7 @@ def test_training_passes_give_the_numbers_of_acting(chunks: Chunks) -> None:
     seen = to_chunk_inputs(inputs)._replace(pixels=inputs.pixels.unflatten(0, (3, 2)))
     with torch.no_grad():
         expected = chunks.model.logits(chunks.model.predict(seen))
-        found = chunks.score(inputs, bare)
+        found = chunks.score(inputs)
     assert torch.allclose(found, expected, atol=1e-4)
 
 
@@ -65,23 +65,23 @@ def test_the_originals_loss_comes_out_of_a_step(golden: Path) -> None:
 def test_a_pair_costs_one_pass_because_no_token_enters_it(chunks: Chunks) -> None:
     first, second = (to_inputs(chunk_batch(2, answer=answer), "cpu") for answer in (31_800, 31_900))
     with torch.no_grad():
-        assert torch.equal(chunks.score(first, bare), chunks.score(second, bare))
-        pair = chunks.score_pair(first, second.real, bare)
+        assert torch.equal(chunks.score(first), chunks.score(second))
+        pair = chunks.score_pair(first, second.real)
         assert torch.equal(pair.generated, pair.real[:, :56])
-        swapped = SPEECH.logps(pair.generated, second.real)
-        assert torch.equal(swapped, SPEECH.logps(chunks.score(second, bare)[:, :56], second.real))
+        swapped = GREEDY.logps(pair.generated, second.real)
+        assert torch.equal(swapped, GREEDY.logps(chunks.score(second)[:, :56], second.real))
 
 
 def test_an_opponent_draws_each_token_by_itself(chunks: Chunks) -> None:
     inputs, uniforms = to_inputs(chunk_batch(2), "cpu"), torch.rand(2, 56, generator=torch.Generator().manual_seed(0))
-    greedy = chunks.propose(inputs, bare, SPEECH, uniforms)
-    drawn = chunks.propose(inputs, bare, Speech(temperature=1.0), uniforms)
+    greedy = chunks.propose(inputs, GREEDY, uniforms)
+    drawn = chunks.propose(inputs, TokenSampler(temperature=1.0), uniforms)
     with torch.no_grad():
-        logits = chunks.score(inputs, bare)[:, :56].float()
+        logits = chunks.score(inputs)[:, :56].float()
     assert torch.equal(greedy.generated, logits.argmax(-1))
     below = (logits.softmax(-1).cumsum(-1) < uniforms[..., None]).sum(-1)  # inverts the distribution of each slot
     assert (drawn.generated - below).abs().max() <= 1 and not torch.equal(drawn.generated, greedy.generated)
-    assert torch.allclose(drawn.generated_logps, SPEECH.logps(logits, drawn.generated), atol=1e-5)
+    assert torch.allclose(drawn.generated_logps, GREEDY.logps(logits, drawn.generated), atol=1e-5)
 
 
 def test_steps_lower_the_loss_and_train_the_projector() -> None:

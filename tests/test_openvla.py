@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from policy_parts import reference_image, reference_model, reference_numbers
+from policy_parts import gradients_of, reference_image, reference_model, reference_numbers
 
 from spvla.errors import CheckpointError
-from spvla.model.adapters import add_lora
+from spvla.model.attention import Masked
+from spvla.model.lora_file import fresh_lora
 from spvla.model.openvla import OpenVLA, OpenVLAConfig, with_patches
 from spvla.policies.checkpoint import load_model
 from spvla.policies.openvla.images import to_pixel_values
@@ -63,7 +64,7 @@ def test_loss_and_every_gradient_norm_equal_the_originals(model: OpenVLA) -> Non
     loss = model(pixels(0, 1, 2, 3), *inputs).loss
     loss.backward()
     assert loss.item() == pytest.approx(train["loss"], rel=RELATIVE)
-    norms = {name: -1 if p.grad is None else p.grad.norm().item() for name, p in model.named_parameters()}
+    norms = {name: -1 if g is None else g.norm().item() for name, g in gradients_of(model).items()}
     model.zero_grad()
     assert norms.keys() == train["gradient_norms"].keys()
     for name, expected in train["gradient_norms"].items():
@@ -91,12 +92,13 @@ def test_a_given_mask_and_positions_score_two_continuations_of_one_prefix(model:
         mask = torch.ones(n, n, dtype=torch.bool).tril()
         mask[prefix + 7 :, prefix : prefix + 7] = False
         positions = torch.cat((torch.arange(prefix + 7), torch.arange(prefix, prefix + 7)))[None]
-        both = model.logits(model.hidden(x, mask[None, None], positions))
+        both = model.logits(model.hidden(x, Masked(mask[None, None]), positions=positions))
         for ids, rows in ((real, slice(prefix, prefix + 7)), (other, slice(prefix + 7, n))):
             alone = model(pixels(0), torch.cat((prompt[0], ids))[None]).logits[:, -7:]
             assert torch.allclose(both[:, rows], alone, atol=1e-4)
         additive = torch.zeros(n, n).masked_fill(~mask, -torch.inf)[None, None]
-        assert torch.allclose(model.logits(model.hidden(x, additive, positions)), both, atol=1e-5)
+        again = model.logits(model.hidden(x, Masked(additive), positions=positions))
+        assert torch.allclose(again, both, atol=1e-5)
 
 
 def test_right_padding_changes_nothing_before_it(model: OpenVLA) -> None:
@@ -119,7 +121,13 @@ def test_names_and_shapes_of_the_real_checkpoint_and_its_lora(golden: Path) -> N
         model = OpenVLA(preset("7b"))
     lines = (golden / "openvla7b_keys.txt").read_text().splitlines()
     assert {n: str(tuple(t.shape)) for n, t in model.state_dict().items()} == dict(line.split("\t") for line in lines)
-    lora = {n: f"{tuple(p.shape)}\t{p.dtype}" for n, p in add_lora(model, rank=32).named_parameters() if "lora_" in n}
+    with torch.device("meta"):
+        factors = fresh_lora(model, rank=32).factors
+    lora = {
+        f"base_model.model.{name}.lora_{part}.default.weight": f"{tuple(t.shape)}\t{t.dtype}"
+        for name, pair in factors.items()
+        for part, t in zip("AB", pair, strict=True)
+    }
     lines = (golden / "openvla7b_lora_keys.txt").read_text().splitlines()
     assert lora == dict(line.split("\t", 1) for line in lines)
 

@@ -28,7 +28,7 @@ def test_a_policy_in_few_bits_is_near_the_one_in_floats(
 ) -> None:
     """All maps but lm_head are smaller by 32 / bits; the first logits are off by 2% in 8 bits, 28% in 4."""
     ours, exact = in_bits(bits, monkeypatch), spvla.load_policy("tiny")
-    up, its = (p.model.language_model.model.layers[0].mlp.up_proj.weight for p in (ours, exact))
+    up, its = (p.model.language_model.model.layers[0].mlp.gate_up_proj.weight for p in (ours, exact))
     assert up.dtype == weights and up.nbytes == its.nbytes * bits // 32
     assert torch.equal(ours.model.language_model.lm_head.weight, exact.model.language_model.lm_head.weight)
     a, b = (p.decode(*requests(2), logits=True)[1][:, 0] for p in (ours, exact))  # of the first token: equal prefixes

@@ -5,13 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from selfplay_parts import ragged_batch, take_step, tiny_model
+from selfplay_parts import ragged_batch, take_step, tiny_learner, tiny_lora
 
 from spvla.config import StepConfig
 from spvla.train.questions import together
 from spvla.train.replies import ReplyStore
-from spvla.train.scoring import Inputs, Reply
-from spvla.train.step import Learner
+from spvla.train.scoring import Inputs, ReferenceOutput
 from spvla.types import ACTION_DIM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_steps_asked_together_are_answered_as_if_asked_one_by_one(objective: str, temperature: float) -> None:
     """Three steps of two micro-batches of unlike widths; what is sampled depends on the step alone."""
     config = StepConfig(objective=objective, opponent_temperature=temperature)
-    learner = Learner(tiny_model("policy", "opponent"), config)
+    learner = tiny_learner(config, opponent=tiny_lora(1))
     coming = [[ragged_batch(2, seed=2 * i), ragged_batch(2, seed=2 * i + 1)] for i in range(3)]
     together = learner.ask(coming)
     assert len({q.inputs.text.shape for step in together for q in step}) == 1
@@ -40,12 +39,12 @@ def test_steps_asked_together_are_answered_as_if_asked_one_by_one(objective: str
 
 def test_of_several_questions_only_the_unknown_are_passed_on(tmp_path: Path) -> None:
     store = ReplyStore(tmp_path / "replies.bin", num_samples=1000, key="")
-    learner = Learner(tiny_model("policy"), StepConfig(), replies=store)
+    learner = tiny_learner(StepConfig(), replies=store)
     old, new = ragged_batch(2, seed=1), ragged_batch(3, seed=2)
     take_step(learner, old)
     before, reply = learner.ask([[old]])[0][0].reply, learner.asker.answer
 
-    def only_three(inputs: Inputs, uniforms: torch.Tensor) -> Reply:
+    def only_three(inputs: Inputs, uniforms: torch.Tensor) -> ReferenceOutput:
         assert len(inputs.text) == 3
         return reply(inputs, uniforms)
 
@@ -58,9 +57,9 @@ def test_what_was_answered_first_stays(tmp_path: Path) -> None:
     """A batch of known and new samples is answered as a whole, which may round otherwise than before."""
     store = ReplyStore(tmp_path / "replies.bin", num_samples=10, key="")
 
-    def reply(value: float, size: int) -> Reply:
+    def reply(value: float, size: int) -> ReferenceOutput:
         real, generated = torch.full((size, ACTION_DIM), value), torch.full((size, ACTION_DIM), -value)
-        return Reply(generated=torch.full((size, ACTION_DIM), 7), real_logps=real, generated_logps=generated)
+        return ReferenceOutput(generated=torch.full((size, ACTION_DIM), 7), real_logps=real, generated_logps=generated)
 
     store.put(np.array([3]), reply(1.0, 1))
     both = store.first(np.array([3, 4]), reply(2.0, 2))
@@ -70,19 +69,19 @@ def test_what_was_answered_first_stays(tmp_path: Path) -> None:
 
 
 def test_a_moving_opponent_is_not_asked_ahead() -> None:
-    learner = Learner(tiny_model("policy"), StepConfig(opponent_update="ema"))
+    learner = tiny_learner(StepConfig(opponent_update="ema"))
     with pytest.raises(AssertionError, match="moved"):
         learner.ask([[ragged_batch(2)], [ragged_batch(2)]])
 
 
 def test_compiled_code_sees_passes_of_one_size_and_answers_stay_the_same() -> None:
     """Where fewer steps are left than were asked before, some rows are repeated."""
-    model, coming = tiny_model("policy"), [[ragged_batch(2, seed=seed)] for seed in range(3)]
-    plain, filled = Learner(model, StepConfig()).asker, Learner(model, StepConfig()).asker
+    coming = [[ragged_batch(2, seed=seed)] for seed in range(3)]
+    plain, filled = tiny_learner(StepConfig()).asker, tiny_learner(StepConfig()).asker
     filled.config = StepConfig(compile=True)  # what is padded, without the compiler
     sizes, reply = [], filled.answer
 
-    def watched(inputs: Inputs, uniforms: torch.Tensor) -> Reply:
+    def watched(inputs: Inputs, uniforms: torch.Tensor) -> ReferenceOutput:
         sizes.append(tuple(inputs.text.shape))
         return reply(inputs, uniforms)
 

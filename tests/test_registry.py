@@ -9,7 +9,7 @@ from farm_parts import adapter_of, tiny_with_statistics
 
 from spvla.errors import CheckpointError, UserError
 from spvla.files import write_json
-from spvla.model.adapters import STATISTICS
+from spvla.model.lora_file import STATISTICS
 from spvla.model.weights import read_json
 from spvla.policies import registry
 from spvla.policies.checkpoint import policy_digest

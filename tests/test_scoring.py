@@ -1,39 +1,54 @@
 """One pass over a shared prefix against two plain passes through the model, gradients included; and the opponent."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from selfplay_parts import golden_core, golden_inputs, ragged_batch, take, tiny_core, tiny_model
-from torch import Tensor, nn
+from selfplay_parts import golden_core, golden_inputs, ragged_batch, take, tiny_core, tiny_lora
+from torch import Tensor
+from torch.func import functional_call
 
-from spvla.model.adapters import use_adapter
+from spvla.model.linear import joined_maps
+from spvla.model.lora_file import LoraFile
+from spvla.model.openvla import OpenVLA
 from spvla.model.vision import NUM_PATCHES
 from spvla.policies.openvla.images import to_pixel_values
-from spvla.train.adapters import Adapter
-from spvla.train.network import Network, bare
+from spvla.train.flat import FlatLora
+from spvla.train.network import Network
 from spvla.train.objective import token_logps
 from spvla.train.opponent import Opponent
 from spvla.train.replies import ReplyStore
-from spvla.train.scoring import Reply, Speech, draw_uniforms, score_pair, score_real, to_inputs
+from spvla.train.scoring import ReferenceOutput, TokenSampler, draw_uniforms, score_pair, score_real, to_inputs
 from spvla.types import ACTION_DIM, Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-GREEDY = Speech()
+GREEDY = TokenSampler()
 
 
-def plain_logps(model: nn.Module, batch: Batch, actions: Tensor) -> Tensor:
-    """Log-probs (B, A) of `actions` by an ordinary teacher-forced pass with a padding mask."""
+def plain_logps(model: OpenVLA, batch: Batch, actions: Tensor, lora: LoraFile | None = None) -> Tensor:
+    """Log-probs (B, A) of `actions` by an ordinary teacher-forced pass with a padding mask, the adapter merged."""
     ids, lengths = torch.from_numpy(batch.input_ids).clone(), torch.from_numpy(batch.lengths)
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     start = lengths - ACTION_DIM - 1
     columns = start[:, None] + torch.arange(ACTION_DIM)
     ids.scatter_(1, columns, actions)
-    logits = model(pixel_values=to_pixel_values(batch.images[:, 0]), input_ids=ids, attention_mask=mask).logits
+    weights = {} if lora is None else merged(model, lora)
+    logits = functional_call(model, weights, (to_pixel_values(batch.images[:, 0]), ids, mask)).logits
     rows = NUM_PATCHES + columns - 1
     return token_logps(logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1])), actions)
+
+
+def merged(model: OpenVLA, lora: LoraFile) -> dict[str, Tensor]:
+    """The model's weights with the adapter in them, by the definition: W + scale B A."""
+    return {
+        f"{path}.weight": maps[0].module.weight
+        + torch.cat([lora.delta(m.name) for m in maps]).view_as(maps[0].module.weight)
+        for path, maps in joined_maps(model).items()
+    }
 
 
 def real_of(batch: Batch) -> Tensor:
@@ -42,53 +57,50 @@ def real_of(batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_one_pass_over_a_pair_equals_two_plain_passes(adapted: bool) -> None:
-    model, batch = tiny_model("policy"), ragged_batch(4)
-    network = Network(model)
-    loras = Adapter("policy", network.parts, dtype=torch.float32, trainable=False).lora if adapted else bare
+    model, batch, lora = tiny_core(), ragged_batch(4), tiny_lora() if adapted else None
     generated = real_of(batch).roll(1, 0)
-    with torch.no_grad(), use_adapter(model, "policy" if adapted else None):
-        pair = score_pair(network, to_inputs(batch, "cpu"), generated, loras)
-        real, theirs = plain_logps(model, batch, real_of(batch)), plain_logps(model, batch, generated)
+    with torch.no_grad(), nullcontext() if lora is None else FlatLora(model, lora, trainable=False).attached():
+        pair = score_pair(Network(model=model), to_inputs(batch, "cpu"), generated)
+    with torch.no_grad():
+        real, theirs = (plain_logps(model, batch, ids, lora) for ids in (real_of(batch), generated))
     torch.testing.assert_close(token_logps(pair.real[:, :ACTION_DIM], real_of(batch)), real, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(token_logps(pair.generated, generated), theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_of_one_pass_equal_those_of_two_plain_passes() -> None:
-    batch, weights = ragged_batch(3), torch.randn(2, 3, ACTION_DIM, generator=torch.Generator().manual_seed(0))
+    model, batch, lora = tiny_core(), ragged_batch(3), tiny_lora()
+    weights = torch.randn(2, 3, ACTION_DIM, generator=torch.Generator().manual_seed(0))
     generated = real_of(batch).roll(1, 0)
 
-    plain = tiny_model("policy")
-    lora = {n: p.requires_grad_() for n, p in plain.named_parameters() if "lora_" in n}
-    both = torch.stack((plain_logps(plain, batch, real_of(batch)), plain_logps(plain, batch, generated)))
+    factors = {name: tuple(t.clone().requires_grad_() for t in pair) for name, pair in lora.factors.items()}
+    watched = replace(lora, factors=factors)
+    both = torch.stack([plain_logps(model, batch, ids, watched) for ids in (real_of(batch), generated)])
     (both * weights).sum().backward()
 
-    ours = tiny_model("policy")
-    network = Network(ours)
-    adapter = Adapter("policy", network.parts, dtype=torch.float32, trainable=True)
-    pair = score_pair(network, to_inputs(batch, "cpu"), generated, adapter.lora)
+    ours = FlatLora(model, lora, trainable=True)
+    with ours.attached():
+        pair = score_pair(Network(model=model), to_inputs(batch, "cpu"), generated)
     real = token_logps(pair.real[:, :ACTION_DIM], real_of(batch))
-    (torch.stack((real, token_logps(pair.generated, generated))) * weights).sum().backward()
+    total = torch.zeros_like(ours.master)
+    ours.add_gradient((torch.stack((real, token_logps(pair.generated, generated))) * weights).sum(), total)
 
+    ours.master.copy_(total)  # so that the file has gradients for numbers
     compared = 0
-    for site, modules in network.parts.items():
-        a, b = adapter.lora(site).a.grad, adapter.lora(site).b.grad
-        names = [name for module in modules for name, m in ours.named_modules() if m is module]
-        theirs_a = torch.cat([lora[f"{n}.lora_A.policy.weight"].grad.flatten(1) for n in names])
-        theirs_b = torch.cat([lora[f"{n}.lora_B.policy.weight"].grad.flatten(1) for n in names])
-        torch.testing.assert_close(a, theirs_a, atol=1e-5, rtol=1e-4, msg=site)
-        torch.testing.assert_close(b, theirs_b, atol=1e-5, rtol=1e-4, msg=site)
-        compared += a.numel() + b.numel()
-    with_gradient = sum(p.numel() for p in lora.values() if p.grad is not None and p.grad.any())
-    assert compared == with_gradient  # no adapter that learns was left out
+    for name, pair in ours.to_file().factors.items():
+        if factors[name][1].grad is not None:  # else a map that never runs
+            for found, wanted in zip(pair, factors[name], strict=True):
+                torch.testing.assert_close(found, wanted.grad, atol=1e-5, rtol=1e-4, msg=name)
+                compared += found.numel()
+    assert compared == len(total)
 
 
 def test_real_and_generated_do_not_see_each_other() -> None:
-    network, batch = Network(tiny_core()), ragged_batch(2)
+    model, batch = tiny_core(), ragged_batch(2)
     inputs, generated = to_inputs(batch, "cpu"), real_of(batch).flip(1)
     with torch.no_grad():
-        before = score_pair(network, inputs, generated, bare)
-        other_generated = score_pair(network, inputs, generated.flip(0), bare)
-        other_real = score_pair(network, to_inputs(swap_actions(batch), "cpu"), generated, bare)
+        before = score_pair(Network(model=model), inputs, generated)
+        other_generated = score_pair(Network(model=model), inputs, generated.flip(0))
+        other_real = score_pair(Network(model=model), to_inputs(swap_actions(batch), "cpu"), generated)
     assert torch.equal(before.real, other_generated.real)
     torch.testing.assert_close(before.generated, other_real.generated, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(before.real[:, 1:7], other_real.real[:, 1:7])
@@ -102,33 +114,32 @@ def swap_actions(batch: Batch) -> Batch:
 
 
 def test_padding_changes_nothing() -> None:
-    network, batch = Network(tiny_core()), ragged_batch(3)
+    model, batch = tiny_core(), ragged_batch(3)
     generated = real_of(batch).flip(0)
     with torch.no_grad():
-        plain = score_pair(network, to_inputs(batch, "cpu"), generated, bare)
-        padded = score_pair(network, to_inputs(batch, "cpu", width=30), generated, bare)
-        alone = score_pair(network, to_inputs(take(batch, slice(1, 2)), "cpu"), generated[1:2], bare)
+        plain = score_pair(Network(model=model), to_inputs(batch, "cpu"), generated)
+        padded = score_pair(Network(model=model), to_inputs(batch, "cpu", width=30), generated)
+        alone = score_pair(Network(model=model), to_inputs(take(batch, slice(1, 2)), "cpu"), generated[1:2])
     torch.testing.assert_close(plain.generated, padded.generated, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(plain.real[1:2], alone.real, atol=1e-5, rtol=1e-5)
 
 
 def test_the_greedy_reply_is_the_most_probable_token_after_each_of_its_own() -> None:
-    model, batch = tiny_model("opponent"), ragged_batch(3)
-    network = Network(model)
-    loras = Adapter("opponent", network.parts, dtype=torch.float32, trainable=False).lora
-    reply = Opponent(network, loras, GREEDY).reply(to_inputs(batch, "cpu"), torch.zeros(3, ACTION_DIM))
-    with torch.no_grad():
-        pair = score_pair(network, to_inputs(batch, "cpu"), reply.generated, loras)
+    model, batch, lora = tiny_core(), ragged_batch(3), tiny_lora()
+    adapter = FlatLora(model, lora, trainable=False)
+    with torch.no_grad(), adapter.attached():
+        reply = Opponent(Network(model=model), GREEDY).reply(to_inputs(batch, "cpu"), torch.zeros(3, ACTION_DIM))
+        pair = score_pair(Network(model=model), to_inputs(batch, "cpu"), reply.generated)
     assert torch.equal(pair.generated.argmax(-1), reply.generated)
     torch.testing.assert_close(reply.generated_logps, token_logps(pair.generated, reply.generated), atol=1e-5, rtol=0)
-    with use_adapter(model, "opponent"), torch.no_grad():
-        real, own = plain_logps(model, batch, real_of(batch)), plain_logps(model, batch, reply.generated)
+    with torch.no_grad():
+        real, own = (plain_logps(model, batch, ids, lora) for ids in (real_of(batch), reply.generated))
     torch.testing.assert_close(reply.real_logps, real, atol=1e-5, rtol=0)
     torch.testing.assert_close(reply.generated_logps, own, atol=1e-5, rtol=0)
 
 
 def test_a_reply_does_not_depend_on_the_real_action_nor_on_who_shares_the_batch() -> None:
-    opponent, batch = Opponent(Network(tiny_core()), bare, GREEDY), ragged_batch(3)
+    opponent, batch = Opponent(Network(model=tiny_core()), GREEDY), ragged_batch(3)
     uniforms = torch.zeros(3, ACTION_DIM)
     reply = opponent.reply(to_inputs(batch, "cpu"), uniforms)
     assert torch.equal(reply.generated, opponent.reply(to_inputs(swap_actions(batch), "cpu"), uniforms).generated)
@@ -139,11 +150,12 @@ def test_a_reply_does_not_depend_on_the_real_action_nor_on_who_shares_the_batch(
 def test_sampling_follows_the_softmax_at_its_temperature() -> None:
     """20000 draws from four ids: each frequency within five standard errors of softmax(logits / 2)."""
     logits, count = torch.tensor([0.0, 1.0, 2.0, -1.0]), 20_000
-    uniform = torch.from_numpy(np.random.default_rng(0).random(count, np.float32))
-    ids = Speech(temperature=2.0).choose(logits.expand(count, -1), uniform)
+    uniform = torch.from_numpy(np.random.default_rng(0).random(count))
+    ids = TokenSampler(temperature=2.0).choose(logits.expand(count, -1), uniform)
     p = (logits / 2).softmax(-1)
     assert ((ids.bincount(minlength=4) / count - p).abs() < 5 * (p * (1 - p) / count).sqrt()).all()
-    edges = Speech(temperature=1.0).choose(logits.expand(2, -1), torch.tensor([0.0, 1 - 2**-24]))
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    edges = TokenSampler(temperature=1.0).choose(logits.expand(2, -1), ends)
     assert edges.tolist() == [0, 3]
 
 
@@ -156,16 +168,16 @@ def test_samples_are_drawn_by_seed_visit_and_sample_alone() -> None:
 
 
 def test_the_original_models_loss(golden: Path) -> None:
-    arrays, network = np.load(golden / "model" / "golden.npz"), Network(golden_core(golden))
+    arrays, model = np.load(golden / "model" / "golden.npz"), golden_core(golden)
     inputs = golden_inputs(arrays)
     with torch.no_grad():
-        loss = -token_logps(score_real(network, inputs, bare), inputs.targets).mean().item()
+        loss = -token_logps(score_real(Network(model=model), inputs), inputs.targets).mean().item()
     assert loss == pytest.approx(arrays["train_loss"], abs=1e-5)
 
 
 def test_replies_are_kept_by_sample_and_forgotten_with_their_opponent(tmp_path: Path) -> None:
     path, samples = tmp_path / "replies" / "rank_0.bin", np.array([4, 2])
-    reply = Reply(
+    reply = ReferenceOutput(
         generated=torch.tensor([[31_744] * 7, [31_999] * 7]),
         real_logps=torch.randn(2, 7),
         generated_logps=torch.randn(2, 7),

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from selfplay_parts import join, ragged_batch, take, take_step, tiny_core, tiny_model
+from selfplay_parts import join, ragged_batch, take, take_step, tiny_core, tiny_learner, tiny_lora
 
 from spvla.config import StepConfig
 from spvla.errors import CheckpointError, TrainingError, UserError
-from spvla.model.adapters import add_lora
+from spvla.model.lora_file import LoraFile, fresh_lora
 from spvla.policies.openvla.actions import encode
-from spvla.train.adapters import Flat
+from spvla.train.flat import Flat
 from spvla.train.objective import token_logps
 from spvla.train.optimizer import Optimizer
 from spvla.train.replies import ReplyStore
@@ -43,8 +43,9 @@ def trained(learner: Learner, steps: int, *, start: int = 0, size: int = 2) -> t
 def test_an_untrained_policy_loses_log_two_against_itself() -> None:
     """One y' scored by both: equal models, x = 0; in the fork's form too, where eta is 0."""
     for config in (SPIN, StepConfig(objective="spvla", beta=0.7, logp_reduction="mean")):
-        fresh = add_lora(tiny_core(), rank=4, adapter_name="policy")  # B is zero
-        metrics = take_step(Learner(fresh, config), ragged_batch(3))
+        model = tiny_core()
+        fresh = fresh_lora(model, rank=4)  # B is zero
+        metrics = take_step(Learner(model, config, policy=fresh), ragged_batch(3))
         assert metrics["selfplay_loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert metrics["total_loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert metrics["margin"] == pytest.approx(0, abs=1e-4)
@@ -53,13 +54,13 @@ def test_an_untrained_policy_loses_log_two_against_itself() -> None:
 @pytest.mark.parametrize("objective", ["spin", "spvla", "sft"])
 def test_repeated_steps_on_one_batch_lower_the_loss(objective: str) -> None:
     config = StepConfig(objective=objective, beta=0.5, learning_rate=5e-3, logp_reduction="mean")
-    learner, batch = Learner(tiny_model("policy"), config), ragged_batch(2)
-    losses = [take_step(learner, batch)["total_loss"] for _ in range(4)]
+    learner, batch = tiny_learner(config), ragged_batch(2)
+    losses = [take_step(learner, batch)["total_loss"] for _ in range(6)]
     assert losses[-1] < 0.95 * losses[0]
 
 
 def test_metrics_carry_the_names_of_the_original() -> None:
-    metrics = take_step(Learner(tiny_model("policy"), SPIN), ragged_batch(2))
+    metrics = take_step(tiny_learner(SPIN), ragged_batch(2))
     expected = "train_loss action_accuracy l1_loss normalized_loss selfplay_loss total_loss grad_norm margin"
     expected += " policy_real_logps policy_generated_logps opponent_real_logps opponent_generated_logps"
     expected += " action_logit_max action_logit_min real_rewards generated_rewards collision_rate"
@@ -84,7 +85,7 @@ def collided_batch(learner: Learner, size: int) -> Batch:
 
 def test_pairs_without_signal_are_counted_and_can_be_left_out_of_the_mean() -> None:
     """Of four pairs three collide. They have loss log 2 and no gradient, so leaving them out makes it four times."""
-    kept, dropped = (Learner(tiny_model("policy"), StepConfig(beta=0.5, drop_collisions=d)) for d in (False, True))
+    kept, dropped = (tiny_learner(StepConfig(beta=0.5, drop_collisions=d)) for d in (False, True))
     batch = collided_batch(kept, 4)
     all_four, one = take_step(kept, batch), take_step(dropped, take(batch, slice(0, 2)), take(batch, slice(2, 4)))
     assert all_four["collision_rate"] == one["collision_rate"] == 0.75
@@ -93,14 +94,14 @@ def test_pairs_without_signal_are_counted_and_can_be_left_out_of_the_mean() -> N
 
 
 def test_a_batch_of_collisions_alone_is_finite() -> None:
-    learner = Learner(tiny_model("policy"), StepConfig(beta=0.5, drop_collisions=True))
+    learner = tiny_learner(StepConfig(beta=0.5, drop_collisions=True))
     metrics = take_step(learner, take(collided_batch(learner, 3), slice(0, 2)))
     assert metrics["collision_rate"] == 1 and metrics["total_loss"] == 0 and metrics["grad_norm"] == 0
 
 
 def test_a_soft_cap_bounds_what_the_losses_see() -> None:
     """Capped at 1e-6 all 32064 tokens are alike, so a token's cross entropy is log 32064."""
-    learner = Learner(tiny_model("policy"), StepConfig(beta=0.5, logit_softcap=1e-6))
+    learner = tiny_learner(StepConfig(beta=0.5, logit_softcap=1e-6))
     metrics = take_step(learner, ragged_batch(2))
     assert metrics["train_loss"] == pytest.approx(math.log(32_064), abs=1e-4)
     assert metrics["policy_real_logps"] == pytest.approx(-7 * math.log(32_064), abs=1e-3)
@@ -110,28 +111,29 @@ def test_a_soft_cap_bounds_what_the_losses_see() -> None:
 
 
 def test_a_hard_batch_is_skipped_cleanly() -> None:
-    learner = Learner(tiny_model("policy"), StepConfig(beta=0.7, skip_hard_above=0.5))
+    learner = tiny_learner(StepConfig(beta=0.7, skip_hard_above=0.5))
     before = learner.policy.master.clone()
     metrics = take_step(learner, ragged_batch(2))  # cross entropy of an untrained model: about 10
     assert metrics["hard_rate"] == 1 and metrics["skipped"] == 1 and metrics["nonfinite_in_a_row"] == 0
     assert metrics["total_loss"] == 0 and math.isfinite(metrics["grad_norm"])
     assert torch.equal(learner.policy.master, before)
-    easy = take_step(Learner(tiny_model("policy"), StepConfig(beta=0.7, skip_hard_above=50.0)), ragged_batch(2))
+    easy = take_step(tiny_learner(StepConfig(beta=0.7, skip_hard_above=50.0)), ragged_batch(2))
     assert easy["hard_rate"] == 0 and easy["skipped"] == 0
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_ends_the_run_after_three() -> None:
-    learner = Learner(tiny_model("policy"), StepConfig(beta=0.5, max_nonfinite_steps=3))
+    learner = tiny_learner(StepConfig(beta=0.5, max_nonfinite_steps=3))
     good = trained(learner, 1)
-    sound = learner.network.sites["projector.fc1"]
-    learner.network.sites["projector.fc1"] = sound._replace(bias=sound.bias + math.nan)
+    bias = learner.network.model.projector.fc1.bias
+    sound = bias.clone()
+    bias.fill_(math.nan)
     for count in (1, 2):
         metrics = take_step(learner, ragged_batch(2))
         assert metrics["skipped"] == 1 and metrics["nonfinite_in_a_row"] == count
-    learner.network.sites["projector.fc1"] = sound
+    bias.copy_(sound)
     assert torch.equal(learner.policy.master, good)
     assert take_step(learner, ragged_batch(2))["nonfinite_in_a_row"] == 0  # one good step forgives
-    learner.network.sites["projector.fc1"] = sound._replace(bias=sound.bias + math.inf)
+    bias.fill_(math.inf)
     with pytest.raises(TrainingError, match="3 steps in a row.*last checkpoint stays.*learning_rate"):
         trained(learner, 3)
 
@@ -140,15 +142,17 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_ends_the_run_after_thr
 def test_a_skipped_step_changes_no_bit(spoilt_by: str) -> None:
     """Weights, moments, AdamW's count and the averaged opponent; the step after is as if it had not been."""
     config = StepConfig(beta=0.5, opponent_update="ema", ema_decay=0.5, max_grad_norm=1.0, skip_hard_above=50.0)
-    learner, other = Learner(tiny_model("policy"), config), Learner(tiny_model("policy"), config)
+    learner, other = tiny_learner(config), tiny_learner(config)
     trained(learner, 1), trained(other, 1)
-    before, sound = learner.state_dict(), learner.network.sites["projector.fc1"]
+    before, bias = learner.state_dict(), learner.network.model.projector.fc1.bias
+    sound = bias.clone()
     if spoilt_by == "nan":
-        learner.network.sites["projector.fc1"] = sound._replace(bias=sound.bias + math.nan)
+        bias.fill_(math.nan)
     else:
         learner.config = replace(config, skip_hard_above=0.5)
     assert take_step(learner, ragged_batch(2))["skipped"] == 1
-    learner.config, learner.network.sites["projector.fc1"] = config, sound
+    learner.config = config
+    bias.copy_(sound)
     after = learner.state_dict()
     for name in ("policy", "opponent"):
         assert torch.equal(after[name], before[name])
@@ -160,7 +164,7 @@ def test_a_skipped_step_changes_no_bit(spoilt_by: str) -> None:
 
 def test_the_gradient_is_clipped_to_its_norm() -> None:
     """AdamW's first step does not depend on scale, but its moments do: exp_avg is 0.1 times the clipped gradient."""
-    learner = Learner(tiny_model("policy"), StepConfig(beta=0.5, max_grad_norm=1e-3))
+    learner = tiny_learner(StepConfig(beta=0.5, max_grad_norm=1e-3))
     metrics = take_step(learner, ragged_batch(2))
     assert metrics["grad_norm"] > 1e-2
     moment = learner.optimizer.moments()["exp_avg"]
@@ -181,7 +185,7 @@ def test_weight_decay_can_spare_norms_biases_and_scales() -> None:
     flags = {"objective": "sft", "use_lora": False, "learning_rate": 0.5, "weight_decay": 0.2}
     for on, expected in (("all", 0.9), ("matrices", 1.0)):
         learner = Learner(tiny_core(), StepConfig(weight_decay_on=on, **flags))
-        tower = learner.network.core.vision_backbone.featurizer
+        tower = learner.network.model.vision_backbone.featurizer
         before = tower.pos_embed.clone(), tower.blocks[0].norm1.weight.clone()
         learner.optimizer.update(torch.zeros(()), None, 0.5)
         torch.testing.assert_close(tower.pos_embed, 0.9 * before[0])
@@ -190,7 +194,7 @@ def test_weight_decay_can_spare_norms_biases_and_scales() -> None:
 
 def test_betas_decide_the_moments() -> None:
     """After one step exp_avg is (1 - beta1) g and exp_avg_sq (1 - beta2) g^2."""
-    learner = Learner(tiny_model("policy"), StepConfig(adam_beta1=0.8, adam_beta2=0.95))
+    learner = tiny_learner(StepConfig(adam_beta1=0.8, adam_beta2=0.95))
     take_step(learner, ragged_batch(2))
     moments, gradient = learner.optimizer.moments(), learner.optimizer.gradient
     torch.testing.assert_close(moments["exp_avg"], 0.2 * gradient)
@@ -215,27 +219,42 @@ def test_schedules_warm_up_and_fall() -> None:
 
 
 def test_a_frozen_opponent_stays_and_the_base_stays() -> None:
-    model = tiny_model("policy", "opponent")
-    before = {n: p.clone() for n, p in model.named_parameters() if ".policy." not in n}
-    trained(Learner(model, SPIN), 2)
-    after = dict(model.named_parameters())
-    assert all(torch.equal(after[n], value) for n, value in before.items())
+    learner, inputs = tiny_learner(SPIN, opponent=tiny_lora(1)), to_inputs(ragged_batch(2), "cpu")
+    before = {n: p.clone() for n, p in learner.network.model.named_parameters()}
+    said = learner.asker.answer(inputs, torch.zeros(2, ACTION_DIM))
+    trained(learner, 2)
+    assert all(torch.equal(p, before[n]) for n, p in learner.network.model.named_parameters())
+    assert torch.equal(learner.asker.answer(inputs, torch.zeros(2, ACTION_DIM)).real_logps, said.real_logps)
+    assert not torch.equal(
+        tiny_learner(SPIN).asker.answer(inputs, torch.zeros(2, ACTION_DIM)).real_logps, said.real_logps
+    )
 
 
-def test_peft_sees_what_was_trained() -> None:
-    model = tiny_model("policy")
-    learner = Learner(model, SPIN)
-    a, b = learner.policy.lora("0.o")[:2]
-    before = b.clone()
+def test_what_was_trained_is_what_is_written() -> None:
+    """Maps that are joined are written apart; those that never run keep what they were read with."""
+    learner, start = tiny_learner(SPIN), tiny_lora()
+    assert same_factors(learner.policy.to_file(), start)
     trained(learner, 1)
-    layer = model.get_base_model().language_model.model.layers[0].self_attn.o_proj
-    assert torch.equal(layer.lora_A["policy"].weight, a) and torch.equal(layer.lora_B["policy"].weight, b)
-    assert not torch.equal(b, before)
+    now = learner.policy.to_file().factors
+    layer, pairs = "language_model.model.layers.0.self_attn", learner.policy.pairs
+    a, b = ([now[f"{layer}.{name}_proj"][which] for name in "qkv"] for which in (0, 1))
+    assert torch.equal(torch.cat(a), pairs[f"{layer}.qkv_proj"].a)
+    assert torch.equal(torch.cat(b), pairs[f"{layer}.qkv_proj"].b)
+    patch = "vision_backbone.featurizer.patch_embed.proj"
+    assert now[patch][0].shape == (4, 3, 14, 14) and torch.equal(now[patch][0].flatten(1), pairs[patch].a)
+    parts = (".attn_pool.", ".featurizer.blocks.3.", ".fused_featurizer.blocks.2.")
+    unused = {n for n in now if any(part in n for part in parts)}
+    assert {n for n in now if torch.equal(now[n][1], start.factors[n][1])} == unused
+
+
+def same_factors(one: LoraFile, other: LoraFile) -> bool:
+    pairs = [(one.factors[name], other.factors[name]) for name in one.factors.keys() | other.factors.keys()]
+    return all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
 
 
 def test_an_averaged_opponent_follows_the_policy() -> None:
     """Worked by hand: after each step opponent = 0.75 opponent + 0.25 policy, on A and B each."""
-    learner = Learner(tiny_model("policy"), StepConfig(beta=0.5, opponent_update="ema", ema_decay=0.75))
+    learner = tiny_learner(StepConfig(beta=0.5, opponent_update="ema", ema_decay=0.75))
     expected = learner.policy.master.clone()
     assert torch.equal(learner.average.master, expected)
     for i in range(2):
@@ -246,7 +265,7 @@ def test_an_averaged_opponent_follows_the_policy() -> None:
 
 def test_kept_replies_spare_the_opponent_and_change_nothing(tmp_path: Path) -> None:
     store = ReplyStore(tmp_path / "replies.bin", num_samples=1000, key="")
-    kept, fresh = Learner(tiny_model("policy"), SPIN, replies=store), Learner(tiny_model("policy"), SPIN)
+    kept, fresh = tiny_learner(SPIN, replies=store), tiny_learner(SPIN)
     batches = [ragged_batch(2, seed=seed) for seed in (1, 2)]
     for batch in batches:
         take_step(kept, batch), take_step(fresh, batch)
@@ -261,20 +280,15 @@ def test_kept_replies_spare_the_opponent_and_change_nothing(tmp_path: Path) -> N
 def test_replies_of_an_opponent_that_moves_are_not_kept(tmp_path: Path) -> None:
     store = ReplyStore(tmp_path / "replies.bin", num_samples=10, key="")
     with pytest.raises(UserError, match="frozen opponent"):
-        Learner(tiny_model("policy"), StepConfig(opponent_update="ema"), replies=store)
-
-
-def test_a_model_without_the_policy_adapter_is_refused() -> None:
-    with pytest.raises(UserError, match="add_lora"):
-        Learner(tiny_model("other"), SPIN)
+        tiny_learner(StepConfig(opponent_update="ema"), replies=store)
 
 
 # --- exactness
 
 
 def test_two_micro_batches_equal_one_of_twice_the_size() -> None:
-    batch = ragged_batch(4, even=True)
-    one, two = (Learner(tiny_model("policy"), SPIN) for _ in range(2))
+    batch, small_steps = ragged_batch(4, even=True), replace(SPIN, learning_rate=1e-4)  # as in `ddp_learner`
+    one, two = (tiny_learner(small_steps) for _ in range(2))
     for _ in range(2):
         whole, halves = take_step(one, batch), take_step(two, take(batch, slice(0, 2)), take(batch, slice(2, 4)))
     torch.testing.assert_close(one.policy.master, two.policy.master, atol=1e-5, rtol=0)
@@ -295,7 +309,7 @@ def test_two_micro_batches_equal_one_of_twice_the_size() -> None:
 )
 def test_a_resumed_run_is_bit_equal(config: StepConfig) -> None:
     def learner() -> Learner:
-        return Learner(tiny_model("policy", dropout=config.lora_dropout) if config.use_lora else tiny_core(), config)
+        return tiny_learner(config)
 
     straight = learner()
     torch.manual_seed(0)
@@ -311,9 +325,9 @@ def test_a_resumed_run_is_bit_equal(config: StepConfig) -> None:
 
 
 def test_a_state_of_another_rank_is_refused() -> None:
-    state = Learner(tiny_model("policy", rank=2), SPIN).state_dict()
+    state = tiny_learner(SPIN, rank=2).state_dict()
     with pytest.raises(CheckpointError, match="lora_rank"):
-        Learner(tiny_model("policy", rank=4), SPIN).load_state_dict(state)
+        tiny_learner(SPIN, rank=4).load_state_dict(state)
 
 
 def test_the_action_columns_alone_give_the_numbers_of_all() -> None:
@@ -322,13 +336,13 @@ def test_the_action_columns_alone_give_the_numbers_of_all() -> None:
     whole, narrow = (Learner(tiny_core(), StepConfig(loss_columns=c, **flags)) for c in ("all", "action"))
     inputs = to_inputs(batch, "cpu")
     with torch.no_grad():
-        logits = whole.family.score(inputs, whole.loras)[:, :ACTION_DIM]
-        assert torch.equal(logits[..., 31_744:32_000], narrow.family.score(inputs, narrow.loras)[:, :ACTION_DIM])
+        logits = whole.family.score(inputs)[:, :ACTION_DIM]
+        assert torch.equal(logits[..., 31_744:32_000], narrow.family.score(inputs)[:, :ACTION_DIM])
     expected = -token_logps(logits, inputs.real).mean().item()
     wide, metrics = take_step(whole, batch), take_step(narrow, batch)
     assert metrics["train_loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["l1_loss"] == pytest.approx(wide["l1_loss"], rel=1e-5)
-    head = narrow.network.core.language_model.lm_head.weight
+    head = narrow.network.model.language_model.lm_head.weight
     assert not head[:31_744].any() and not head[32_000:].any() and head[31_744:32_000].any()
 
 
@@ -365,11 +379,11 @@ def test_every_weight_can_be_trained_and_is_saved_by_the_model() -> None:
     model = tiny_core()
     names = ("language_model.model.layers.0.self_attn.k_proj.weight", "language_model.model.embed_tokens.weight")
     names += ("vision_backbone.featurizer.cls_token", "vision_backbone.featurizer.patch_embed.proj.weight")
-    before = {n: p.clone() for n, p in model.named_parameters()}
+    before = {n: p.clone() for n, p in model.state_dict().items()}
     learner = Learner(model, StepConfig(objective="sft", use_lora=False, learning_rate=1e-2, weight_decay=0.0))
     losses = [take_step(learner, ragged_batch(2))["train_loss"] for _ in range(4)]
     assert losses[-1] < losses[0]
-    after = dict(model.named_parameters())
+    after = model.state_dict()
     assert not any(torch.equal(after[n], before[n]) for n in names)
     unused = "vision_backbone.fused_featurizer.attn_pool.q.weight"
     assert torch.equal(after[unused], before[unused])
@@ -379,7 +393,7 @@ def test_every_weight_can_be_trained_and_is_saved_by_the_model() -> None:
 
 
 def test_evaluation_changes_nothing_and_equals_the_steps_own_numbers() -> None:
-    learner, batch = Learner(tiny_model("policy"), SPIN), ragged_batch(3)
+    learner, batch = tiny_learner(SPIN), ragged_batch(3)
     before = learner.policy.master.clone()
     seen = learner.evaluate(batch)
     assert torch.equal(learner.policy.master, before) and learner.steps == 0
@@ -410,7 +424,7 @@ def work(rank: int, folder: Path) -> None:
 def ddp_learner(drop: bool) -> Learner:
     """A small rate: where a gradient is all but zero, AdamW turns its rounding into a step of any part of the rate."""
     config = StepConfig(beta=0.5, sft_weight=0.1, drop_collisions=drop, learning_rate=1e-4)
-    return Learner(tiny_model("policy"), config)
+    return tiny_learner(config)
 
 
 @cache

@@ -1,20 +1,68 @@
-"""Attention where keys and values go into a cache: that of whole prompts, and that of one new token a row.
+"""Attention, in the forms that OpenVLA's passes need. What a layer does before and after it is the same in all.
 
-Prompts come packed, one after another without the padding between them, so that the matrix products before and after
-attend to no padding either. One new token is bound by reading the cache, once; kernels made for many queries leave
-most of their tile empty there. So a GPU gets kernels of its own for both (attend_gpu.py), in which a row's sums have
-one fixed order, wherever in the batch it stands; a CPU gets torch's attention.
+A pass over whole sequences is handed one of
+    Causal        each token sees those before it and itself
+    Masked        all see what a mask allows, or all: one pass over a chunk of actions is bidirectional
+    SharedPrefix  two continuations of one prefix in one sequence, blind to each other
+Decoding keeps keys and values in a cache:
+    attend_prompts  prompts, packed one after another without the padding between them, so that the matrix products
+                    before and after attend to no padding either
+    attend_new      one new token a row. It is bound by reading the cache, once; kernels made for many queries leave
+                    most of their tile empty there.
+So a GPU gets kernels of its own for those two (kernels/attention.py), in which a row's sums have one fixed order,
+wherever in the batch it stands; a CPU gets torch's attention.
 
-Legend: B batch, N tokens of all prompts, H heads, S cache slots a row, K head width.
+Queries and keys are rotated by their positions' angles in float32, in training and in decoding.
+
+Legend: B batch, T tokens, N tokens of all prompts, H heads, S cache slots a row, K head width, E rows at the end.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Rope = tuple[Tensor, Tensor]  # cos and sin of RoPE's angles, each (..., K)
+Rope = tuple[Tensor, Tensor]  # cos and sin of RoPE's angles, float32, each (1 or B, T, 1, K)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, T, K), q and k rotated -> (B, T, H K)
+
+
+@dataclass(frozen=True)
+class Causal:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _side_by_side(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+@dataclass(frozen=True)
+class Masked:
+    """mask: broadcasts to (B, H, T, T); bool (True attends) or added to the scores. None: all tokens see all."""
+
+    mask: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _side_by_side(F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask))
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """Causal, which is the fastest attention there is, but for E rows at the end, which see what `mask` allows."""
+
+    mask: Tensor  # (B, 1, E, T) bool
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        plain = q.shape[2] - self.mask.shape[2]
+        out = F.scaled_dot_product_attention(q[:, :, :plain], k[:, :, :plain], v[:, :, :plain], is_causal=True)
+        last = F.scaled_dot_product_attention(q[:, :, plain:], k, v, attn_mask=self.mask)
+        return _side_by_side(torch.cat((out, last), 2))
+
+
+CAUSAL = Causal()
+
+
+def _side_by_side(heads: Tensor) -> Tensor:
+    """(B, H, T, K) -> (B, T, H K)."""
+    return heads.transpose(1, 2).flatten(2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +86,7 @@ def attend_prompts(
 
         return attend_gpu.attend_prompts(q, rope, keys, values, packing.starts)
     padded = torch.zeros_like(keys)
-    _tokens(padded)[packing.places] = rotate(q, _turn(rope, keys, packing))
+    _tokens(padded)[packing.places] = rotate(q, _angles(rope, keys, packing))
     return _tokens(F.scaled_dot_product_attention(padded, keys, values, is_causal=True))[packing.places]
 
 
@@ -49,7 +97,7 @@ def keep_prompts(k: Tensor, v: Tensor, rope: Rope, keys: Tensor, values: Tensor,
 
         attend_gpu.keep_prompts(k, v, rope, keys, values, packing.places)
         return
-    _tokens(keys)[packing.places] = rotate(k, _turn(rope, keys, packing))
+    _tokens(keys)[packing.places] = rotate(k, _angles(rope, keys, packing))
     _tokens(values)[packing.places] = v
 
 
@@ -58,8 +106,8 @@ def _tokens(t: Tensor) -> Tensor:
     return t.transpose(1, 2).flatten(0, 1)
 
 
-def _turn(rope: Rope, keys: Tensor, packing: Packing) -> Rope:
-    """Each packed token's angles, (N, 1, K)."""
+def _angles(rope: Rope, keys: Tensor, packing: Packing) -> Rope:
+    """Each packed token's, (N, 1, K)."""
     cos, sin = (t[packing.places % keys.shape[2], None] for t in rope)
     return cos, sin
 
@@ -78,11 +126,19 @@ def attend_new(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
 
 
+def rotary(positions: Tensor, width: int, theta: float) -> Rope:
+    """Positions (B, T) -> cos and sin (B, T, 1, width) of RoPE's angles (arxiv.org/abs/2104.09864)."""
+    exponents = torch.arange(0, width, 2, device=positions.device).float() / width
+    angles = positions[..., None].float() * theta**-exponents
+    angles = torch.cat((angles, angles), -1)[:, :, None]
+    return angles.cos(), angles.sin()
+
+
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """(..., K) -> same, each pair (i, i + K / 2) turned by its position's angle (arxiv.org/abs/2104.09864)."""
+    """(B, T, H, K) -> same, each pair (i, i + K / 2) turned by its position's angle, in float32."""
     cos, sin = rope
     left, right = x.chunk(2, -1)
-    return x * cos + torch.cat((-right, left), -1) * sin
+    return (x * cos + torch.cat((-right, left), -1) * sin).to(x.dtype)
 
 
 def on_gpu(q: Tensor) -> bool:

@@ -1,29 +1,34 @@
 """Llama 2, the language model, with parameter names as in its checkpoints (arxiv.org/abs/2307.09288).
 
 Written out rather than taken from transformers, because decoding and scoring need what its interface hides: attention
-masks of any form, a cache whose rows have different lengths, keys and values of all tokens but the output of one, and
-matrix products joined where several maps read the same input.
+of any form, a cache whose rows have different lengths, keys and values of all tokens but the output of few, and matrix
+products joined where several maps read the same input (checkpoints have them apart).
 
-A layer is three steps, so that each can be compiled by itself. The last map of attention and that of the MLP stand
-after theirs, because with a cache their products are added in the residual stream's own memory:
-    project  residual stream -> q, k rotated, and v (`read`: not yet rotated, for prompts that go into a cache)
-    attend   with a causal mask, a given one, or into a cache: packed prompts, one new token; then `o_proj`, added
-    open     residual stream -> gated MLP up to its last map; then `down_proj`, added
+A layer is a few steps, each of which can be compiled by itself:
+    attention  residual stream -> attended heads, keys, values; `qkv` and what it is handed to attend with
+    finish     attended heads -> residual stream: the output map, then the gated MLP
+While decoding, keys and values go into a cache by kernels that no compiler sees, and the last products of attention and
+MLP are added in the residual stream's own memory. So the steps there are smaller:
+    heads      residual stream -> q, k, v not yet rotated, for prompts
+    qkv        residual stream -> q and k rotated, and v, for one new token
+    gate_up    residual stream -> the gated MLP up to its last map
 
-Legend: B batch, T tokens, N tokens of packed prompts, S cache slots, H heads, K head width, D width, F hidden width,
-V vocabulary.
+Legend: B batch, T tokens, N tokens of packed prompts, R rows kept, S cache slots, H heads, K head width, D width,
+F hidden width, V vocabulary.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spvla.model.attention import Packing, Rope, attend_new, attend_prompts, keep_prompts, rotate
-from spvla.model.linear import Linear, add_to, pack, together
-from spvla.model.vision import Block, RunBlock
+from spvla.model.attention import Attend, Packing, Rope, attend_new, attend_prompts, keep_prompts, rotary, rotate
+from spvla.model.kernels import lora as fused
+from spvla.model.linear import FusedLinear, Linear, add_to, keep_names
+from spvla.model.vision import Block, Projector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,10 @@ class LlamaConfig:
     vocab_size: int = 32064
     rms_norm_eps: float = 1e-6  # not Llama-2's 1e-5: the original's config falls back to transformers' default
     rope_theta: float = 10_000.0
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.num_heads
 
 
 class RmsNorm(nn.Module):
@@ -53,37 +62,42 @@ class RmsNorm(nn.Module):
 class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            Linear(config.width, config.width, bias=False) for _ in range(4)
-        )
-        self.packed: Tensor | None = None  # q, k, v in one tensor, while decoding
+        self.num_heads, self.head_width = config.num_heads, config.head_width
+        self.qkv_proj = FusedLinear(config.width, dict.fromkeys(("q_proj", "k_proj", "v_proj"), config.width))
+        self.o_proj = Linear(config.width, config.width, bias=False)
+        keep_names(self, "qkv_proj")
 
     def heads(self, x: Tensor, with_q: bool = True) -> list[Tensor]:
-        """(B, T, D) -> q (unless left out), k, v, each (B, T, H, K)."""
-        maps, packed = [self.q_proj, self.k_proj, self.v_proj], self.packed
-        if not with_q:
-            maps, packed = maps[1:], None if packed is None else packed[self.q_proj.out_features :]
-        return [y.unflatten(-1, (self.num_heads, -1)) for y in together(x, maps, packed)]
+        """(B, T, D) -> q (unless left out), k, v, not yet rotated, each (B, T, H, K)."""
+        y = self.qkv_proj(x) if with_q else self.qkv_proj.after(x, 1)
+        return [part.unflatten(-1, (self.num_heads, -1)) for part in y.split(self.o_proj.out_features, -1)]
 
-    def forward(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, D) -> q, k rotated, and v, each (B, H, T, K)."""
-        q, k, v = (y.transpose(1, 2) for y in self.heads(x))
-        return rotate(q, rope), rotate(k, rope), v
+        if fused.fits(x, self.qkv_proj.lora, head=self.head_width):
+            return fused.heads(x, self.qkv_proj.weight, self.qkv_proj.lora, *rope)
+        q, k, v = self.heads(x)
+        return rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
 
 
 class LlamaMlp(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.width, config.mlp_hidden, bias=False)
-        self.up_proj = Linear(config.width, config.mlp_hidden, bias=False)
+        self.gate_up_proj = FusedLinear(config.width, dict.fromkeys(("gate_proj", "up_proj"), config.mlp_hidden))
         self.down_proj = Linear(config.mlp_hidden, config.width, bias=False)
-        self.packed: Tensor | None = None  # gate and up in one tensor, while decoding
+        keep_names(self, "gate_up_proj")
 
-    def open(self, x: Tensor) -> Tensor:
+    def gate_up(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, F), what `down_proj` takes."""
-        gate, up = together(x, [self.gate_proj, self.up_proj], self.packed)
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
         return F.silu(gate) * up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if fused.fits(x, gate_up.lora, down.lora):
+            return fused.gated_mlp(x, gate_up.weight, gate_up.lora, down.weight, down.lora)
+        return down(self.gate_up(x))
 
 
 class LlamaLayer(nn.Module):
@@ -94,29 +108,60 @@ class LlamaLayer(nn.Module):
         self.input_layernorm = RmsNorm(config.width, config.rms_norm_eps)
         self.post_attention_layernorm = RmsNorm(config.width, config.rms_norm_eps)
 
-    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        return self.self_attn(self.input_layernorm(x), rope)
-
-    def read(self, x: Tensor, with_q: bool = True) -> list[Tensor]:
+    def heads(self, x: Tensor, with_q: bool = True) -> list[Tensor]:
         """(B, T, D) -> q (unless left out), k, v, not yet rotated, each (B, T, H, K)."""
         return self.self_attn.heads(self.input_layernorm(x), with_q)
 
-    def open(self, x: Tensor) -> Tensor:
+    def qkv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> q, k rotated, and v, each (B, H, T, K)."""
+        return self.self_attn.qkv(self.input_layernorm(x), rope)
+
+    def attention(self, x: Tensor, rope: Rope, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> attended heads (B, T, D), and k, v, each (B, H, T, K)."""
+        q, k, v = (part.contiguous() for part in self.qkv(x, rope))
+        return attend(q, k, v), k, v
+
+    def gate_up(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, F), what `down_proj` takes."""
-        return self.mlp.open(self.post_attention_layernorm(x))
+        return self.mlp.gate_up(self.post_attention_layernorm(x))
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Output map, residual, gated MLP: (B, T, D) twice -> (B, T, D)."""
+        x = x + self.self_attn.o_proj(attended)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The steps that a decoder may replace by compiled ones."""
+    """The steps of a pass, each of which may be replaced by a compiled one."""
 
-    run_block: RunBlock = Block.__call__
-    project: Callable[[LlamaLayer, Tensor, Rope], tuple[Tensor, Tensor, Tensor]] = LlamaLayer.project
-    read: Callable[[LlamaLayer, Tensor, bool], list[Tensor]] = LlamaLayer.read
-    open: Callable[[LlamaLayer, Tensor], Tensor] = LlamaLayer.open
+    run_block: Callable[[Block, Tensor], Tensor] = Block.forward
+    project: Callable[[Projector, Tensor], Tensor] = Projector.forward
+    heads: Callable[[LlamaLayer, Tensor, bool], list[Tensor]] = LlamaLayer.heads
+    qkv: Callable[[LlamaLayer, Tensor, Rope], tuple[Tensor, Tensor, Tensor]] = LlamaLayer.qkv
+    attention: Callable[[LlamaLayer, Tensor, Rope, Attend], tuple[Tensor, Tensor, Tensor]] = LlamaLayer.attention
+    gate_up: Callable[[LlamaLayer, Tensor], Tensor] = LlamaLayer.gate_up
+    finish: Callable[[LlamaLayer, Tensor, Tensor], Tensor] = LlamaLayer.finish
 
 
 EAGER = Kernels()
+
+
+def adding_in_place(kernels: Kernels) -> Kernels:
+    """For decoding: `finish` adds in the memory of the residual stream it is given. Without gradients."""
+
+    def finish(layer: LlamaLayer, x: Tensor, attended: Tensor) -> Tensor:
+        x = add_to(x, attended, layer.self_attn.o_proj)
+        return add_to(x, kernels.gate_up(layer, x), layer.mlp.down_proj)
+
+    return replace(kernels, finish=finish)
+
+
+class KeysValues(NamedTuple):
+    """Of one layer, each (B, H, S, K)."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class Cache:
@@ -126,11 +171,12 @@ class Cache:
         self, config: LlamaConfig, batch: int, slots: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.slots = slots
-        shape = (batch, slots, config.num_heads, config.width // config.num_heads)
-        self.keys, self.values = (  # each (B, H, S, K); a token's heads lie together
-            [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(config.depth)]
-            for _ in range(2)
-        )
+        shape = (batch, slots, config.num_heads, config.head_width)  # a token's heads lie together
+
+        def zeros() -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
+
+        self.layers = [KeysValues(zeros(), zeros()) for _ in range(config.depth)]
 
 
 class LlamaModel(nn.Module):
@@ -141,58 +187,63 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.depth))
         self.norm = RmsNorm(config.width, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Embeddings (B, T, D) -> final hidden states (B, T, D).
+    def forward(
+        self,
+        x: Tensor,
+        attend: Attend,
+        *,
+        positions: Tensor | None = None,
+        rows: Tensor | None = None,
+        caches: list[KeysValues] | None = None,
+        kernels: Kernels = EAGER,
+    ) -> Tensor:
+        """Embeddings (B, T, D) -> final hidden states (B, T, D), or of the `rows` (B, R) alone, (B, R, D).
 
-        mask: (B or 1, 1, T, T) bool (True attends) or added to the scores; None is causal.
-        positions: (B or 1, T); None counts from 0.
+        positions: (B or 1, T); None counts from 0. caches: an empty list, which gets each layer's keys and values.
+        Other rows than those asked for end with the last layer's attention.
         """
-        if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)[None]
-        rope = rotary(positions, self.config, x.dtype)
+        rope = self.rotary(torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions)
         for layer in self.layers:
-            attended = attend(*layer.project(x, rope), mask)
-            x = x + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
-            x = x + layer.mlp.down_proj(layer.open(x))
+            attended, *own = kernels.attention(layer, x, rope, attend)
+            if caches is not None:
+                caches.append(KeysValues(*own))
+            if rows is not None and layer is self.layers[-1]:
+                x, attended = take_rows(x, rows), take_rows(attended, rows)
+            x = kernels.finish(layer, x, attended)
         return self.norm(x)
 
     def read(self, x: Tensor, packing: Packing, last: Tensor, cache: Cache, kernels: Kernels = EAGER) -> Tensor:
         """Packed prompts (1, N, D) into the cache -> hidden states (B, 1, D) of each prompt's last token.
 
-        last: (B,), the slot of that token. x is scratch memory. In the last layer the others leave only keys and
-        values, and the last tokens go on as new ones do.
+        last: (B,), the slot of that token. In the last layer the others leave only keys and values, and the last
+        tokens go on as new ones do.
         """
-        cos, sin = rotary(torch.arange(cache.slots, device=x.device)[None], self.config, x.dtype)
-        rope = cos[0, 0], sin[0, 0]
-        *before, (final, keys, values) = zip(self.layers, cache.keys, cache.values, strict=True)
-        for layer, *own in before:
-            q, k, v = (t[0] for t in kernels.read(layer, x, True))
-            attended = attend_prompts(q, k, v, rope, *own, packing).flatten(1)[None]
-            x = add_to(x, attended, layer.self_attn.o_proj)
-            x = add_to(x, kernels.open(layer, x), layer.mlp.down_proj)
-        k, v = (t[0] for t in kernels.read(final, x, False))
-        keep_prompts(k, v, rope, keys, values, packing)
-        x, rope = x[0, packing.starts[:-1] + last, None], rotary(last[:, None], self.config, x.dtype)
-        return self.norm(self._advance(final, x, rope, keys, values, last, kernels))
+        cos, sin = self.rotary(torch.arange(cache.slots, device=x.device)[None])
+        rope = cos[0, :, 0], sin[0, :, 0]
+        for layer, own in zip(self.layers[:-1], cache.layers[:-1], strict=True):
+            q, k, v = (t[0] for t in kernels.heads(layer, x, True))
+            x = kernels.finish(layer, x, attend_prompts(q, k, v, rope, *own, packing).flatten(1)[None])
+        k, v = (t[0] for t in kernels.heads(self.layers[-1], x, False))
+        keep_prompts(k, v, rope, *cache.layers[-1], packing)
+        x, rope = x[0, packing.starts[:-1] + last, None], self.rotary(last[:, None])
+        return self.norm(self._advance(self.layers[-1], x, rope, cache.layers[-1], last, kernels))
 
-    def step(self, x: Tensor, at: Tensor, cache: Cache, kernels: Kernels = EAGER) -> Tensor:
-        """One token further for each row, into slot `at` (B,): (B, 1, D) -> (B, 1, D). x is scratch memory."""
-        rope = rotary(at[:, None], self.config, x.dtype)
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = self._advance(layer, x, rope, keys, values, at, kernels)
+    def step(self, x: Tensor, at: Tensor, caches: Sequence[KeysValues], kernels: Kernels = EAGER) -> Tensor:
+        """One token further for each row, into slot `at` (B,) of each layer's cache: (B, 1, D) -> (B, 1, D)."""
+        rope = self.rotary(at[:, None])
+        for layer, own in zip(self.layers, caches, strict=True):
+            x = self._advance(layer, x, rope, own, at, kernels)
         return self.norm(x)
 
+    def rotary(self, positions: Tensor) -> Rope:
+        """(B, T) -> cos and sin, each (B, T, 1, K) float32."""
+        return rotary(positions, self.config.head_width, self.config.rope_theta)
+
     def _advance(
-        self, layer: LlamaLayer, x: Tensor, rope: Rope, keys: Tensor, values: Tensor, at: Tensor, kernels: Kernels
+        self, layer: LlamaLayer, x: Tensor, rope: Rope, own: KeysValues, at: Tensor, kernels: Kernels
     ) -> Tensor:
-        attended = attend_new(*kernels.project(layer, x, rope), keys, values, at)
-        x = add_to(x, attended.transpose(1, 2).flatten(2), layer.self_attn.o_proj)
-        return add_to(x, kernels.open(layer, x), layer.mlp.down_proj)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B, H, T, K) three times -> (B, H, T, K), causal unless a mask says otherwise."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        attended = attend_new(*kernels.qkv(layer, x, rope), *own, at)
+        return kernels.finish(layer, x, attended.transpose(1, 2).flatten(2))
 
 
 class Llama(nn.Module):
@@ -202,29 +253,7 @@ class Llama(nn.Module):
         self.model = LlamaModel(config)
         self.lm_head = Linear(config.width, config.vocab_size, bias=False)
 
-    def pack(self) -> None:
-        """Joins weights that read the same input, for decoding; training and saving go on as before."""
-        for layer in self.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            if attention.packed is None:
-                attention.packed = pack([attention.q_proj, attention.k_proj, attention.v_proj])
-            if mlp.packed is None:
-                mlp.packed = pack([mlp.gate_proj, mlp.up_proj])
 
-    def unpack(self) -> None:
-        """Forgets that weights were joined: before they are moved, wrapped or replaced."""
-        for layer in self.model.layers:
-            layer.self_attn.packed = layer.mlp.packed = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
-        self.unpack()  # `.to(...)` gives each weight memory of its own
-        return super()._apply(fn, recurse)
-
-
-def rotary(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> Rope:
-    """Positions (B, T) -> cos and sin (B, 1, T, K) of RoPE's angles (arxiv.org/abs/2104.09864)."""
-    width = config.width // config.num_heads
-    exponents = torch.arange(0, width, 2, device=positions.device).float() / width
-    angles = positions[:, None, :, None].float() * config.rope_theta**-exponents
-    angles = torch.cat((angles, angles), -1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """(B, T, D), (B, R) -> (B, R, D)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

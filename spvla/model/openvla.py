@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spvla.errors import CheckpointError
-from spvla.model.linear import Linear
-from spvla.model.llama import EAGER, Kernels, Llama, LlamaConfig
-from spvla.model.vision import NUM_PATCHES, TowerConfig, VisionBackbone
+from spvla.model.attention import CAUSAL, Attend, Masked
+from spvla.model.llama import EAGER, Kernels, KeysValues, Llama, LlamaConfig
+from spvla.model.vision import NUM_PATCHES, Projector, TowerConfig, VisionBackbone
 
 IGNORED = -100  # label of a position that has no loss
 
@@ -66,17 +66,6 @@ class Output(NamedTuple):
     loss: Tensor | None
 
 
-class Projector(nn.Module):
-    def __init__(self, vision_width: int, hidden: int, width: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(vision_width, hidden)
-        self.fc2 = Linear(hidden, width)
-        self.fc3 = Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
-
-
 class OpenVLA(nn.Module):
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__()
@@ -96,25 +85,29 @@ class OpenVLA(nn.Module):
 
     def patches(self, pixel_values: Tensor, kernels: Kernels = EAGER) -> Tensor:
         """(B, 6, 224, 224) -> (B, P, D)."""
-        return self.projector(self.vision_backbone(pixel_values.to(self.dtype), kernels.run_block))
+        return kernels.project(self.projector, self.vision_backbone(pixel_values.to(self.dtype), kernels.run_block))
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, D)."""
         return self.language_model.model.embed_tokens(input_ids)
 
     def hidden(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+        self,
+        embeds: Tensor,
+        attend: Attend = CAUSAL,
+        *,
+        positions: Tensor | None = None,
+        rows: Tensor | None = None,
+        caches: list[KeysValues] | None = None,
+        kernels: Kernels = EAGER,
     ) -> Tensor:
-        """Embeddings (B, T, D) -> hidden states after the final norm, (B, T, D).
+        """Embeddings (B, T, D) -> hidden states after the final norm, (B, T, D), or of the `rows` (B, R) alone.
 
-        attention_mask: None is causal; (B, T) hides keys where 0, on top of causal; (B or 1, 1, T, T) bool (True
-        attends) or float (added to the scores) is taken as it is. position_ids: (B or 1, T), from 0 on by default.
+        attend: see attention.py. positions: (B or 1, T), from 0 on by default. caches: an empty list, which gets each
+        layer's keys and values.
         """
-        if attention_mask is not None and attention_mask.dim() == 2:
-            tokens = attention_mask.shape[1]
-            causal = torch.ones(tokens, tokens, dtype=torch.bool, device=attention_mask.device).tril()
-            attention_mask = causal & attention_mask.bool()[:, None, None]
-        return self.language_model.model(inputs_embeds, mask=attention_mask, positions=position_ids)
+        kind = {"positions": positions, "rows": rows, "caches": caches, "kernels": kernels}
+        return self.language_model.model(embeds, attend, **kind)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
@@ -129,9 +122,8 @@ class OpenVLA(nn.Module):
     ) -> Output:
         """Teacher-forced pass over (B, T) ids; the loss is the mean over labels (B, T) that are not -100."""
         x = with_patches(self.embed(input_ids), self.patches(pixel_values))
-        if attention_mask is not None:
-            attention_mask = _widen(attention_mask, 1)
-        logits = self.logits(self.hidden(x, attention_mask))
+        attend = CAUSAL if attention_mask is None else _without_padding(_widen(attention_mask, 1))
+        logits = self.logits(self.hidden(x, attend))
         if labels is None:
             return Output(logits, None)
         targets = _widen(labels, IGNORED)
@@ -139,9 +131,26 @@ class OpenVLA(nn.Module):
         return Output(logits, loss)
 
 
+def never_runs(config: OpenVLAConfig, name: str) -> bool:
+    """Whether a parameter or module of a checkpoint is one that no pass touches: each tower's last block, final norm
+    and pooling."""
+    towers = {"vision_backbone.featurizer": config.dino, "vision_backbone.fused_featurizer": config.siglip}
+    return any(
+        f"{name}.".startswith((f"{tower}.blocks.{c.depth - 1}.", f"{tower}.norm.", f"{tower}.attn_pool."))
+        for tower, c in towers.items()
+    )
+
+
 def with_patches(embeds: Tensor, patches: Tensor) -> Tensor:
     """Prompt embeddings (B, T, D) and patches (B, P, D) -> [BOS, patches, rest] (B, P + T, D)."""
     return torch.cat((embeds[:, :1], patches.to(embeds.dtype), embeds[:, 1:]), 1)
+
+
+def _without_padding(attention_mask: Tensor) -> Masked:
+    """Causal, and no key where the mask (B, T) is 0."""
+    tokens = attention_mask.shape[1]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=attention_mask.device).tril()
+    return Masked(causal & attention_mask.bool()[:, None, None])
 
 
 def _widen(x: Tensor, fill: int) -> Tensor:

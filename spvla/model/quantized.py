@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from spvla.errors import UserError
-from spvla.model.linear import Linear, Stack
+from spvla.model.linear import FusedLinear, Linear
+from spvla.model.lora import Lora
 
 KEPT = ("lm_head",)
 
@@ -34,9 +35,12 @@ def quantise(model: nn.Module, *, bits: int, dtype: torch.dtype) -> None:
     make = _maker(bits, dtype)
     for name, module in list(model.named_modules()):
         parent, _, leaf = name.rpartition(".")
-        if type(module) is Linear and leaf not in KEPT:
+        if type(module) in (Linear, FusedLinear) and leaf not in KEPT:
             with torch.device("meta"):
-                setattr(model.get_submodule(parent), leaf, make(module))
+                quantised = make(module)
+            if isinstance(module, FusedLinear):
+                quantised.parts = module.parts
+            setattr(model.get_submodule(parent), leaf, quantised)
 
 
 def is_quantised(model: nn.Module) -> bool:
@@ -49,11 +53,15 @@ def _maker(bits: int, dtype: torch.dtype) -> Callable[[Linear], nn.Module]:
     class Served:
         """What a decoder and a checkpoint's reader ask of either kind of map."""
 
-        lora: Stack | None = None
+        lora: Lora | None = None
 
         def forward(self, x: Tensor) -> Tensor:
             y = super().forward(x)
             return y if self.lora is None else self.lora.add(x, y)
+
+        def after(self, x: Tensor, first: int) -> Tensor:
+            """As FusedLinear's; the product cannot be cut."""
+            return self(x)[..., sum([*self.parts.values()][:first]) :]
 
         def place(self, leaf: str, value: Tensor, device: str) -> nn.Parameter:
             """The parameter `leaf`, "weight" or "bias", from a checkpoint's tensor."""

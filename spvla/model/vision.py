@@ -1,4 +1,4 @@
-"""The two image encoders, DINOv2 and SigLIP, with parameter names as in OpenVLA's checkpoints.
+"""The two image encoders, DINOv2 and SigLIP, and the projector; parameter names as in OpenVLA's checkpoints.
 
 Both are pre-norm vision transformers on 224 x 224 pixels cut into 256 patches of 14 x 14. OpenVLA takes the output of
 the last block but one, without the final norm, so the last block, `norm` and SigLIP's `attn_pool` are in the
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spvla.model.linear import Linear, PatchConv
+from spvla.model.linear import Linear, PatchLinear
 from spvla.types import IMAGE_SIZE
 
 PATCH_SIZE = 14
@@ -55,8 +55,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = x.is_cuda and type(self.fc1) is Linear
-        h = self.fc1.product(x) + self.fc1.bias if plain else self.fc1(x)
+        h = self.fc1.product(x) + self.fc1.bias if isinstance(self.fc1, Linear) else self.fc1(x)
         return self.fc2(F.gelu(h))
 
 
@@ -88,10 +87,12 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.proj = PatchConv(3, width, PATCH_SIZE, PATCH_SIZE)
+        self.proj = PatchLinear(3, width, PATCH_SIZE)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(pixels).flatten(2).transpose(1, 2)  # (B, P, D)
+        """(B, 3, 224, 224) -> (B, P, D)."""
+        grid = pixels.unflatten(3, (-1, PATCH_SIZE)).unflatten(2, (-1, PATCH_SIZE))  # (B, 3, 16, 14, 16, 14)
+        return self.proj(grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
 
 
 class AttentionPool(nn.Module):
@@ -145,3 +146,17 @@ class VisionBackbone(nn.Module):
         """(B, 6, 224, 224), DINOv2's channels first -> (B, P, dino + siglip)."""
         dino, siglip = pixel_values.split(3, 1)
         return torch.cat((self.featurizer(dino, run_block), self.fused_featurizer(siglip, run_block)), -1)
+
+
+class Projector(nn.Module):
+    """Vision features -> the language model's width."""
+
+    def __init__(self, vision_width: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(vision_width, hidden)
+        self.fc2 = Linear(hidden, width)
+        self.fc3 = Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, P, dino + siglip) -> (B, P, D)."""
+        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))

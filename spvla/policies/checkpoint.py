@@ -17,33 +17,21 @@ import torch
 
 from spvla.errors import CheckpointError, UserError
 from spvla.files import cache_dir, create_once, new_folder, remembered, write_json
-from spvla.model.adapters import (
-    ADAPTER_CONFIG,
-    STATISTICS,
-    add_lora,
-    load_adapter,
-    read_adapter,
-    read_adapter_config,
-    save_adapter,
-    use_adapter,
-)
+from spvla.model.loading import read_into
+from spvla.model.lora_file import ADAPTER_CONFIG, STATISTICS, map_shapes, read_lora, read_lora_config
 from spvla.model.openvla import OpenVLA, OpenVLAConfig
 from spvla.model.quantized import quantise, require_quantiser
-from spvla.model.weights import Weights, open_weights, read_json, require_shapes, torch_dtype, write_weights
+from spvla.model.weights import open_weights, read_json, require_shapes, torch_dtype, write_weights
 from spvla.policies import packed
 from spvla.policies.openvla.presets import TOWER_FILE
 from spvla.policies.presets import PRESETS, create_preset
 
 __all__ = [
-    "add_lora",
     "base_of",
-    "load_adapter",
     "load_model",
     "policy_digest",
-    "save_adapter",
     "save_merged",
     "save_model",
-    "use_adapter",
 ]
 
 CONFIG = "config.json"
@@ -78,7 +66,8 @@ def load_model(
         bits = 8 if load_in_8bit else 4
         require_quantiser(bits=bits, device=device)
         quantise(model, bits=bits, dtype=wanted)
-    _read_into(model, weights, device, wanted)
+    tensors = ((name, value) for name, value in weights if not _IGNORED.fullmatch(name))
+    read_into(model, tensors, device=device, dtype=wanted)
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -126,7 +115,7 @@ def base_of(path: str | Path) -> tuple[Path, Path | None]:
     folder = resolve(path)
     if not (folder / ADAPTER_CONFIG).exists():
         return folder, None
-    name = read_adapter_config(folder).get("base_model_name_or_path")
+    name = read_lora_config(folder).get("base_model_name_or_path")
     if not name:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG} names no base",
@@ -178,13 +167,13 @@ def save_merged(adapter: str | Path, folder: Path) -> None:
         raise CheckpointError(
             f"{adapter} is no adapter", expected="an adapter folder", remedy="Nothing is to be merged."
         )
-    delta = read_adapter(adapter_folder)
+    lora = read_lora(adapter_folder)
     weights = open_weights(base)
-    delta.require_base(weights.shapes)
+    lora.require(map_shapes(weights.shapes), lambda name: weights.read(name) if name in weights.shapes else None)
 
     def merged(name: str) -> torch.Tensor:
         value = weights.read(name)
-        change = delta.delta(name.removesuffix(".weight"))
+        change = lora.delta(name.removesuffix(".weight"))
         return value if change is None else (value.float() + change.view(value.shape)).to(value.dtype)
 
     with new_folder(folder) as new:
@@ -197,7 +186,7 @@ def _copy_parts(adapter: Path, new: Path) -> None:
     """What an adapter's folder holds of a family's own beside LoRA: files trained in full, and its marker."""
     for f in adapter.glob(PARTS):
         shutil.copyfile(f, new / f.name)
-    if marker := read_adapter_config(adapter).get(MARKER):
+    if marker := read_lora_config(adapter).get(MARKER):
         write_json(new / CONFIG, {**read_json(new / CONFIG), MARKER: marker})
 
 
@@ -223,24 +212,10 @@ def _digest_of(files: Sequence[Path]) -> str:
 def _file_digest(path: Path) -> str:
     """Of an adapter's config only what acts: where its base lies is no part of the policy."""
     if path.name == ADAPTER_CONFIG:
-        config = read_adapter_config(path.parent)
+        config = read_lora_config(path.parent)
         return json.dumps([config["r"], config["lora_alpha"], *filter(None, [config.get(MARKER)])])
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _read_into(model: OpenVLA, weights: Weights, device: str, dtype: torch.dtype) -> None:
-    """Replaces each meta parameter by its value."""
-    for name, value in weights:
-        if _IGNORED.fullmatch(name):
-            continue
-        module_name, _, leaf = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        if hasattr(module, "place"):  # a quantised map takes its weight in its own way
-            parameter = module.place(leaf, value.to(dtype), device)
-        else:
-            parameter = torch.nn.Parameter(value.to(device, dtype), requires_grad=False)
-        setattr(module, leaf, parameter)
 
 
 def _tower_heads(folder: Path) -> dict[str, int]:

@@ -16,29 +16,27 @@ from torch import Tensor, nn
 from spvla.model.openvla import OpenVLA
 from spvla.policies.oft.network import OpenVLAOFT
 from spvla.train.chunks import Chunks
-from spvla.train.network import Loras, Network
+from spvla.train.network import Network
 from spvla.train.opponent import Opponent
-from spvla.train.scoring import Inputs, PairLogits, Reply, Speech, score_pair, score_real
+from spvla.train.scoring import Inputs, PairLogits, ReferenceOutput, TokenSampler, score_pair, score_real
 from spvla.types import Needs
 
 
 class Family(Protocol):
-    """One family's passes over a network. `loras` says which adapter runs; gradients flow where torch records them.
+    """One family's passes over a network, with the adapter that is attached; gradients flow where torch records them.
 
     `patches` (B C, 256, D) are the projected patches of all images, if the caller has them already.
     """
 
     needs: Needs  # what its batches hold
 
-    def score(self, inputs: Inputs, loras: Loras, *, patches: Tensor | None = None) -> Tensor:
+    def score(self, inputs: Inputs, *, patches: Tensor | None = None) -> Tensor:
         """Logits (B, R, V) of `inputs.targets` (B, R): the demonstrated action's A tokens, then what else has loss."""
 
-    def score_pair(
-        self, inputs: Inputs, generated: Tensor, loras: Loras, *, patches: Tensor | None = None
-    ) -> PairLogits:
+    def score_pair(self, inputs: Inputs, generated: Tensor, *, patches: Tensor | None = None) -> PairLogits:
         """The same, and logits (B, A, V) of another action `generated` (B, A), in one pass."""
 
-    def propose(self, inputs: Inputs, loras: Loras, speech: Speech, uniforms: Tensor) -> Reply:
+    def propose(self, inputs: Inputs, sampler: TokenSampler, uniforms: Tensor) -> ReferenceOutput:
         """An action of its own, drawn by `uniforms` (B, A) in [0, 1), and the log-probs of both. No gradient."""
 
 
@@ -50,38 +48,35 @@ class OneStep:
     def __init__(self, network: Network) -> None:
         self.network = network
 
-    def score(self, inputs: Inputs, loras: Loras, *, patches: Tensor | None = None) -> Tensor:
-        return score_real(self.network, inputs, loras, patches=patches)
+    def score(self, inputs: Inputs, *, patches: Tensor | None = None) -> Tensor:
+        return score_real(self.network, inputs, patches=patches)
 
-    def score_pair(
-        self, inputs: Inputs, generated: Tensor, loras: Loras, *, patches: Tensor | None = None
-    ) -> PairLogits:
-        return score_pair(self.network, inputs, generated, loras, patches=patches)
+    def score_pair(self, inputs: Inputs, generated: Tensor, *, patches: Tensor | None = None) -> PairLogits:
+        return score_pair(self.network, inputs, generated, patches=patches)
 
-    def propose(self, inputs: Inputs, loras: Loras, speech: Speech, uniforms: Tensor) -> Reply:
-        return Opponent(self.network, loras, speech).reply(inputs, uniforms)
+    def propose(self, inputs: Inputs, sampler: TokenSampler, uniforms: Tensor) -> ReferenceOutput:
+        return Opponent(self.network, sampler).reply(inputs, uniforms)
 
 
 FAMILIES: dict[type[nn.Module], Callable[[Network], Family]] = {OpenVLA: OneStep, OpenVLAOFT: Chunks}
 
 
-def needs_of(model: nn.Module) -> Needs:
-    """What a model looks at and answers with, peft around it or not."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return core.form.needs() if isinstance(core, OpenVLAOFT) else OneStep.needs
+def needs_of(model: OpenVLA) -> Needs:
+    """What a model looks at and answers with."""
+    return model.form.needs() if isinstance(model, OpenVLAOFT) else OneStep.needs
 
 
 def family_of(network: Network) -> Family:
     """By the class of the model."""
-    return FAMILIES[type(network.core)](network)
+    return FAMILIES[type(network.model)](network)
 
 
 @torch.no_grad()
-def own_greedy(family: Family, inputs: Inputs, loras: Loras, speech: Speech) -> Reply:
+def own_greedy(family: Family, inputs: Inputs, sampler: TokenSampler) -> ReferenceOutput:
     """The fork's form: the most likely token at each position, given the real ones before it."""
-    logits = family.score(inputs, loras)[:, : inputs.real.shape[1]]
-    return Reply(
+    logits = family.score(inputs)[:, : inputs.real.shape[1]]
+    return ReferenceOutput(
         generated=logits.argmax(-1),
-        real_logps=speech.logps(logits, inputs.real),
-        generated_logps=speech.greedy(logits),
+        real_logps=sampler.logps(logits, inputs.real),
+        generated_logps=sampler.greedy(logits),
     )

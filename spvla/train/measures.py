@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spvla.policies.openvla import actions
 from spvla.train.objective import LossType, Reduction, cap_logits, reduce_tokens, spin_loss, token_logps
-from spvla.train.scoring import Inputs, Reply
+from spvla.train.scoring import Inputs, ReferenceOutput
 
 Measures = dict[str, Tensor]
 
@@ -59,7 +59,7 @@ def imitation(logits: Tensor, inputs: Inputs, columns: Columns, softcap: float |
     }
 
 
-def selfplay(real_logps: Tensor, generated_logps: Tensor, reply: Reply, margin: Margin) -> Measures:
+def selfplay(real_logps: Tensor, generated_logps: Tensor, reply: ReferenceOutput, margin: Margin) -> Measures:
     """Self-play's measures from the policy's log-probs of each token, (B, A) twice."""
     names = ("policy_real_logps", "policy_generated_logps", "opponent_real_logps", "opponent_generated_logps")
     tokens = (real_logps, generated_logps, reply.real_logps, reply.generated_logps)
@@ -75,7 +75,7 @@ def selfplay(real_logps: Tensor, generated_logps: Tensor, reply: Reply, margin: 
     }
 
 
-def collided(inputs: Inputs, reply: Reply) -> Tensor:
+def collided(inputs: Inputs, reply: ReferenceOutput) -> Tensor:
     """(B,) bool: the opponent's action is the real one, so the pair carries no signal."""
     return (reply.generated == inputs.real).all(-1)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spvla.config import StepConfig
-from spvla.train.adapters import Flat
+from spvla.train.flat import Flat
 
 
 class Optimizer:

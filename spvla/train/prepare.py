@@ -17,7 +17,7 @@ from spvla.config import TrainConfig
 from spvla.data.index import ensure_index, require_source
 from spvla.errors import UserError
 from spvla.files import safe_name, write_json
-from spvla.model.adapters import read_adapter
+from spvla.model.lora_file import read_lora
 from spvla.model.weights import open_weights
 from spvla.policies.checkpoint import base_of, policy_digest
 from spvla.policies.presets import PRESETS, create_preset
@@ -146,7 +146,7 @@ def require_startable(config: TrainConfig) -> None:
             expected="a whole model",
             remedy="Merge it first (--save_merged True), or train with LoRA.",
         )
-    rank = read_adapter(adapter).rank
+    rank = read_lora(adapter).rank
     if rank != config.lora_rank:
         raise UserError(
             f"--lora_rank {config.lora_rank} from {adapter}",

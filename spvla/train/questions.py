@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from spvla.config import StepConfig
-from spvla.model.transfer import Landing
+from spvla.model.transfer import AsyncHostCopy
 from spvla.train.clock import Clock
 from spvla.train.replies import ReplyStore
-from spvla.train.scoring import Inputs, Reply, draw_uniforms, join, split, to_inputs
+from spvla.train.scoring import Inputs, ReferenceOutput, draw_uniforms, join, split, to_inputs
 from spvla.types import Batch
 
 ROWS = 120  # samples in one pass: on an H200 (7B) each 20 take 147 ms in passes of 80, 141 of 160; 20 alone take 162
@@ -28,7 +28,8 @@ def together(batch_size: int) -> int:
     return min(MICRO_BATCHES, max(1, ROWS // batch_size))
 
 
-Answer = Callable[[Inputs, Tensor], Reply]  # a batch, and (B, A) numbers in [0, 1) that decide what is sampled
+# A batch, and (B, A) numbers in [0, 1) that decide what is sampled.
+Answer = Callable[[Inputs, Tensor], ReferenceOutput]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Question:
     """A micro-batch on the device, and what the opponent says to it."""
 
     inputs: Inputs
-    reply: Reply | None  # None where no opponent plays (sft)
+    reply: ReferenceOutput | None  # None where no opponent plays (sft)
     samples: np.ndarray  # (B,) int64
     clock: Clock  # of asking, together with `1 / share` others
     share: float
@@ -50,7 +51,7 @@ class Asker:
     ) -> None:
         """Without `answer` no opponent plays."""
         self.answer, self.device, self.config, self.replies = answer, device, config, replies
-        self.answered: list[tuple[np.ndarray, Landing]] = []  # samples, and replies to be kept
+        self.answered: list[tuple[np.ndarray, AsyncHostCopy]] = []  # samples, and replies to be kept
         self.width, self.filled = 0, 0  # text tokens and micro-batches to pad to: compiled code wants few shapes
 
     def ask(self, coming: Sequence[Sequence[Batch]], step: int) -> list[list[Question]]:
@@ -82,11 +83,13 @@ class Asker:
         """Puts what was answered so far into the store, for later epochs."""
         for samples, landing in self.answered:
             generated, real_logps, generated_logps = landing.read()
-            reply = Reply(generated=generated, real_logps=real_logps, generated_logps=generated_logps)
+            reply = ReferenceOutput(generated=generated, real_logps=real_logps, generated_logps=generated_logps)
             self.replies.put(samples, reply)
         self.answered.clear()
 
-    def _replies(self, batches: Sequence[Batch], inputs: Sequence[Inputs], steps: Sequence[int]) -> list[Reply | None]:
+    def _replies(
+        self, batches: Sequence[Batch], inputs: Sequence[Inputs], steps: Sequence[int]
+    ) -> list[ReferenceOutput | None]:
         if self.answer is None:
             return [None] * len(batches)
         replies = [self.replies.get(batch.samples, self.device) if self.replies else None for batch in batches]
@@ -99,17 +102,17 @@ class Asker:
                 self._note(batches[i], reply)
         return replies
 
-    def _pass(self, inputs: list[Inputs], uniforms: list[Tensor]) -> list[Reply]:
+    def _pass(self, inputs: list[Inputs], uniforms: list[Tensor]) -> list[ReferenceOutput]:
         """One pass over the rows of all micro-batches; under torch.compile as many as ever, some repeated."""
         self.filled = max(self.filled, len(inputs)) if self.config.compile else len(inputs)
         whole = join(list(islice(cycle(inputs), self.filled)))
         reply = self.answer(whole, torch.cat(list(islice(cycle(uniforms), self.filled))).to(self.device))
         return split(reply, [len(x.text) for x in inputs])
 
-    def _note(self, batch: Batch, reply: Reply) -> None:
+    def _note(self, batch: Batch, reply: ReferenceOutput) -> None:
         """For `keep`."""
         if self.replies is not None:
-            landing = Landing(reply.generated, reply.real_logps, reply.generated_logps)
+            landing = AsyncHostCopy(reply.generated, reply.real_logps, reply.generated_logps)
             self.answered.append((batch.samples, landing))
 
     def _uniforms(self, batch: Batch, step: int) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spvla.train.scoring import Reply
+from spvla.train.scoring import ReferenceOutput
 from spvla.types import ACTION_DIM
 
 FIELDS = ("generated", "real_logps", "generated_logps")
@@ -36,18 +36,18 @@ class ReplyStore:
             note.write_text(json.dumps(meaning))
         self.records = np.memmap(path, record(tokens), mode="r+", shape=(num_samples,))
 
-    def get(self, samples: np.ndarray, device: torch.device | str) -> Reply | None:
+    def get(self, samples: np.ndarray, device: torch.device | str) -> ReferenceOutput | None:
         """The replies to all of `samples` (B,), or None if one is missing."""
         rows = self.records[samples]
         if not rows["known"].all():
             return None
-        return Reply(
+        return ReferenceOutput(
             generated=torch.from_numpy(rows["generated"].astype(np.int64)).to(device),
             real_logps=torch.from_numpy(rows["real_logps"].copy()).to(device),
             generated_logps=torch.from_numpy(rows["generated_logps"].copy()).to(device),
         )
 
-    def first(self, samples: np.ndarray, reply: Reply) -> Reply:
+    def first(self, samples: np.ndarray, reply: ReferenceOutput) -> ReferenceOutput:
         """`reply`, but what is known of `samples` (B,) as it was answered first.
 
         In another batch it may round otherwise, and a run that goes on knows answers that it had not needed yet.
@@ -60,9 +60,9 @@ class ReplyStore:
         for field in FIELDS:
             new = getattr(reply, field)
             fields[field] = torch.where(known, torch.from_numpy(rows[field].copy()).to(new), new)
-        return Reply(**fields)
+        return ReferenceOutput(**fields)
 
-    def put(self, samples: np.ndarray, reply: Reply) -> None:
+    def put(self, samples: np.ndarray, reply: ReferenceOutput) -> None:
         """Keeps the replies to those of `samples` (B,) that are not known."""
         new = self.records["known"][samples] == 0
         rows = np.zeros(len(samples), self.records.dtype)

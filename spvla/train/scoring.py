@@ -2,8 +2,9 @@
 
 One pass lays out, for each sample,
     BOS | 256 patches | prompt, real action, end, padding | first six generated tokens
-Real and generated follow the same prefix without seeing each other (network.py), so the prefix is computed once. The
-generated tokens' positions restart where the real action begins. The seventh is predicted and never fed.
+Real and generated follow the same prefix without seeing each other (attention.SharedPrefix), so the prefix is computed
+once. The generated tokens' positions restart where the real action begins. The seventh is predicted and never fed.
+Padding, on the right, needs no mask. The model acts with the adapter that is attached to it.
 
 Legend: B batch, T text tokens, L rows before the generated ones (256 + T), A action dims (7), V vocabulary.
 """
@@ -15,12 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spvla.model.attention import SharedPrefix
+from spvla.model.llama import KeysValues
+from spvla.model.openvla import with_patches
+from spvla.model.sampling import draw
 from spvla.model.transfer import to_device
 from spvla.model.vision import NUM_PATCHES
 from spvla.policies.openvla.augmentation import augment_on_device
 from spvla.policies.openvla.images import to_pixel_values
-from spvla.train.blocks import Rows
-from spvla.train.network import Cache, Loras, Network
+from spvla.train.network import Network
 from spvla.train.objective import cap_logits, token_logps
 from spvla.types import ACTION_DIM, Batch
 
@@ -82,49 +86,45 @@ class PairLogits:
 
 
 def score_real(
-    network: Network, inputs: Inputs, loras: Loras, *, cache: Cache | None = None, patches: Tensor | None = None
+    network: Network, inputs: Inputs, *, caches: list[KeysValues] | None = None, patches: Tensor | None = None
 ) -> Tensor:
-    """Logits of the real action and the end of sequence: (B, A + 1, V). `patches` are the images' if known."""
-    x = _prefix_and_real(network, inputs, loras, patches)
-    cos, sin = network.rotary(torch.arange(x.shape[1], device=x.device)[None])
-    rows = Rows(cos=cos, sin=sin, mask=None, extra=0)
-    keep = inputs.first[:, None] + torch.arange(REAL_ROWS, device=x.device)
-    return network.logits(network.hidden(x, rows, loras, keep=keep, cache=cache), loras)
+    """Logits of the real action and the end of sequence: (B, A + 1, V). `patches` are the images' if known.
+
+    caches: an empty list, which gets each layer's keys and values.
+    """
+    x = _prefix_and_real(network, inputs, patches)
+    rows = inputs.first[:, None] + torch.arange(REAL_ROWS, device=x.device)
+    return network.logits(network.hidden(x, rows=rows, caches=caches))
 
 
-def score_pair(
-    network: Network, inputs: Inputs, generated: Tensor, loras: Loras, *, patches: Tensor | None = None
-) -> PairLogits:
+def score_pair(network: Network, inputs: Inputs, generated: Tensor, *, patches: Tensor | None = None) -> PairLogits:
     """Logits of both actions in one pass; `generated` is (B, A). `patches` are the images' if known."""
-    x = torch.cat((_prefix_and_real(network, inputs, loras, patches), network.embed(generated[:, :FED])), 1)
-    rows = pair_rows(network, inputs.first, length=x.shape[1] - FED)
+    x = torch.cat((_prefix_and_real(network, inputs, patches), network.embed(generated[:, :FED])), 1)
+    attend, positions = shared_prefix(inputs.first, length=x.shape[1] - FED)
     steps = torch.arange(REAL_ROWS, device=x.device)
-    keep = torch.cat((inputs.first[:, None] + steps, (x.shape[1] - FED + steps[:FED]).expand(len(x), -1)), 1)
-    logits = network.logits(network.hidden(x, rows, loras, keep=keep), loras)
+    rows = torch.cat((inputs.first[:, None] + steps, (x.shape[1] - FED + steps[:FED]).expand(len(x), -1)), 1)
+    logits = network.logits(network.hidden(x, attend, positions=positions, rows=rows))
     real, after = logits.split((REAL_ROWS, FED), 1)
     return PairLogits(real=real, generated=torch.cat((real[:, :1], after), 1))  # both first tokens: one prediction
 
 
-def pair_rows(network: Network, first: Tensor, *, length: int) -> Rows:
-    """Positions and mask of one pass over a pair: the generated tokens go on from row `first` (B,)."""
+def shared_prefix(first: Tensor, *, length: int) -> tuple[SharedPrefix, Tensor]:
+    """Attention and positions (B, L + 6) of one pass over a pair: the generated tokens go on from row `first` (B,)."""
     steps = torch.arange(FED, device=first.device)
     plain = torch.arange(length, device=first.device).expand(len(first), -1)
-    cos, sin = network.rotary(torch.cat((plain, first[:, None] + 1 + steps), 1))
     column = torch.arange(length + FED, device=first.device)
     prefix = column <= first[:, None, None]  # (B, 1, L + 6)
     own = (column >= length) & (column - length <= steps[:, None])  # (6, L + 6)
-    return Rows(cos=cos, sin=sin, mask=(prefix | own)[:, None], extra=FED)
+    return SharedPrefix((prefix | own)[:, None]), torch.cat((plain, first[:, None] + 1 + steps), 1)
 
 
-def _prefix_and_real(network: Network, inputs: Inputs, loras: Loras, patches: Tensor | None) -> Tensor:
+def _prefix_and_real(network: Network, inputs: Inputs, patches: Tensor | None) -> Tensor:
     """(B, L, D): BOS, patches, text."""
-    patches = network.patches(inputs.pixels, loras) if patches is None else patches
-    text = network.embed(inputs.text)
-    return torch.cat((text[:, :1], patches, text[:, 1:]), 1)
+    return with_patches(network.embed(inputs.text), network.patches(inputs.pixels) if patches is None else patches)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
+class ReferenceOutput:
     """What the opponent answered to each sample, and how probable it finds both actions. No gradient."""
 
     generated: Tensor  # (B, A) int64
@@ -132,17 +132,17 @@ class Reply:
     generated_logps: Tensor  # (B, A)
 
 
-def split(reply: Reply, sizes: Sequence[int]) -> list[Reply]:
+def split(reply: ReferenceOutput, sizes: Sequence[int]) -> list[ReferenceOutput]:
     """The replies to the first `sizes[0]` samples, to the next `sizes[1]`, and so on."""
     ends = np.cumsum(sizes)
     return [
-        Reply(**{f.name: getattr(reply, f.name)[end - size : end] for f in fields(Reply)})
+        ReferenceOutput(**{f.name: getattr(reply, f.name)[end - size : end] for f in fields(ReferenceOutput)})
         for size, end in zip(sizes, ends, strict=True)
     ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speech:
+class TokenSampler:
     """How actions are drawn and log-probs taken."""
 
     temperature: float = 0.0  # 0: greedy
@@ -157,15 +157,13 @@ class Speech:
         return self.logps(logits, logits.argmax(-1))
 
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """(B, V) logits, (B,) numbers in [0, 1) -> (B,) ids. Sampling inverts the cumulative distribution."""
+        """Logits (B, V), numbers (B,) in [0, 1) that decide what is sampled -> ids (B,)."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        heights = cap_logits(logits.float(), self.logit_softcap).div(self.temperature).softmax(-1).cumsum(-1)
-        ids = torch.searchsorted(heights, (uniform * heights[:, -1])[:, None], right=True)[:, 0]
-        return ids.clamp(max=logits.shape[-1] - 1)
+        return draw(cap_logits(logits.float(), self.logit_softcap), self.temperature, uniform)
 
 
 def draw_uniforms(seed: int, visit: int, samples: np.ndarray, tokens: int = ACTION_DIM) -> np.ndarray:
-    """(B,) sample numbers -> (B, A) float32 in [0, 1), the same for a sample whoever shares its batch."""
-    rows = [np.random.default_rng((seed, visit, int(s))).random(tokens, np.float32) for s in samples]
+    """(B,) sample numbers -> (B, A) float64 in [0, 1), the same for a sample whoever shares its batch."""
+    rows = [np.random.default_rng((seed, visit, int(s))).random(tokens) for s in samples]
     return np.stack(rows)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from spvla.cluster.machines import usable_cpus
 from spvla.config import TrainConfig
@@ -24,19 +23,21 @@ from spvla.data.frames import Frames, open_frames
 from spvla.data.loader import Loader, Split
 from spvla.data.store import FrameStore, without_proprio
 from spvla.errors import DatasetError, UserError
-from spvla.model.adapters import add_lora, load_adapter, save_adapter
+from spvla.model.lora_file import LoraFile, fresh_lora, read_lora
+from spvla.model.openvla import OpenVLA
 from spvla.policies.checkpoint import base_of
 from spvla.policies.networks import load_network, save_beside_adapter, save_network
 from spvla.policies.oft.network import OpenVLAOFT
 from spvla.policies.openvla.prompt import load_tokenizer
 from spvla.policies.registry import flags_of
 from spvla.train.family import needs_of
+from spvla.train.flat import FlatLora
 from spvla.train.metrics import Row, Smoothed
 from spvla.train.prepare import Job
 from spvla.train.questions import Question, together
 from spvla.train.replies import ReplyStore
 from spvla.train.resume import load_state, save_state
-from spvla.train.step import OPPONENT, POLICY, Learner, Pending
+from spvla.train.step import Learner, Pending
 from spvla.types import ACTION_DIM
 
 CPU = torch.device("cpu")
@@ -84,8 +85,11 @@ class Session:
         self.data = digest([store.digest for store in self.stores], [weight for _, _, weight in job.stores])
         self.base, self.adapter = base_of(job.start)
         self.tokenizer = load_tokenizer(self.base)
-        self.model = open_model(self.config, self.base, self.adapter, place.device)
-        self.learner = Learner(self.model, self.config, replies=self._replies())
+        options = {"device": str(place.device), "dtype": dtype_of(self.config, place.device)}
+        flags, seed = flags_of(self.config), self.config.seed
+        self.model = load_network(self.base, self.adapter, flags=flags, seed=seed, **options)
+        policy, opponent = start_adapters(self.config, self.model, self.adapter)
+        self.learner = Learner(self.model, self.config, policy=policy, opponent=opponent, replies=self._replies())
         self.smoothed = Smoothed()
         self.samples = 0  # stepped so far, over all workers
         self.under_way: deque[tuple[Pending, float]] = deque()  # steps not yet read, and their wait for data in seconds
@@ -152,9 +156,9 @@ class Session:
         assert not self.under_way, "settle first: a step's numbers are missing"
         keep = dict if self.learner.family.needs.proprio else without_proprio
         stats = {store.name: keep(store.statistics[store.name]) for store in self.stores}
-        if self.config.use_lora:
-            save_adapter(self.model, folder, adapter_name=POLICY, base=str(self.base), norm_stats=stats)
-            save_beside_adapter(self.learner.network.core, folder)
+        if isinstance(self.learner.policy, FlatLora):
+            self.learner.policy.to_file().write(folder, base=str(self.base), norm_stats=stats)
+            save_beside_adapter(self.model, folder)
         else:
             save_network(self.model, folder, source=self.base, norm_stats=stats)
         state = {"learner": self.learner.state_dict(), "smoothed": self.smoothed.value}
@@ -230,15 +234,15 @@ class Session:
         )
 
 
-def open_model(config: TrainConfig, base: Path, adapter: Path | None, device: torch.device) -> nn.Module:
-    """The base with adapter "policy" and, if the start policy is an adapter, its copy as "opponent".
+def start_adapters(
+    config: TrainConfig, model: OpenVLA, adapter: Path | None
+) -> tuple[LoraFile | None, LoraFile | None]:
+    """The adapter to train, and the opponent's: both the start policy's, if that is one, else a fresh one and none.
 
     Where the start policy has no adapter, the bare base is the opponent. Raises CheckpointError.
     """
-    options = {"device": str(device), "dtype": dtype_of(config, device)}
-    model = load_network(base, adapter, flags=flags_of(config), seed=config.seed, **options)
     if not config.use_lora:
-        return model
+        return None, None
     if isinstance(model, OpenVLAOFT) and model.added():
         raise UserError(
             f"LoRA on {config.vla_path}, which also has a head or a projector to train",
@@ -246,11 +250,9 @@ def open_model(config: TrainConfig, base: Path, adapter: Path | None, device: to
             remedy="Train every weight.",
         )
     if adapter is None:
-        dropout, seed = config.lora_dropout, config.seed
-        return add_lora(model, rank=config.lora_rank, dropout=dropout, adapter_name=POLICY, seed=seed)
-    if config.objective != "sft":
-        model = load_adapter(model, adapter, adapter_name=OPPONENT)
-    return load_adapter(model, adapter, adapter_name=POLICY, trainable=True)
+        return fresh_lora(model, rank=config.lora_rank, seed=config.seed), None
+    start = read_lora(adapter)
+    return start, None if config.objective == "sft" else start
 
 
 def steps_ahead(config: TrainConfig, device: torch.device) -> int:

@@ -1,10 +1,9 @@
-"""Names of the two adapters, the device's memory, and the learning rate over the run."""
+"""The device's memory, and the learning rate over the run."""
 
 import math
 
 from spvla.config import StepConfig
 
-POLICY, OPPONENT = "policy", "opponent"  # names of the two adapters
 # The opponent and the policy take pieces of different sizes: fixed segments of one would lie idle under the other.
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 

@@ -1,6 +1,6 @@
 """One update in plain torch: replies of the opponent, losses, gradient, clip, AdamW. No Ray, no files.
 
-    learner = Learner(model, config)            # the model carries adapter "policy", perhaps "opponent"
+    learner = Learner(model, config, policy=adapter)    # `opponent`: another adapter, unless the bare base plays
     now, later = learner.ask([first, second])   # the micro-batches of two steps: the opponent answers them all
     pending = learner.step(now)                 # one optimiser step, which the device may still be at
     metrics = pending.read()                    # waits for its numbers
@@ -13,30 +13,34 @@ covers the adapter only. What is not finite is skipped on the device; the host l
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from spvla.config import StepConfig
 from spvla.errors import CheckpointError, TrainingError, UserError
-from spvla.model.transfer import Landing
+from spvla.model.kernels.compiled import training_kernels
+from spvla.model.llama import EAGER
+from spvla.model.lora_file import LoraFile
+from spvla.model.openvla import OpenVLA
+from spvla.model.transfer import AsyncHostCopy
 from spvla.policies.openvla.presets import ACTION_IDS
-from spvla.train.adapters import Adapter, Flat, has_adapter
 from spvla.train.clock import Clock, memory_gib
 from spvla.train.family import family_of, own_greedy
+from spvla.train.flat import FlatLora, FlatWeights
+from spvla.train.graphed import GraphedVisionEncoder
 from spvla.train.measures import Columns, Margin, collided, extremes, imitation, selfplay
-from spvla.train.network import Loras, Network, bare
+from spvla.train.network import Network, require_zeros_beside
 from spvla.train.optimizer import Optimizer
 from spvla.train.questions import Answer, Asker, Question, asking_s
 from spvla.train.replies import ReplyStore
-from spvla.train.scoring import Inputs, Reply, Speech
-from spvla.train.settings import OPPONENT, POLICY, learning_rate
-from spvla.train.towers import Towers
+from spvla.train.scoring import Inputs, ReferenceOutput, TokenSampler
+from spvla.train.settings import learning_rate
 from spvla.types import Batch
 
 
@@ -63,10 +67,19 @@ class Pending:
 class Learner:
     """Policy, opponent, optimiser and their state. `step` trains, `evaluate` does not."""
 
-    def __init__(self, model: nn.Module, config: StepConfig, *, replies: ReplyStore | None = None) -> None:
-        """`model` is an OpenVLA, under peft where use_lora, with adapter "policy" and, unless the bare base plays,
-        "opponent". `replies` keeps the opponent's answers over epochs: only where images are not augmented.
+    def __init__(
+        self,
+        model: OpenVLA,
+        config: StepConfig,
+        *,
+        policy: LoraFile | None = None,
+        opponent: LoraFile | None = None,
+        replies: ReplyStore | None = None,
+    ) -> None:
+        """policy: the adapter to train, where use_lora; else every weight is. opponent: without one the bare base
+        plays. replies keeps the opponent's answers over epochs: only where images are not augmented.
         """
+        assert (policy is not None) == config.use_lora, "an adapter is trained, or every weight"
         if replies is not None and config.opponent_update == "ema":
             raise UserError(
                 "replies kept over epochs for an opponent that moves",
@@ -75,17 +88,15 @@ class Learner:
             )
         self.config = config
         columns = ACTION_IDS if config.loss_columns == "action" else slice(None)
-        self.network = Network(model, compiled=config.compile, columns=columns)
+        kernels = training_kernels() if config.compile else EAGER
+        self.network = Network(model=model, kernels=kernels, columns=columns)
         require_zeros_beside(self.network)
-        self.family = family_of(self.network)
-        self.device = self.network.device
-        self.policy, self.loras = self._trained()
-        dropout = config.lora_dropout
-        self.dropping = partial(self.loras, dropout=dropout) if dropout else self.loras
-        recorded = self.device.type == "cuda" and config.use_lora and not dropout
-        self.towers = Towers(self.network, self.dropping, recorded=recorded)
-        self.average, opponent_loras = self._playing()
-        self.speech = Speech(
+        self.family, self.device = family_of(self.network), model.device
+        self.policy = FlatWeights(model) if policy is None else FlatLora(model, policy, trainable=True)
+        recorded = self.device.type == "cuda" and config.use_lora and not config.lora_dropout
+        self.encoder = GraphedVisionEncoder(self.network, self.policy, recorded=recorded)
+        self.average, playing = self._playing(policy, opponent)
+        self.sampler = TokenSampler(
             temperature=config.opponent_temperature,
             logit_scale=config.logit_scale,
             logit_softcap=config.logit_softcap,
@@ -93,7 +104,7 @@ class Learner:
         self.margin = Margin(
             beta=config.beta, eta=config.eta, loss_type=config.loss_type, reduction=config.logp_reduction
         )
-        self.asker = Asker(self._answers(opponent_loras), self.device, config, replies)
+        self.asker = Asker(self._answers(playing), self.device, config, replies)
         self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._share_start()
         self.optimizer = Optimizer(self.policy, self.average, config)
@@ -122,7 +133,7 @@ class Learner:
         values, rate = self._gather(measured), learning_rate(self.config, self.steps)
         values |= self.optimizer.update(values["total_loss"], values.get("hard_rate"), rate)
         self.steps += 1
-        landing = Landing(torch.stack([value.float() for value in values.values()]))
+        landing = AsyncHostCopy(torch.stack([value.float() for value in values.values()]))
 
         def read() -> dict[str, float]:
             metrics = dict(zip(values, landing.read()[0].tolist(), strict=True)) | {"learning_rate": rate}
@@ -136,7 +147,8 @@ class Learner:
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Teacher-forced `train_loss`, `action_accuracy` and `l1_loss` of one batch on this worker, without a step."""
         (inputs,) = self.asker.inputs([batch])
-        logits = self.family.score(inputs, self.loras)
+        with self.policy.attached():
+            logits = self.family.score(inputs)
         measures = imitation(logits, inputs, self.columns, self.config.logit_softcap)
         values = torch.stack([value.mean() for value in measures.values()]).tolist()
         return dict(zip(measures, values, strict=True))
@@ -165,27 +177,26 @@ class Learner:
             self.average.load(state["opponent"])
         self.optimizer.load(state["moments"])
 
-    def _trained(self) -> tuple[Flat, Loras]:
-        if not self.config.use_lora:
-            return self.network.train_all(), bare
-        policy = Adapter(POLICY, self.network.parts, dtype=self.network.dtype, trainable=True)
-        return policy, policy.lora
+    def _playing(self, policy: LoraFile | None, opponent: LoraFile | None) -> tuple[FlatLora | None, FlatLora | None]:
+        """The moving average, if the opponent is one; and the adapter that plays, None for the bare base."""
+        ema = self.config.opponent_update == "ema"
+        start = opponent or (policy if ema else None)  # an average that has no adapter of its own starts as the policy
+        if self.config.objective == "sft" or start is None:
+            return None, None
+        playing = FlatLora(self.network.model, start, trainable=False)
+        return (playing if ema else None), playing
 
-    def _playing(self) -> tuple[Adapter | None, Loras]:
-        """The moving average, if the opponent is one; and the adapter that plays."""
-        ema, named = self.config.opponent_update == "ema", has_adapter(self.network.parts, OPPONENT)
-        if self.config.objective == "sft" or not (ema or named):
-            return None, bare
-        name = OPPONENT if named else POLICY  # an average that has no adapter of its own starts as the policy
-        opponent = Adapter(name, self.network.parts, dtype=self.network.dtype, trainable=False, bind=named)
-        return (opponent if ema else None), opponent.lora
-
-    def _answers(self, loras: Loras) -> Answer | None:
+    def _answers(self, playing: FlatLora | None) -> Answer | None:
         if self.config.objective == "sft":
             return None
-        if self.config.objective == "spvla":
-            return lambda inputs, uniforms: own_greedy(self.family, inputs, loras, self.speech)
-        return lambda inputs, uniforms: self.family.propose(inputs, loras, self.speech, uniforms)
+
+        def answer(inputs: Inputs, uniforms: Tensor) -> ReferenceOutput:
+            with nullcontext() if playing is None else playing.attached():
+                if self.config.objective == "spvla":
+                    return own_greedy(self.family, inputs, self.sampler)
+                return self.family.propose(inputs, self.sampler, uniforms)
+
+        return answer
 
     def _share_start(self) -> None:
         """All workers start from rank 0's weights."""
@@ -208,7 +219,7 @@ class Learner:
             dist.all_reduce(kept)
         return Shares(sample=sample, pair=1 / kept.clamp(min=1))
 
-    def _losses(self, inputs: Inputs, reply: Reply | None, shares: Shares) -> tuple[Tensor, Measured]:
+    def _losses(self, inputs: Inputs, reply: ReferenceOutput | None, shares: Shares) -> tuple[Tensor, Measured]:
         """A micro-batch's part of the objective, and of the metrics. Parts add up over the step."""
         config = self.config
         logits, generated_logps = self._score(inputs, reply)
@@ -217,7 +228,7 @@ class Learner:
         weights = dict.fromkeys(measures, shares.sample)
         objective = (measures["train_loss"] * shares.sample).sum()
         if reply is not None:
-            real_logps = self.speech.logps(action_logits, inputs.real)
+            real_logps = self.sampler.logps(action_logits, inputs.real)
             same = collided(inputs, reply)
             pairs = selfplay(real_logps, generated_logps, reply, self.margin) | {"collision_rate": same.float()}
             weights |= dict.fromkeys(pairs, shares.sample)
@@ -232,14 +243,15 @@ class Learner:
         sums["total_loss"] = objective.detach()
         return objective, Measured(sums=sums, extremes=extremes(action_logits))
 
-    def _score(self, inputs: Inputs, reply: Reply | None) -> tuple[Tensor, Tensor | None]:
+    def _score(self, inputs: Inputs, reply: ReferenceOutput | None) -> tuple[Tensor, Tensor | None]:
         """The policy's logits (B, R, V), and its log-probs of the generated action (B, A)."""
-        patches = self.towers(inputs.pixels)
-        if self.config.objective == "spin":
-            pair = self.family.score_pair(inputs, reply.generated, self.dropping, patches=patches)
-            return pair.real, self.speech.logps(pair.generated, reply.generated)
-        logits = self.family.score(inputs, self.dropping, patches=patches)
-        return logits, None if reply is None else self.speech.greedy(logits[:, : inputs.real.shape[1]])
+        with self.policy.attached(dropout=self.config.lora_dropout):
+            patches = self.encoder(inputs.pixels)
+            if self.config.objective == "spin":
+                pair = self.family.score_pair(inputs, reply.generated, patches=patches)
+                return pair.real, self.sampler.logps(pair.generated, reply.generated)
+            logits = self.family.score(inputs, patches=patches)
+        return logits, None if reply is None else self.sampler.greedy(logits[:, : inputs.real.shape[1]])
 
     def _gather(self, measured: Sequence[Measured]) -> dict[str, Tensor]:
         """Adds up micro-batches and workers, gradient included."""
@@ -265,16 +277,4 @@ class Learner:
             f"{steps} with a loss or gradient that is not finite (the last: loss "
             f"{metrics['total_loss']}, gradient norm {metrics['grad_norm']}). The last checkpoint stays. "
             "Lower --learning_rate, or set --max_grad_norm, --warmup_steps or --logit_softcap."
-        )
-
-
-def require_zeros_beside(network: Network) -> None:
-    """Raises UserError where columns of the logits that are left out are not zero."""
-    rows = network.sites["lm_head"].weight.detach()
-    start, end, _ = network.columns.indices(len(rows))
-    if rows[:start].any() or rows[end:].any():
-        raise UserError(
-            "--loss_columns action from a policy whose output head has learnt other words than actions",
-            expected="a preset, or a policy that was trained from one with this flag",
-            remedy="Leave --loss_columns out.",
         )

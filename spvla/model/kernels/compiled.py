@@ -1,4 +1,4 @@
-"""The steps of a layer as a GPU runs them while it decodes: compiled by torch, and fused with quack's products."""
+"""The steps of a pass as a GPU runs them: compiled by torch and, for decoding, fused with quack's products."""
 
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -6,37 +6,56 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from spvla.model.llama import Kernels, LlamaLayer
-from spvla.model.vision import Block
+from spvla.model.vision import Block, Projector
 from spvla.model.weights import torch_dtype
 
 
 @cache
-def compiled_kernels(backend: str = "inductor") -> Kernels:
+def training_kernels(backend: str = "inductor") -> Kernels:
+    """For passes over whole sequences: half a layer at once, compiled anew for each shape, with and without gradient,
+    with and without adapter."""
+    _expect(64)
+    options = {"fullgraph": True, "dynamic": False, "backend": backend}
+    return Kernels(
+        run_block=torch.compile(Block.forward, **options),
+        project=torch.compile(Projector.forward, **options),
+        qkv=torch.compile(LlamaLayer.qkv, **options),
+        attention=torch.compile(LlamaLayer.attention, **options),
+        finish=torch.compile(LlamaLayer.finish, **options),
+    )
+
+
+@cache
+def decoding_kernels(backend: str = "inductor") -> Kernels:
     """Each step compiled once for each shape, and shared by all layers and decoders of the process.
 
     Steps that packed prompts pass are compiled for any number of tokens. Deterministic: left to itself the compiler
     times padded products against plain ones, for a bucket that is no multiple of 8, and chooses otherwise now and then.
     """
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(64, limit)  # a few shapes for each bucket of the process
+    _expect(64)
     options = {"fullgraph": True, "backend": backend}
     if backend == "inductor":
         options["options"] = {"deterministic": True}
     return Kernels(
         run_block=torch.compile(Block.forward, dynamic=False, **options),
-        project=torch.compile(LlamaLayer.project, dynamic=False, **options),
-        read=torch.compile(LlamaLayer.read, dynamic=True, **options),
-        open=torch.compile(LlamaLayer.open, dynamic=True, **options),
+        qkv=torch.compile(LlamaLayer.qkv, dynamic=False, **options),
+        heads=torch.compile(LlamaLayer.heads, dynamic=True, **options),
+        gate_up=torch.compile(LlamaLayer.gate_up, dynamic=True, **options),
     )
+
+
+def _expect(shapes: int) -> None:
+    """Lets torch compile a function for so many shapes."""
+    torch._dynamo.config.recompile_limit = max(shapes, torch._dynamo.config.recompile_limit)
 
 
 def gpu_kernels(dtype: torch.dtype) -> Kernels:
     """Compiled, and fused where this GPU and this installation have the products for a model of that type."""
     if not quack_version(dtype):
-        return compiled_kernels()
+        return decoding_kernels()
     from spvla.model.kernels.hopper import fused
 
-    return fused(compiled_kernels())
+    return fused(decoding_kernels())
 
 
 def quack_version(dtype: torch.dtype) -> str | None:

@@ -27,8 +27,9 @@ from quack.epilogue.ops import RowVecLoad
 from quack.gemm_config import GemmConfig
 from torch import Tensor, nn
 
-from spvla.model.linear import Linear, Stack
+from spvla.model.linear import Linear
 from spvla.model.llama import Kernels, LlamaLayer, RmsNorm
+from spvla.model.lora_bank import LoraColumns
 from spvla.model.vision import Block, LayerScale
 
 LEAST = 1024  # rows; with fewer, the reading of the weights takes the time
@@ -69,9 +70,9 @@ def _scaled_residual(acc, c, bias, scale):
     return {"D": c + (acc + bias) * scale}
 
 
-def gated(x: Tensor, packed: Tensor) -> Tensor:
+def gated(x: Tensor, gate_up: Tensor) -> Tensor:
     """silu(x gate) * (x up): (N, D), the weights of gate and then up (2 F, D) -> (N, F)."""
-    return _gate(x, packed.T, store_d=False, concat_layout=("B",), config=TILES[0], tuned=False)["out"]
+    return _gate(x, gate_up.T, store_d=False, concat_layout=("B",), config=TILES[0], tuned=False)["out"]
 
 
 def run_block(block: Block, x: Tensor) -> Tensor:
@@ -131,21 +132,21 @@ def fused(compiled: Kernels) -> Kernels:
         return _beside(maps[0].lora, x, run_block(block, x), lambda: compiled.run_block(block, x))
 
     def gate(layer: LlamaLayer, x: Tensor) -> Tensor:
-        mlp = layer.mlp
-        if mlp.packed is None or not _fits(x, [mlp.gate_proj, mlp.up_proj]):
-            return compiled.open(layer, x)
-        ours = gated(norm(layer.post_attention_layernorm, x).flatten(0, 1), mlp.packed).view(*x.shape[:2], -1)
-        return _beside(mlp.gate_proj.lora, x, ours, lambda: compiled.open(layer, x))
+        gate_up = layer.mlp.gate_up_proj
+        if not _fits(x, [gate_up]):
+            return compiled.gate_up(layer, x)
+        ours = gated(norm(layer.post_attention_layernorm, x).flatten(0, 1), gate_up.weight).view(*x.shape[:2], -1)
+        return _beside(gate_up.lora, x, ours, lambda: compiled.gate_up(layer, x))
 
-    return replace(compiled, run_block=tower, open=gate)
+    return replace(compiled, run_block=tower, gate_up=gate)
 
 
 def _fits(x: Tensor, maps: list[nn.Module]) -> bool:
     """Many rows, and maps that are not quantised, with rows of whole 16 bytes as the card's copy engine moves them."""
-    whole = all(type(m) is Linear and m.in_features % 8 == 0 and m.out_features % 8 == 0 for m in maps)
+    whole = all(isinstance(m, Linear) and m.in_features % 8 == 0 and m.out_features % 8 == 0 for m in maps)
     return whole and x.shape[:-1].numel() >= LEAST
 
 
-def _beside(lora: Stack | None, x: Tensor, ours: Tensor, compiled: Callable[[], Tensor]) -> Tensor:
+def _beside(lora: LoraColumns | None, x: Tensor, ours: Tensor, compiled: Callable[[], Tensor]) -> Tensor:
     """`ours` for the base's rows or tokens; those of adapters as `compiled`."""
-    return ours if lora is None else torch.where(lora.rows.of(x)[..., None] == 0, ours, compiled())
+    return ours if lora is None else torch.where(lora.slots.of(x)[..., None] == 0, ours, compiled())

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from spvla.errors import UserError
 from spvla.model.kernels.graphs import record
-from spvla.model.linear import Rows
+from spvla.model.lora_bank import RowSlots
 from spvla.model.quantized import is_quantised
-from spvla.model.transfer import Landing, to_device
+from spvla.model.transfer import AsyncHostCopy, to_device
 from spvla.policies.oft.chunks import prompt_text
 from spvla.policies.oft.network import OftInputs, OpenVLAOFT
 from spvla.policies.openvla.images import to_pixel_values
@@ -37,9 +37,15 @@ class ChunkDecoder:
     """`batch_size` rows, prompts of up to `max_prompt` tokens (BOS counted). cuda_graphs: None uses them on a GPU."""
 
     def __init__(
-        self, model: OpenVLAOFT, *, batch_size: int, max_prompt: int, rows: Rows, cuda_graphs: bool | None = None
+        self,
+        model: OpenVLAOFT,
+        *,
+        batch_size: int,
+        max_prompt: int,
+        row_slots: RowSlots,
+        cuda_graphs: bool | None = None,
     ) -> None:
-        self.model, self.batch_size, self.max_prompt, self.rows = model, batch_size, max_prompt, rows
+        self.model, self.batch_size, self.max_prompt, self.row_slots = model, batch_size, max_prompt, row_slots
         self.width = max_prompt + model.form.slots + 1  # text tokens
         self.images, self.inputs, self.slots = self._buffers()
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -55,7 +61,7 @@ class ChunkDecoder:
         *,
         proprio: np.ndarray | None = None,
         slots: Sequence[int],
-    ) -> Landing:
+    ) -> AsyncHostCopy:
         """Images (n, C, 224, 224, 3) uint8, normalised proprio (n, 8), resident adapters' slots -> n rows of `answer`.
 
         On a GPU it only enqueues, on the current stream; batches run in the order of their starts. Raises UserError.
@@ -76,9 +82,9 @@ class ChunkDecoder:
         if self.inputs.proprio is not None:
             self._fill(self.inputs.proprio, np.asarray(proprio, np.float32))
         if self.graph is None:
-            return Landing(self._run()[:n])
+            return AsyncHostCopy(self._run()[:n])
         self.graph.replay()
-        return Landing(self.out[:n])
+        return AsyncHostCopy(self.out[:n])
 
     def _fill(self, buffer: Tensor, values: np.ndarray) -> None:
         """Moves the n rows to the device, and repeats the first there."""
@@ -88,7 +94,7 @@ class ChunkDecoder:
 
     @torch.inference_mode()
     def _run(self) -> Tensor:
-        self.rows.slots = self.slots
+        self.row_slots.slots = self.slots
         pixels = to_pixel_values(self.images.flatten(0, 1)).unflatten(0, self.images.shape[:2])
         return answer(self.model, self.inputs._replace(pixels=pixels))
 

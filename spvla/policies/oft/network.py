@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spvla.model.linear import Rows
+from spvla.model.attention import Masked
+from spvla.model.lora_bank import RowSlots
 from spvla.model.openvla import OpenVLA, OpenVLAConfig
 from spvla.policies.oft.form import OftForm
 from spvla.policies.oft.heads import ActionHead, ProprioProjector, make_added
@@ -46,7 +47,7 @@ class OpenVLAOFT(OpenVLA):
         self.proprio_projector = ProprioProjector(config.llm.width) if form.proprio else None
         self.action_head = ActionHead(config.llm.width) if form.head == "l1" else None
         self.versions: dict[int, nn.ModuleDict] = {}  # resident adapters' own of the two, by slot
-        self.rows = Rows()  # which slot each row of the coming batch uses
+        self.row_slots = RowSlots()  # which slot each row of the coming batch uses
 
     @property
     def first_token(self) -> int:
@@ -81,8 +82,8 @@ class OpenVLAOFT(OpenVLA):
         """Hidden states, after the final norm, that predict the S slots and the stop token: (B, S + 1, D)."""
         x = self.sequence(inputs)
         prefix = x.shape[1] - inputs.text.shape[1]
-        hidden = self.hidden(x, visible_keys(inputs, self.form.slots, prefix)[:, None, None])
-        return take_rows(hidden, reads(inputs, self.form.slots, prefix))
+        attend = Masked(visible_keys(inputs, self.form.slots, prefix)[:, None, None])
+        return self.hidden(x, attend, rows=reads(inputs, self.form.slots, prefix))
 
     def sequence(self, inputs: OftInputs) -> Tensor:
         """(B, L, D)."""
@@ -94,10 +95,10 @@ class OpenVLAOFT(OpenVLA):
 
     def _image_patches(self, pixels: Tensor) -> Tensor:
         """(B, C, 6, 224, 224) -> (B, 256 C, D); each of a row's images by the row's resident adapter."""
-        slots = self.rows.slots
-        self.rows.slots = slots.repeat_interleave(pixels.shape[1])
+        slots = self.row_slots.slots
+        self.row_slots.slots = slots.repeat_interleave(pixels.shape[1])
         patches = self.patches(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).flatten(1, 2)
-        self.rows.slots = slots
+        self.row_slots.slots = slots
         return patches
 
     def token_logits(self, hidden: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class OpenVLAOFT(OpenVLA):
         depends on what the other rows ask for."""
         y = getattr(self, part)(x)
         for slot, version in self.versions.items():
-            asked = (self.rows.slots == slot).view(-1, *[1] * (y.dim() - 1))
+            asked = (self.row_slots.slots == slot).view(-1, *[1] * (y.dim() - 1))
             y = torch.where(asked, version[part](x), y)
         return y
 
@@ -140,8 +141,3 @@ def visible_keys(inputs: OftInputs, slots: int, prefix: int) -> Tensor:
 def reads(inputs: OftInputs, slots: int, prefix: int) -> Tensor:
     """(B, S + 1): the positions before each slot and before the stop token."""
     return prefix + inputs.start[:, None] - 1 + torch.arange(slots + 1, device=inputs.start.device)
-
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """(B, L, D), (B, R) -> (B, R, D)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spvla.errors import CheckpointError
 from spvla.files import new_file, write_json
-from spvla.model.adapters import ADAPTER_CONFIG
+from spvla.model.lora_file import ADAPTER_CONFIG
 from spvla.model.weights import alone, read_json
 from spvla.policies.oft.form import FAMILY, OftForm
 

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from spvla.errors import CheckpointError, UserError
-from spvla.model.adapters import STATISTICS, read_adapter
-from spvla.model.resident import Residents, read_statistics
+from spvla.model.lora_bank import LoraBank
+from spvla.model.lora_file import STATISTICS, read_lora
+from spvla.model.weights import read_json
 from spvla.policies.observations import check_length, check_observations
 from spvla.policies.oft.chunks import decode_chunk, unnormalise
 from spvla.policies.oft.decoding import ChunkDecoder
@@ -51,8 +52,8 @@ class OpenVLAOFTPolicy:
         self.needs: Needs = model.form.needs(execute)
         self.decode_batch_size = decode_batch_size
         self.default_adapter: str | None = None
-        self.residents = Residents(model)
-        model.rows = self.residents.rows
+        self.bank = LoraBank(model)
+        model.row_slots = self.bank.slots
         self._stats: dict[str | None, dict[str, Any]] = {None: norm_stats}
         self._decoder: ChunkDecoder | None = None
         self._starting = Lock()  # held while batches are enqueued, not while they are waited for
@@ -97,7 +98,7 @@ class OpenVLAOFTPolicy:
         images = np.stack([np.stack(o.images) for o in observations])
         proprio = self._proprio(observations, keys, names) if self.needs.proprio else None
         with self._starting:
-            slots = self.residents.slots_of(names)
+            slots = self.bank.slots_of(names)
             decoder = self._decoder_for(count, max(map(len, prompts)))
             parts = [slice(start, start + decoder.batch_size) for start in range(0, count, decoder.batch_size)]
             under_way = [
@@ -123,7 +124,7 @@ class OpenVLAOFTPolicy:
 
     def add_adapter(self, name: str, folder: Path) -> None:
         """Makes the adapter of a folder resident under `name`, with its own head and projector. Raises UserError."""
-        adapter, form = read_adapter(Path(folder)), form_of(Path(folder))
+        adapter, form = read_lora(Path(folder)), form_of(Path(folder))
         if form != self.model.form:
             raise CheckpointError(
                 f"{folder} of {form or 'a plain OpenVLA policy'}",
@@ -134,20 +135,21 @@ class OpenVLAOFTPolicy:
         read_added(own, Path(folder))
         own = own.to(self.model.device, self.model.dtype).eval().requires_grad_(False)
         with self._starting:
-            self.residents.add(name, adapter)
-            self.model.versions[self.residents.slots[name]] = own
-        self._stats[name] = read_statistics(Path(folder) / STATISTICS)
+            self.bank.add(name, adapter)
+            self.model.versions[self.bank.resident[name]] = own
+        statistics = Path(folder) / STATISTICS
+        self._stats[name] = read_json(statistics) if statistics.exists() else {}
 
     def remove_adapter(self, name: str) -> None:
         with self._starting:
-            slot = self.residents.slots.get(name)
-            self.residents.remove(name)
+            slot = self.bank.resident.get(name)
+            self.bank.remove(name)
             self.model.versions.pop(slot, None)
         self._stats.pop(name, None)
 
     @property
     def adapters(self) -> list[str]:
-        return self.residents.names
+        return self.bank.names
 
     def action_stats(self, unnorm_key: str, adapter: str | None = None) -> ActionStats:
         """Raises UserError listing the keys there are."""
@@ -180,7 +182,7 @@ class OpenVLAOFTPolicy:
         """A fixed bucket's is kept, until a longer prompt comes or what is resident has changed its shapes."""
         if not self.decode_batch_size:
             return self._make(count, longest, cuda_graphs=False)
-        resident = (self.residents.version, tuple(self.model.versions))
+        resident = (self.bank.version, tuple(self.model.versions))
         kept = self._decoder
         if kept is not None and longest <= kept.max_prompt and resident == self._recorded:
             return kept
@@ -190,7 +192,7 @@ class OpenVLAOFTPolicy:
         return self._decoder
 
     def _make(self, batch_size: int, max_prompt: int, cuda_graphs: bool | None = None) -> ChunkDecoder:
-        kind = {"rows": self.residents.rows, "cuda_graphs": cuda_graphs}
+        kind = {"row_slots": self.bank.slots, "cuda_graphs": cuda_graphs}
         return ChunkDecoder(self.model, batch_size=batch_size, max_prompt=max_prompt, **kind)
 
     def _adapter_names(self, adapters: Sequence[str | None] | None, count: int) -> list[str | None]:

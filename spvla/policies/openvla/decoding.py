@@ -24,11 +24,12 @@ from spvla.errors import UserError
 from spvla.model.attention import Packing
 from spvla.model.kernels.compiled import gpu_kernels
 from spvla.model.kernels.graphs import record
-from spvla.model.linear import Rows
-from spvla.model.llama import EAGER, Cache, Kernels
+from spvla.model.llama import EAGER, Cache, Kernels, adding_in_place
+from spvla.model.lora_bank import RowSlots
 from spvla.model.openvla import OpenVLA, with_patches
 from spvla.model.quantized import is_quantised
-from spvla.model.transfer import Landing, to_device
+from spvla.model.sampling import choose
+from spvla.model.transfer import AsyncHostCopy, to_device
 from spvla.model.vision import NUM_PATCHES
 from spvla.policies.openvla.prompt import PAD
 from spvla.types import ACTION_DIM, IMAGE_SIZE
@@ -37,7 +38,7 @@ Graph = tuple[torch.cuda.CUDAGraph, "Decoded"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class DecoderInputs:
     """What one pass reads: static buffers under a CUDA graph."""
 
     pixel_values: Tensor  # (B, 6, 224, 224)
@@ -68,37 +69,37 @@ class Decoded:
     logits: Tensor | None  # (B, A, V) float32, before temperature
 
 
-class Pending:
+class PendingBatch:
     """A batch under way. The host may start the next one before it asks for this one's result."""
 
     def __init__(self, ids: Tensor, logits: Tensor | None) -> None:
-        self.landing = Landing(*(t for t in (ids, logits) if t is not None))
+        self.copy = AsyncHostCopy(*(t for t in (ids, logits) if t is not None))
 
     def result(self) -> Decoded:
         """On the host. Waits for this batch alone, not for what was started after it."""
-        ids, *logits = self.landing.read()
+        ids, *logits = self.copy.read()
         return Decoded(ids=ids, logits=logits[0] if logits else None)
 
 
 @torch.inference_mode()
 def generate(
     model: OpenVLA,
-    inputs: Inputs,
+    inputs: DecoderInputs,
     cache: Cache,
     kernels: Kernels = EAGER,
     *,
     tokens: int,
-    rows: Rows,
+    row_slots: RowSlots,
     sampled: bool = True,
 ) -> Decoded:
     """The whole decoding as a function of tensors, `tokens` of them in the prompts. Unless `sampled`, all are greedy.
 
-    `rows` learns which resident adapter each row or token of the coming products uses.
+    `row_slots` learns which resident adapter each row or token of the coming products uses.
     """
     llama, places = model.language_model.model, inputs.places[:tokens]
     packing = Packing(starts=inputs.starts, places=places)
     row, at = places // cache.slots, places % cache.slots
-    rows.slots, rows.owners = inputs.slots, row
+    row_slots.slots, row_slots.owners = inputs.slots, row
     x = with_patches(model.embed(inputs.prompts), model.patches(inputs.pixel_values, kernels))  # (B, P + T, D)
     last = inputs.lengths + NUM_PATCHES - 1  # (B,) in the cache
     packed = x.flatten(0, 1).index_select(0, row * x.shape[1] + at)[None]  # (1, N, D)
@@ -106,21 +107,12 @@ def generate(
     ids, every = [], []
     for step in range(ACTION_DIM):
         if step:
-            hidden = llama.step(model.embed(ids[-1][:, None]), last + step, cache, kernels)
+            hidden = llama.step(model.embed(ids[-1][:, None]), last + step, cache.layers, kernels)
         logits = model.logits(hidden)[:, 0].float()
         drawn = choose(logits, inputs.temperatures, inputs.uniforms[:, step]) if sampled else logits.argmax(-1)
         ids.append(drawn)
         every.append(logits)
     return Decoded(ids=torch.stack(ids, 1), logits=torch.stack(every, 1))
-
-
-def choose(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
-    """Logits (B, V) float32 -> ids (B,): the greedy one at temperature 0, else drawn by inverting the distribution."""
-    greedy = logits.argmax(-1)
-    warm = torch.where(temperatures > 0, temperatures, torch.ones_like(temperatures))
-    cumulative = (logits / warm[:, None]).softmax(-1).double().cumsum(-1)
-    drawn = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
-    return torch.where(temperatures > 0, drawn.clamp(max=logits.shape[-1] - 1), greedy)
 
 
 def draw_uniforms(seed: int) -> Tensor:
@@ -131,7 +123,7 @@ def draw_uniforms(seed: int) -> Tensor:
 class Decoder:
     """Decodes in a fixed bucket: `batch_size` rows, prompts of up to `max_prompt` tokens (BOS counted).
 
-    rows: through which the model's maps learn each row's resident adapter. cuda_graphs: None uses them on a GPU.
+    row_slots: through which the model's maps learn each row's resident adapter. cuda_graphs: None uses them on a GPU.
     """
 
     def __init__(
@@ -140,18 +132,18 @@ class Decoder:
         *,
         batch_size: int,
         max_prompt: int,
-        rows: Rows | None = None,
+        row_slots: RowSlots | None = None,
         cuda_graphs: bool | None = None,
     ) -> None:
         self.model, self.batch_size, self.max_prompt = model, batch_size, max_prompt
-        self.rows = rows or Rows()
+        self.row_slots = row_slots or RowSlots()
         self.most = batch_size * (NUM_PATCHES + max_prompt)  # tokens of the prompts, at most
         slots = NUM_PATCHES + max_prompt + ACTION_DIM - 1
         self.cache = Cache(model.config.llm, batch_size, slots, dtype=model.dtype, device=model.device)
         self.inputs = self._buffers()
         self.graphs: dict[tuple[int, bool], Graph] = {}  # by packed tokens, and whether any request is sampled
         self.trusted: dict[tuple[int, bool], int] = {}  # packed tokens, with adapters or without -> those of the graph
-        self.kernels = EAGER
+        self.kernels = adding_in_place(EAGER)
         self.quantised = is_quantised(model)  # then nothing can be compiled or recorded
         if model.device.type == "cuda" and not self.quantised if cuda_graphs is None else cuda_graphs:
             self._capture()
@@ -170,7 +162,7 @@ class Decoder:
         temperature: Sequence[float] | float = 0.0,
         seeds: Sequence[int] | None = None,
         slots: Sequence[int] | None = None,
-    ) -> Pending:
+    ) -> PendingBatch:
         """(n, 6, 224, 224) and n <= batch_size prompts -> n rows. Seeds, one a request, are needed to sample.
 
         On a GPU it only enqueues, on the current stream, but for the first batch of so many tokens: see `_trust`.
@@ -186,7 +178,7 @@ class Decoder:
             out = self._play(lengths, self._trust(lengths, max(slots or [0])), any(heat))
         else:
             out = self._run(lengths, any(heat))
-        return Pending(out.ids[:n], out.logits[:n] if logits else None)
+        return PendingBatch(out.ids[:n], out.logits[:n] if logits else None)
 
     def _run(self, lengths: Sequence[int], sampled: bool) -> Decoded:
         """With quantised maps at the bucket's full size: they run on a GPU, where a product's bits follow its shape."""
@@ -194,7 +186,7 @@ class Decoder:
         return self._generate(self._place(lengths, tokens), sampled)
 
     def _generate(self, tokens: int, sampled: bool) -> Decoded:
-        kind = {"tokens": tokens, "rows": self.rows, "sampled": sampled}
+        kind = {"tokens": tokens, "row_slots": self.row_slots, "sampled": sampled}
         return generate(self.model, self.inputs, self.cache, self.kernels, **kind)
 
     def _play(self, lengths: Sequence[int], tokens: int, sampled: bool) -> Decoded:
@@ -275,9 +267,9 @@ class Decoder:
             "slots": torch.tensor(slots)[rows],
         }
 
-    def _buffers(self) -> Inputs:
+    def _buffers(self) -> DecoderInputs:
         b, device = self.batch_size, self.model.device
-        return Inputs(
+        return DecoderInputs(
             pixel_values=torch.zeros(b, 6, IMAGE_SIZE, IMAGE_SIZE, dtype=self.model.dtype, device=device),
             prompts=torch.full((b, self.max_prompt), PAD, device=device),
             lengths=torch.full((b,), self.max_prompt, device=device),
@@ -290,7 +282,6 @@ class Decoder:
 
     def _capture(self) -> None:
         """Compiles the steps of a layer, then records the largest pass."""
-        self.model.language_model.pack()
-        self.kernels = gpu_kernels(self.model.dtype)
+        self.kernels = adding_in_place(gpu_kernels(self.model.dtype))
         key = (self._place([self.max_prompt] * self.batch_size, self.most), False)
         self.graphs[key] = record(lambda: self._generate(*key))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from spvla.errors import CheckpointError, UserError
-from spvla.model.adapters import STATISTICS
+from spvla.model.lora_file import STATISTICS
 from spvla.model.weights import open_weights, read_json
 from spvla.policies.checkpoint import load_model, norm_stats, read_config
 from spvla.policies.openvla.policy import OpenVLAPolicy

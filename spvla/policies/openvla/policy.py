@@ -14,10 +14,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from spvla.errors import UserError
-from spvla.model.adapters import STATISTICS, read_adapter
+from spvla.model.lora_bank import LoraBank
+from spvla.model.lora_file import STATISTICS, read_lora
 from spvla.model.openvla import OpenVLA
-from spvla.model.resident import Residents, read_statistics
 from spvla.model.transfer import to_device
+from spvla.model.weights import read_json
 from spvla.policies.observations import check_images, check_length, check_observations
 from spvla.policies.openvla.actions import ActionStats, decode
 from spvla.policies.openvla.decoding import Decoder
@@ -48,11 +49,11 @@ class OpenVLAPolicy:
         self.model, self.tokenizer, self.norm_stats, self.name = model, tokenizer, norm_stats, name
         self.decode_batch_size = decode_batch_size
         self.default_adapter: str | None = None
-        self.residents = Residents(model)
+        self.bank = LoraBank(model)
         self._stats: dict[str | None, dict[str, Any]] = {None: norm_stats}
         self._decoder: Decoder | None = None
         self._starting = Lock()  # held while batches are enqueued, not while they are waited for
-        self._version = self.residents.version
+        self._version = self.bank.version
 
     def act(
         self,
@@ -100,7 +101,7 @@ class OpenVLAPolicy:
         check_length("seeds", seeds or (), count)
         names = self._adapter_names(adapters, count)
         with self._starting:
-            slots = self.residents.slots_of(names)
+            slots = self.bank.slots_of(names)
             decoder = self._decoder_for(count, max(map(len, prompts)))
             parts = [slice(start, start + decoder.batch_size) for start in range(0, count, decoder.batch_size)]
             under_way = [
@@ -131,34 +132,35 @@ class OpenVLAPolicy:
     def _decoder_for(self, batch_size: int, longest: int) -> Decoder:
         """A fixed bucket's is kept, until a longer prompt comes or the stacks of adapters have grown."""
         if not self.decode_batch_size:
-            kind = {"rows": self.residents.rows, "cuda_graphs": False}
+            kind = {"row_slots": self.bank.slots, "cuda_graphs": False}
             return Decoder(self.model, batch_size=batch_size, max_prompt=longest, **kind)
         kept = self._decoder
-        if kept is not None and longest <= kept.max_prompt and self._version == self.residents.version:
+        if kept is not None and longest <= kept.max_prompt and self._version == self.bank.version:
             return kept
         max_prompt = longest if kept is None else max(kept.max_prompt, -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
         kept = self._decoder = None  # the old one's memory goes before the new one's comes
-        self._version = self.residents.version
+        self._version = self.bank.version
         self._decoder = Decoder(
-            self.model, batch_size=self.decode_batch_size, max_prompt=max_prompt, rows=self.residents.rows
+            self.model, batch_size=self.decode_batch_size, max_prompt=max_prompt, row_slots=self.bank.slots
         )
         return self._decoder
 
     def add_adapter(self, name: str, folder: Path) -> None:
         """Makes the adapter of a folder resident under `name`; moves its weights only."""
-        adapter = read_adapter(Path(folder))
+        adapter = read_lora(Path(folder))
         with self._starting:
-            self.residents.add(name, adapter)
-        self._stats[name] = read_statistics(Path(folder) / STATISTICS)
+            self.bank.add(name, adapter)
+        statistics = Path(folder) / STATISTICS
+        self._stats[name] = read_json(statistics) if statistics.exists() else {}
 
     def remove_adapter(self, name: str) -> None:
         with self._starting:
-            self.residents.remove(name)
+            self.bank.remove(name)
         self._stats.pop(name, None)
 
     @property
     def adapters(self) -> list[str]:
-        return self.residents.names
+        return self.bank.names
 
     def action_stats(self, unnorm_key: str, adapter: str | None = None) -> ActionStats:
         """Raises UserError listing the keys there are."""

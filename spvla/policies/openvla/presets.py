@@ -87,7 +87,7 @@ def write_model(model: OpenVLA, folder: Path, *, norm_stats: dict[str, Any] | No
 @torch.no_grad()
 def initialise(model: OpenVLA, seed: int) -> None:
     """Random weights that train well: each parameter from a generator of its own, so order does not matter."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.state_dict().items():
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "little"))
         parameter.copy_(_initial(name, parameter, model.config, generator))

@@ -10,24 +10,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spvla.train.network import Loras, Network
+from spvla.train.flat import Flat, FlatLora
+from spvla.train.network import Network
 
 
-class Towers:
-    """Pixel values (B, 6, 224, 224) -> projected patches (B, 256, D).
+class GraphedVisionEncoder:
+    """Pixel values (B, 6, 224, 224) -> projected patches (B, 256, D), the policy's adapter being attached.
 
-    recorded: as CUDA graphs, whose patches hold until the next call. Not with dropout, which must draw anew.
+    recorded: as CUDA graphs, whose patches hold until the next call. Only of an adapter, and not with dropout, which
+    must draw anew.
     """
 
-    def __init__(self, network: Network, loras: Loras, *, recorded: bool) -> None:
-        self.network, self.loras, self.recorded = network, loras, recorded
-        sites = [loras(site) for site in network.sites if site.startswith(("vision_backbone", "projector"))]
-        self.trained = [leaf for lora in sites if lora is not None for leaf in (lora.a, lora.b)]
+    def __init__(self, network: Network, policy: Flat, *, recorded: bool) -> None:
+        self.network, self.recorded = network, recorded
+        pairs = policy.pairs if isinstance(policy, FlatLora) else {}
+        vision = [pair for path, pair in pairs.items() if path.startswith(("vision_backbone.", "projector."))]
+        self.trained = [leaf for pair in vision for leaf in (pair.a, pair.b)]
         self._passes: dict[torch.Size, Callable[..., Tensor]] = {}
 
     def __call__(self, pixels: Tensor) -> Tensor:
         if not self.recorded:
-            return self.network.patches(pixels, self.loras)
+            return self.network.patches(pixels)
         if pixels.shape not in self._passes:
             self._passes.clear()  # activations are large: one shape at a time
             self._passes[pixels.shape] = self._record(pixels)
@@ -35,6 +38,6 @@ class Towers:
 
     def _record(self, pixels: Tensor) -> Callable[..., Tensor]:
         def run(pixels: Tensor, *trained: Tensor) -> Tensor:
-            return self.network.patches(pixels, self.loras)
+            return self.network.patches(pixels)
 
         return torch.cuda.make_graphed_callables(run, (pixels.clone(), *self.trained), allow_unused_input=True)

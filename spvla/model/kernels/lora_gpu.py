@@ -1,4 +1,4 @@
-"""fused.py's steps for a GPU, in Triton: one kernel each, which reads and writes every number once.
+"""lora.py's steps for a GPU, in Triton: one kernel each, which reads and writes every number once.
 
 A tile is a few rows by some columns; LoRA's thin product is taken on the way, in float32, from tiles of its two
 factors. Rank: a power of two, 16 or more.
@@ -77,7 +77,7 @@ def _gate_back(
 
 
 @triton.jit
-def _turn(
+def _rotary_qkv(
     y, narrow, b, cos, sin, q, k, v, m, tokens, table_tokens, width,
     RANK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +103,7 @@ def _turn(
 
 
 @triton.jit
-def _turn_back(
+def _rotary_qkv_back(
     dq, dk, dv, cos, sin, dy, m, tokens, table_tokens, width,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
     HEADS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
@@ -153,25 +153,27 @@ def gate_back(d_act: Tensor, narrow: Tensor, a: Tensor, gate_up: Tensor) -> tupl
     return d_gate_up, act
 
 
-def turn(y: Tensor, narrow: Tensor, b: Tensor, cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def rotary_qkv(
+    y: Tensor, narrow: Tensor, b: Tensor, cos: Tensor, sin: Tensor, batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
     m, width, head = len(y), y.shape[1] // 3, cos.shape[-1]
     q, k, v = (y.new_empty(batch, width // head, m // batch, head) for _ in range(3))
     grid = (3 * (width // head), triton.cdiv(m, ROWS))
     tokens, table, heads = m // batch, cos.numel() // head, width // head
-    _turn[grid](
+    _rotary_qkv[grid](
         y, narrow, b, cos, sin, q, k, v, m, tokens, table, width, b.shape[1], heads, head // 2, ROWS, num_warps=WARPS
     )  # fmt: skip
     return q, k, v
 
 
-def turn_back(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary_qkv_back(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     batch, heads, tokens, head = dq.shape
     m, width = batch * tokens, heads * head
     dy = dq.new_empty(m, 3 * width)
     strides = [s for d in (dq, dk, dv) for s in d.stride()[:3]]
     grid = (3 * heads, triton.cdiv(m, ROWS))
     table = cos.numel() // head
-    _turn_back[grid](
+    _rotary_qkv_back[grid](
         dq, dk, dv, cos, sin, dy, m, tokens, table, width, *strides, heads, head // 2, ROWS, num_warps=WARPS
     )
     return dy
