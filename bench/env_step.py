@@ -17,7 +17,8 @@ import numpy as np
 
 from spvla.benchmarks.libero import stock  # before libero: it keeps the import silent
 from spvla.benchmarks.libero.assets import resolve
-from spvla.benchmarks.libero.env import LiberoEnv, renderer_name, task_info
+from spvla.benchmarks.libero.env import LiberoEnv, task_info
+from spvla.render.context import renderer_name
 
 SETTLE = 10
 WAIT = np.array([0.0, 0, 0, 0, 0, 0, -1])

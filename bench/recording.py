@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from spvla.benchmarks.libero.assets import AssetSet, resolve
-from spvla.benchmarks.libero.env import LiberoEnv, renderer_name
+from spvla.benchmarks.libero.env import LiberoEnv
 from spvla.benchmarks.libero.experts import demonstrate
 from spvla.benchmarks.libero.recorders import filmed
 from spvla.benchmarks.libero.starts import drawn_start
-from spvla.render.rendering import draw_on_gpu, draw_on_one_core
+from spvla.render.context import draw_on_gpu, draw_on_one_core, renderer_name
 
 PARTS = ("start", "demonstrate", "film")
 

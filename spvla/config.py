@@ -307,6 +307,8 @@ class FarmConfig:
 
     libero_assets: Path | None = None
     """folder of LIBERO's assets, or `primitives`; default LIBERO_ASSETS, else those that are installed"""
+    any_mujoco: bool = False
+    """simulate with a MuJoCo that published checkpoints do not know; such rates compare with each other only"""
     num_envs: int = 0
     """environment actors; 0: one for each CPU of the cluster that the policy actors leave, or 32 for each policy actor
     where machines come on demand"""
@@ -413,6 +415,8 @@ class SelfplayConfig(TrainConfig):
     center_crop: bool | None = None
     """by default as image_aug"""
     libero_assets: Path | None = None
+    any_mujoco: bool = False
+    """as in evaluate"""
     num_envs: int = 0
     num_decoders: int = 0
     promote_level: float = 0.05
@@ -435,6 +439,8 @@ class SweepFlags:
     """task numbers, such as 0,3; all by default"""
     num_trials_per_task: int = 10
     libero_assets: Path | None = None
+    any_mujoco: bool = False
+    """as in evaluate"""
     num_envs: int = 0
     max_trial_steps: int | None = None
     """cut every trial short, for trying things out"""

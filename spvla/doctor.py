@@ -14,9 +14,8 @@ from pathlib import Path
 from spvla.config import CleanConfig, DoctorConfig
 from spvla.errors import UserError
 from spvla.files import cache_dir
+from spvla.render.context import INSTALL_EGL, try_drawing
 
-EGL_PACKAGES = ("libegl1", "libgl1", "libegl-mesa0", "libgl1-mesa-dri")
-INSTALL_EGL = f"apt-get install -y {' '.join(EGL_PACKAGES)}"
 MIN_FREE_GIB = 20  # one merged 7B checkpoint is 15 GB
 CACHED = (
     "assets",
@@ -26,14 +25,6 @@ CACHED = (
     "numba",
     "matplotlib",
 )  # what this project writes into the cache folder
-
-# In a process of its own: a broken driver may end it with a signal.
-_RENDERER = """
-import os; os.environ.setdefault("MUJOCO_GL", "egl")
-import mujoco; context = mujoco.GLContext(64, 64); context.make_current()
-from OpenGL import GL; print(GL.glGetString(GL.GL_VENDOR).decode(), "/", GL.glGetString(GL.GL_RENDERER).decode())
-context.free(); os._exit(0)
-"""
 
 
 @dataclass(frozen=True)
@@ -101,13 +92,9 @@ def egl_library() -> Finding:
 
 def renderer() -> Finding:
     try:
-        done = subprocess.run([sys.executable, "-c", _RENDERER], capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        return Finding("renderer", "MuJoCo has drawn nothing within 60 s", "mend the driver, or set MUJOCO_GL=osmesa")
-    if done.returncode == 0:
-        return Finding("renderer", done.stdout.strip())
-    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return Finding("renderer", f"MuJoCo cannot render ({last})", f"{INSTALL_EGL}; or set MUJOCO_GL=osmesa")
+        return Finding("renderer", try_drawing())
+    except UserError as e:
+        return Finding("renderer", e.got, e.remedy)
 
 
 def assets() -> Finding:

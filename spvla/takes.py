@@ -16,7 +16,7 @@ from spvla.cluster.machines import cpus_to_use, request_for, require_resources
 from spvla.data.spool import Spool
 from spvla.errors import InfrastructureError
 from spvla.progress import Progress
-from spvla.render.rendering import draw_on_gpu, draw_on_one_core
+from spvla.render.context import draw_on_gpu, draw_on_one_core
 from spvla.types import Episode
 
 Take = tuple[int, int]  # task, number

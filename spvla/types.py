@@ -4,7 +4,7 @@ Legend, used in shape comments everywhere: B batch, T tokens or time steps, V vo
 in a chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -153,9 +153,16 @@ class Benchmark(Protocol):
     def require(self, wanted: Sequence[tuple[str, int]]) -> None:
         """Raises UserError unless this machine has what these tasks are made of."""
 
+    def require_drawing(self) -> None:
+        """Raises UserError unless this very machine can draw its worlds. A driver may run where no environment does."""
+
     def facts(self) -> dict[str, str]:
         """All that decides a trial beside the policy, as far as files tell it: versions, assets, tasks, by name.
         They are the manifest's, and must be equal on every machine."""
+
+    @staticmethod
+    def describe(facts: Mapping[str, str]) -> str:
+        """What a table of results under these facts is of, and what it compares with, in a sentence."""
 
     def measure(self) -> dict[str, str]:
         """More of that, where it takes a machine that simulates: what draws, say."""

@@ -1,7 +1,7 @@
 """Honest fakes of the seams: they keep the whole contract, in a few lines of arithmetic."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -61,8 +61,15 @@ class FakeBenchmark:
     def require(self, wanted: Sequence[tuple[str, int]]) -> None:
         assert all(suite in self.suites and task < 10 for suite, task in wanted)
 
+    def require_drawing(self) -> None:
+        """numpy is there."""
+
     def facts(self) -> dict[str, str]:
         return {"benchmark": "one number"}
+
+    @staticmethod
+    def describe(facts: Mapping[str, str]) -> str:
+        return f"the world of {facts['benchmark']}."
 
     def measure(self) -> dict[str, str]:
         return {"renderer": "numpy"}

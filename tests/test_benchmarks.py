@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,22 @@ def test_libero_says_what_decides_its_worlds() -> None:
 
 
 def test_libero_travels_as_its_flags() -> None:
-    libero = Libero(PRIMITIVES)
+    libero = Libero(replace(PRIMITIVES, any_mujoco=True))
     libero.facts()
     there = pickle.loads(pickle.dumps(libero))
-    assert there.flags == PRIMITIVES and "asset_set" not in vars(there)
+    assert there.flags == libero.flags and "asset_set" not in vars(there)
+
+
+def test_tasks_are_refused_under_a_mujoco_that_makes_others_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spvla.benchmarks.libero.versions.installed_mujoco", lambda: "3.8.1")
+    with pytest.raises(UserError, match="MuJoCo 3.8.1, .* --any_mujoco True"):
+        Libero(PRIMITIVES).require([("libero_object", 3)])
+    told = Libero(replace(PRIMITIVES, any_mujoco=True))
+    told.require([("libero_object", 3)])
+    assert told.facts()["mujoco"] == "3.8.1"
+
+
+def test_a_report_says_what_its_table_is_of() -> None:
+    facts = {"assets": "libero", "mujoco": "3.3.2"}
+    assert registry.describe(facts).startswith("LIBERO's own objects under MuJoCo 3.3.2: the world of")
+    assert registry.describe({"benchmark": "not installed here"}) == ""

@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import warnings
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -117,11 +117,14 @@ def test_a_policy_that_learnt_from_test_starts_has_seen_its_exam(run: Path, tmp_
     assert note.startswith("policy-b has seen its exam: its demonstrations of libero_object begin at")
 
 
-def test_a_world_of_other_assets_than_liberos_is_named() -> None:
-    manifests = [("assets", "libero"), ("seed", "7"), ("assets", "primitives"), ("assets", "mine-1a2b3c4d")]
-    primitive, altered = notes(manifests, [], [])
-    assert "embedded primitive geometry" in primitive and "mine-1a2b3c4d, whose files differ" in altered
-    assert notes(manifests[:2], [], []) == []
+def test_every_world_that_a_ledger_has_trials_of_is_named() -> None:
+    own, primitive, altered = (
+        replace(PROTOCOL, world={**PROTOCOL.world, "assets": name})
+        for name in ("libero", "primitives", "mine-1a2b3c4d")
+    )
+    said = notes([own, replace(own, seed=8), primitive, altered], [], [])
+    assert len(said) == 3 and "published checkpoints" in said[0]
+    assert "embedded primitive geometry" in said[1] and "mine-1a2b3c4d, whose files differ" in said[2]
 
 
 def test_two_policies_of_one_name_stay_apart(run: Path) -> None:

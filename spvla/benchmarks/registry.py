@@ -24,6 +24,7 @@ class BenchmarkFlags:
     """What a command's flags say about the worlds that it plays in."""
 
     libero_assets: Path | None = None
+    any_mujoco: bool = False
 
 
 class BenchmarkClass(Protocol):
@@ -31,6 +32,9 @@ class BenchmarkClass(Protocol):
 
     suites: tuple[str, ...]
     variants: Mapping[tuple[str, str], str]  # (a suite, possibly another benchmark's; what is changed) -> suite
+
+    @staticmethod
+    def describe(facts: Mapping[str, str]) -> str: ...
 
     def __call__(self, flags: BenchmarkFlags) -> Benchmark:
         """Raises UserError where this machine lacks what the benchmark is made of."""
@@ -77,3 +81,9 @@ def load(name: str) -> BenchmarkClass:
 def benchmark_of(facts: Mapping[str, str]) -> str:
     """The name of the benchmark that a ledger's manifest is of."""
     return facts.get("benchmark", OLDEST)
+
+
+def describe(facts: Mapping[str, str]) -> str:
+    """What a table with these facts is of, in a sentence; nothing where the benchmark is not known here."""
+    name = benchmark_of(facts)
+    return load(name).describe(facts) if name in BENCHMARKS else ""

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from spvla.benchmarks.registry import describe
 from spvla.config import EvaluateConfig
 from spvla.eval.ledger import Ledger, TrialRow
 from spvla.eval.summary import Summary, summarise
@@ -24,6 +25,7 @@ def export(ledger: Ledger) -> list[Path]:
     write_json(
         folder / RESULTS,
         {
+            "world": describe(protocol.world) if protocol else None,
             "protocol": protocol.manifest() if protocol else None,
             "protocol_digest": protocol.digest if protocol else None,
             "policies": [asdict(p) for p in ledger.policies()],

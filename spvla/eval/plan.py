@@ -53,13 +53,15 @@ def make_plan(config: EvaluateConfig, benchmark: Benchmark, checkpoints: Sequenc
 
 def benchmark_of(config: EvaluateConfig | SelfplayConfig | SweepConfig) -> Benchmark:
     """The one that its suites are of. Raises UserError."""
-    return registry.find(config.task_suite_name, BenchmarkFlags(libero_assets=config.libero_assets))
+    flags = BenchmarkFlags(libero_assets=config.libero_assets, any_mujoco=config.any_mujoco)
+    return registry.find(config.task_suite_name, flags)
 
 
 def chosen_tasks(
     benchmark: Benchmark, task_suite_name: str, numbers: Sequence[int], *, trials: int
 ) -> list[tuple[str, int]]:
-    """(suite, task) of what is to be evaluated. Raises UserError unless all are there, with so many init states."""
+    """(suite, task) of what is to be evaluated. Raises UserError unless all are there, with so many init states, and
+    this machine has what they are made of."""
     chosen = []
     for suite in task_suite_name.split(","):
         every = range(len(benchmark.instructions(suite)))
@@ -75,6 +77,7 @@ def chosen_tasks(
                     remedy="A trial is an init state, so more trials would repeat some: lower it.",
                 )
             chosen.append((suite, task))
+    benchmark.require(chosen)
     return chosen
 
 

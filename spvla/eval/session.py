@@ -3,6 +3,7 @@
 One session evaluates one checkpoint after another, or several together, on workers that are started once.
 """
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -68,7 +69,6 @@ class EvaluationSession:
         step: of the training run that a checkpoint is from.
         """
         plan = make_plan(self.config, self.benchmark, checkpoints)
-        self.benchmark.require(list(plan.instructions))
         self._require_known_protocol()
         self._keep_config()
         done = {row.trial for row in self.ledger.outcomes()}
@@ -152,6 +152,9 @@ class EvaluationSession:
 
     def _open_farm(self) -> Farm:
         c = self.config
+        if "RAY_ADDRESS" not in os.environ:  # environments run on this machine: better told now than by each of them
+            self.benchmark.require_drawing()
+        self.console.say(f"evaluate  world: {self.benchmark.describe(self.benchmark.facts())}")
         self.stack.enter_context(connection())
         sizes = cluster_sizes(c)
         batch_size = self._batch_size(decode_batch_size(sizes))

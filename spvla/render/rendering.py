@@ -1,95 +1,18 @@
-"""Off-screen pictures of a MuJoCo world, the same to the bit as robosuite's, one camera at a time and on demand.
-
-MUJOCO_GL chooses egl (the default) or osmesa. With EGL the device is MUJOCO_EGL_DEVICE_ID where set, else the first
-of CUDA_VISIBLE_DEVICES, which is the GPU that Ray gave this process, else the first that works.
-"""
+"""Off-screen pictures of a MuJoCo world, the same to the bit as robosuite's, one camera at a time and on demand."""
 
 import atexit
-import glob
-import os
 from functools import cache
-from typing import Protocol
 from weakref import WeakSet
 
 import mujoco
 import numpy as np
 
-from spvla.errors import InfrastructureError
+from spvla.render.context import GLContext, draws_in_software, open_context
 from spvla.render.meshes import FineMeshes, View
 from spvla.render.visibility import Visibility
 from spvla.types import CAMERA_SIZE
 
 MAX_GEOMS = 1000  # robosuite's: what a scene may hold
-BUFFER = (640, 480)  # ignored by EGL; OSMesa draws into it
-
-
-class GLContext(Protocol):
-    def make_current(self) -> None: ...
-    def free(self) -> None: ...
-
-
-def draw_on_one_core() -> None:
-    """For one of many environments: Mesa's software renderer would start a thread for each core, all of which the
-    others use already. The same picture to the bit, for a tenth less work."""
-    os.environ.setdefault("LP_NUM_THREADS", "0")
-
-
-def draw_on_gpu(number: int) -> None:
-    """For one of many environments that no GPU was given to: the `number`-th of this machine's, round and round.
-
-    EGL lists GPUs in their own order, before any software renderer. Does nothing where there is at most one.
-    """
-    count = len(glob.glob("/dev/nvidia[0-9]*"))
-    if count > 1:
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(number % count))
-
-
-def open_context() -> GLContext:
-    """Raises InfrastructureError where this machine cannot draw."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    try:
-        if os.environ["MUJOCO_GL"] == "osmesa":
-            from mujoco.osmesa import GLContext as Context
-        else:
-            from mujoco.egl import GLContext as Context
-
-            choose_device()
-        context = Context(*BUFFER)
-        context.make_current()
-    except Exception as e:  # each backend fails in its own ways
-        kind = os.environ["MUJOCO_GL"]
-        raise InfrastructureError(
-            f"MuJoCo cannot draw with MUJOCO_GL={kind} ({e}); expected a working driver. `spvla doctor` names the gap."
-        ) from e
-    return context
-
-
-def choose_device() -> None:
-    """Names the EGL device of the GPU this process was given, unless someone named one already."""
-    from mujoco.egl import egl_ext
-
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    # A UUID (as with MIG) names no EGL device, and a machine may list GPUs without being able to draw with them.
-    if first.isdigit() and int(first) < len(egl_ext.eglQueryDevicesEXT()):
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", first)
-
-
-@cache
-def renderer_name() -> str:
-    """OpenGL's own words, such as "Mesa llvmpipe (LLVM 15.0.6, 256 bits)". Pixels differ between renderers."""
-    context = open_context()
-    from OpenGL import GL
-
-    name = f"{GL.glGetString(GL.GL_VENDOR).decode()} {GL.glGetString(GL.GL_RENDERER).decode()}"
-    context.free()
-    return name
-
-
-def _draws_in_software() -> bool:
-    """Whether the current context does."""
-    from OpenGL import GL
-
-    return b"llvmpipe" in GL.glGetString(GL.GL_RENDERER)
 
 
 class Renderer:
@@ -116,7 +39,7 @@ class Renderer:
         self.perturbation = mujoco.MjvPerturb()
         self.viewport = mujoco.MjrRect(0, 0, CAMERA_SIZE, CAMERA_SIZE)
         self.visibility = Visibility(model)
-        choose = (spare_gpu or _draws_in_software()) and not self.visibility.all_drawn  # with shadows, it draws twice
+        choose = (spare_gpu or draws_in_software()) and not self.visibility.all_drawn  # with shadows, it draws twice
         self.fine = FineMeshes(model, self.device) if choose else None
         _close_at_exit()
         _OPEN.add(self)

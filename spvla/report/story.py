@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from spvla import runs
+from spvla.benchmarks.registry import describe
 from spvla.eval.ledger import ErrorRow, Ledger, PolicyRow, TrialRow
+from spvla.eval.protocol import Protocol
 from spvla.eval.summary import Summary, shorten, summarise
 from spvla.report import plots
 from spvla.report.exam import exams_seen
@@ -142,12 +144,12 @@ def tell(run: Path) -> Story:
     written = runs.read_config(run)
     trials: list[TrialRow] = []
     errors: list[ErrorRow] = []
-    protocol: list[tuple[str, str]] = []
+    protocols: list[Protocol] = []
     policies: list[PolicyRow] = []
     if (run / runs.LEDGER).exists():
         with Ledger.open(run / runs.LEDGER) as ledger:
             trials, errors, policies = ledger.trials(), ledger.errors(), ledger.policies()
-            protocol = [(k, str(v)) for manifest in ledger.protocols() for k, v in manifest.manifest().items()]
+            protocols = ledger.protocols()
     tables = tables_of(summarise(trials))
     return Story(
         title=run.resolve().name,
@@ -155,7 +157,7 @@ def tell(run: Path) -> Story:
         command=written["command"],
         config=json.dumps(written["config"], indent=2),
         tiles=[*success_tiles(tables), *training_tiles(run)],
-        notes=[*notes(protocol, tables, errors), *exams_seen(policies, tables)],
+        notes=[*notes(protocols, tables, errors), *exams_seen(policies, tables)],
         history=history(run),
         evaluations=tables,
         success_plots=success_plots(tables),
@@ -164,7 +166,7 @@ def tell(run: Path) -> Story:
         curves=[c for folder in training_folders(run) if (c := curve_section(folder, run))],
         videos=list(videos(run, trials)),
         errors=[error_entry(e) for e in errors],
-        protocol=protocol,
+        protocol=[(k, str(v)) for protocol in protocols for k, v in protocol.manifest().items()],
     )
 
 
@@ -332,22 +334,11 @@ def videos(run: Path, trials: Sequence[TrialRow]) -> Iterator[Video]:
         yield Video(base64.b64encode(data).decode(), t.status or "", label, t.init_state, t.steps or 0, t.note or "")
 
 
-def note_on_assets(name: str) -> str:
-    """Of a set that is not LIBERO's own, by its name in the manifest."""
-    if name == "primitives":
-        what = "the embedded primitive geometry, not LIBERO's own meshes"
-    else:
-        what = f"the assets {name}, whose files differ from LIBERO's own"
-    return f"Rolled out with {what}: these rates compare with each other, not with published ones."
-
-
-def notes(
-    protocol: Sequence[tuple[str, str]], tables: Sequence[Sequence[Summary]], errors: Sequence[ErrorRow]
-) -> list[str]:
+def notes(protocols: Sequence[Protocol], tables: Sequence[Sequence[Summary]], errors: Sequence[ErrorRow]) -> list[str]:
     totals = [rows[-1] for rows in tables]
     planned, done = sum(s.planned for s in totals), sum(s.done for s in totals)
-    worlds = dict.fromkeys(value for name, value in protocol if name == "assets" and value != "libero")
-    found = [note_on_assets(name) for name in worlds]
+    worlds = dict.fromkeys(describe(protocol.world) for protocol in protocols)
+    found = [f"Rolled out with {world}" for world in worlds if world]
     if done < planned:
         found.append(f"{planned - done} of {planned} trials have no outcome yet: rates are of the others.")
     if errors:

@@ -100,6 +100,7 @@ def evaluation(config: SweepConfig, folder: Path) -> EvaluateConfig:
         unnorm_key=evaluation_key(config.train.dataset_name, config.task_suite_name),
         center_crop=config.train.image_aug,
         libero_assets=config.libero_assets,
+        any_mujoco=config.any_mujoco,
         max_steps=config.max_trial_steps,
         local_log_dir=folder,
         num_envs=config.num_envs or spare_envs(config),

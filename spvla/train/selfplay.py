@@ -169,6 +169,7 @@ def evaluate_on_farm(config: SelfplayConfig, run: Path, checkpoint: str, *, name
         unnorm_key=evaluation_key(config.dataset_name, config.task_suite_name),
         center_crop=config.image_aug if config.center_crop is None else config.center_crop,
         libero_assets=config.libero_assets,
+        any_mujoco=config.any_mujoco,
         num_envs=config.num_envs,
         num_decoders=config.num_decoders,
         max_steps=config.max_trial_steps,

@@ -138,7 +138,7 @@ def pictures(later: str, cube: str = RED) -> tuple[np.ndarray, np.ndarray, int]:
 @pytest.mark.parametrize(("software", "spare_gpu", "chosen"), [(1, 0, True), (0, 1, True), (0, 0, False)])
 def test_triangles_are_chosen_in_software_and_to_spare_a_gpu(software: int, spare_gpu: int, chosen: bool) -> None:
     model = mujoco.MjModel.from_xml_string(WORLD.format(later="", cube=RED))
-    with patch("spvla.render.rendering._draws_in_software", lambda: bool(software)):
+    with patch("spvla.render.rendering.draws_in_software", lambda: bool(software)):
         renderer = Renderer(model, spare_gpu=bool(spare_gpu))
     assert (renderer.fine is not None) == chosen
     renderer.close()

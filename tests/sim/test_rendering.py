@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from spvla.render.rendering import choose_device, renderer_name
+from spvla.errors import UserError
+from spvla.render.context import choose_device, renderer_name, try_drawing
 
 pytest.importorskip("mujoco.egl")
 
@@ -54,7 +55,7 @@ def test_a_machine_that_cannot_draw_is_no_failure_of_the_policy() -> None:
     script = """
 import os; os.environ["MUJOCO_GL"] = "egl"; os.environ["MUJOCO_EGL_DEVICE_ID"] = "99"
 from spvla.errors import InfrastructureError
-from spvla.render.rendering import open_context
+from spvla.render.context import open_context
 try:
     open_context()
 except InfrastructureError as e:
@@ -62,3 +63,25 @@ except InfrastructureError as e:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("MuJoCo cannot draw with MUJOCO_GL=egl") and "spvla doctor" in done.stdout
+
+
+def test_a_machine_that_draws_is_found_out_without_importing_mujoco_here() -> None:
+    script = "import sys; from spvla.render.context import try_drawing; print('mujoco' in sys.modules, try_drawing())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"False {renderer_name()}"
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("glfw", "MUJOCO_GL=glfw; expected egl or osmesa"),
+        ("nonsense", "MUJOCO_GL=nonsense; expected egl or osmesa"),
+        ("egl", "MuJoCo draws nothing with MUJOCO_GL=egl \\(.*MUJOCO_EGL_DEVICE_ID.*\\); expected a driver that works"),
+    ],
+)
+def test_a_renderer_that_does_not_work_is_one_line(asked: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", asked)
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "99")
+    with pytest.raises(UserError, match=says) as raised:
+        try_drawing()
+    assert "\n" not in str(raised.value)

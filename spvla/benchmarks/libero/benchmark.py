@@ -1,18 +1,20 @@
 """LIBERO (arxiv.org/abs/2306.03310) behind the `Benchmark` seam. Importing it imports no simulator."""
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar
 
-from spvla.benchmarks.libero import assets
+from spvla.benchmarks.libero import assets, versions
 from spvla.benchmarks.libero.genuine import TASKS_DIGEST
 from spvla.benchmarks.libero.init_states import num_init_states
 from spvla.benchmarks.libero.suites import MAX_STEPS, SUITES, task_info, tasks
 from spvla.benchmarks.registry import BenchmarkFlags
+from spvla.render.context import draw_on_one_core, renderer_name, try_drawing
 from spvla.types import Env
 
-PACKAGES = {"mujoco": "mujoco", "robosuite": "robosuite", "libero": "hf-libero"}  # name in facts -> distribution
+PACKAGES = {"robosuite": "robosuite", "libero": "hf-libero"}  # name in facts -> distribution
 
 
 class Libero:
@@ -26,7 +28,7 @@ class Libero:
 
     def __reduce__(self) -> tuple:
         """Travels as its flags: every process finds its assets by itself, and facts tell whether they are the same."""
-        return Libero, (BenchmarkFlags(libero_assets=assets.for_other_processes(self.flags.libero_assets)),)
+        return Libero, (replace(self.flags, libero_assets=assets.for_other_processes(self.flags.libero_assets)),)
 
     @cached_property
     def asset_set(self) -> assets.AssetSet:
@@ -45,24 +47,30 @@ class Libero:
         return num_init_states(suite, task)
 
     def require(self, wanted: Sequence[tuple[str, int]]) -> None:
+        versions.require_mujoco(any_version=self.flags.any_mujoco)
         self.asset_set.require(task_info(*task) for task in wanted)
+
+    def require_drawing(self) -> None:
+        try_drawing()
 
     def facts(self) -> dict[str, str]:
         return {
             "assets": self.asset_set.name,
             "assets_digest": self.asset_set.digest,
             "tasks_digest": TASKS_DIGEST,
+            "mujoco": versions.installed_mujoco(),
             **{name: importlib.metadata.version(package) for name, package in PACKAGES.items()},
         }
 
-    def measure(self) -> dict[str, str]:
-        from spvla.render.rendering import renderer_name
+    @staticmethod
+    def describe(facts: Mapping[str, str]) -> str:
+        return versions.world(facts["mujoco"], facts["assets"])
 
+    def measure(self) -> dict[str, str]:
         return {"renderer": renderer_name()}
 
     def open_env(self, suite: str, task: int, *, spare_gpu: bool = False) -> Env:
         from spvla.benchmarks.libero.env import LiberoEnv
-        from spvla.render.rendering import draw_on_one_core
 
         draw_on_one_core()
         return LiberoEnv(suite, task, self.asset_set, spare_gpu=spare_gpu)

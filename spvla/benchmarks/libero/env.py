@@ -20,10 +20,10 @@ from spvla.benchmarks.libero.sampling import Sample, SensorClock
 from spvla.benchmarks.libero.suites import SUITES, TaskInfo, task_info, tasks
 from spvla.benchmarks.libero.warmstart import HardReset, solve_again
 from spvla.errors import UserError
-from spvla.render.rendering import Renderer, renderer_name
+from spvla.render.rendering import Renderer
 from spvla.types import ACTION_DIM
 
-__all__ = ["SUITES", "LiberoEnv", "TaskInfo", "num_init_states", "renderer_name", "task_info", "tasks"]
+__all__ = ["SUITES", "LiberoEnv", "TaskInfo", "num_init_states", "task_info", "tasks"]
 
 SUBSTEPS = 25  # 500 Hz physics, 20 Hz actions
 

