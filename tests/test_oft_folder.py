@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from oft_parts import STATS, create_oft, reference_oft_model
+from oft_parts import STATS, create_oft, observations, reference_oft_model
 from safetensors.torch import load_file
 
 from spvla.errors import CheckpointError, UserError
 from spvla.files import write_json
 from spvla.model.weights import SINGLE
+from spvla.policies import packed
 from spvla.policies.oft.checkpoint import open_model, save_checkpoint
 from spvla.policies.oft.folder import form_of, form_to_train
 from spvla.policies.oft.form import OftForm
 from spvla.policies.oft.parts import find_part
-from spvla.policies.registry import NO_FLAGS, PolicyFlags, describe
+from spvla.policies.presets import create_preset
+from spvla.policies.registry import NO_FLAGS, PolicyFlags, describe, load_policy
 
 FORM = OftForm(cameras=2, proprio=True, head="l1")
 HEAD, PROJECTOR = "action_head--150000_checkpoint.pt", "proprio_projector--150000_checkpoint.pt"
@@ -171,3 +173,17 @@ def test_film_and_diffusion_are_not_played_as_something_else(copy: Path) -> None
     (copy / "vision_backbone--150000_checkpoint.pt").touch()
     with pytest.raises(CheckpointError, match="FiLM"):
         describe(copy)
+
+
+def test_a_policy_of_chunks_travels_packed(tmp_path: Path) -> None:
+    """Its projector and its form with it; what it answers stays what it was in bfloat16."""
+    folder = create_preset(tmp_path / "whole", "tiny-oft")
+    write_json(folder / "dataset_statistics.json", STATS)
+    (tmp_path / "back").mkdir()
+    packed.unpack(packed.pack(folder, tmp_path / "packed"), tmp_path / "back")
+    assert form_of(tmp_path / "back") == form_of(folder)
+    seen = observations(2)
+    before, after = (
+        load_policy(f, dtype="bfloat16").decode(seen, unnorm_key="suite") for f in (folder, tmp_path / "back")
+    )
+    assert (before == after).all()
