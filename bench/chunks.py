@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from decode import INSTRUCTIONS, machine, random_model, smooth_images
-from spvla.model.lora_bank import RowSlots
 
+from spvla.model.lora_bank import RowSlots
 from spvla.model.transfer import AsyncHostCopy
 from spvla.model.vision import NUM_PATCHES
 from spvla.model.weights import torch_dtype

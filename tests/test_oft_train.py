@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 import torch
 from data_parts import episode, store_of
-from oft_parts import chunk_batch, enlarge, observations, reference_oft_model
+from oft_parts import chunk_batch, create_oft, enlarge, observations, reference_oft_model
+from policy_parts import random_lora
 from selfplay_parts import take_step
 from training_parts import quick_flags
 
 from spvla.config import StepConfig, TrainConfig
+from spvla.errors import UserError
+from spvla.policies.checkpoint import resolve, save_merged
+from spvla.policies.networks import load_network
 from spvla.policies.oft.form import OftForm
 from spvla.policies.oft.network import OpenVLAOFT
-from spvla.policies.registry import load_policy
+from spvla.policies.registry import PolicyFlags, load_policy
 from spvla.train.chunks import Chunks, to_chunk_inputs
 from spvla.train.family import family_of
 from spvla.train.network import Network
-from spvla.train.prepare import Job, start_policy
+from spvla.train.prepare import Job, require_startable, start_policy
 from spvla.train.scoring import TokenSampler, to_inputs
 from spvla.train.session import Place, Session
 from spvla.train.step import Learner
@@ -56,10 +60,27 @@ def test_the_originals_loss_comes_out_of_a_step(golden: Path) -> None:
     learner = Learner(small_model(OftForm()), StepConfig(objective="sft", use_lora=False))
     metrics = learner.evaluate(batch)
     assert metrics["train_loss"] == pytest.approx(float(data["ce_loss"]), rel=1e-4)
-    accuracy = (7 * data["ce_metric_curr_action_accuracy"] + 49 * data["ce_metric_next_actions_accuracy"]) / 56
-    miss = (7 * data["ce_metric_curr_action_l1_loss"] + 49 * data["ce_metric_next_actions_l1_loss"]) / 56
-    assert metrics["action_accuracy"] == pytest.approx(float(accuracy), abs=1e-6)
-    assert metrics["l1_loss"] == pytest.approx(float(miss), rel=1e-4)
+    for name in ("curr_action_accuracy", "next_actions_accuracy", "curr_action_l1_loss", "next_actions_l1_loss"):
+        assert metrics[name] == pytest.approx(float(data[f"ce_metric_{name}"]), rel=1e-4, abs=1e-6)
+    assert metrics["l1_loss"] == pytest.approx(
+        (metrics["curr_action_l1_loss"] + 7 * metrics["next_actions_l1_loss"]) / 8
+    )
+
+
+def test_the_originals_regression_loss_comes_out_of_a_step(golden: Path) -> None:
+    data = np.load(golden / "oft/train.npz")
+    frames = np.stack([[enlarge(data[f"{name}{i}"]) for name in ("image", "wrist")] for i in range(3)])
+    held = {"input_ids": data["input_ids"], "lengths": data["attention_mask"].sum(1), "proprio": data["proprio"]}
+    batch = Batch(images=frames, actions=data["actions"], samples=np.arange(3), **held)
+    model = small_model(OftForm(cameras=2, proprio=True, head="l1"))
+    learner = Learner(model, StepConfig(objective="sft", use_lora=False))
+    metrics = learner.evaluate(batch)
+    assert metrics["train_loss"] == metrics["l1_loss"] == pytest.approx(float(data["l1_loss"]), rel=1e-4)
+    for name in ("curr_action_l1_loss", "next_actions_l1_loss"):  # the original rounds its targets to bfloat16
+        assert metrics[name] == pytest.approx(float(data[f"l1_metric_{name}"]), rel=2e-3)
+    before = model.action_head.model.fc2.weight.clone()
+    losses = [take_step(learner, batch)["train_loss"] for _ in range(3)]
+    assert losses[-1] < losses[0] and not torch.equal(before, model.action_head.model.fc2.weight)
 
 
 def test_a_pair_costs_one_pass_because_no_token_enters_it(chunks: Chunks) -> None:
@@ -91,6 +112,53 @@ def test_steps_lower_the_loss_and_train_the_projector() -> None:
     losses = [take_step(learner, chunk_batch(2))["train_loss"] for _ in range(3)]
     assert losses[-1] < losses[0] - 1
     assert not torch.equal(model.proprio_projector.fc1.weight, before)
+
+
+@pytest.mark.parametrize("against", ["the bare base", "an adapter"])
+def test_self_play_trains_adapter_and_projector_against_an_opponent_that_stays(against: str) -> None:
+    """The opponent's projector is the one that the policy began with, not the one that is trained."""
+    model = small_model(OftForm(cameras=2, proprio=True))
+    policy, opponent = (random_lora(model, rank=4, seed=seed, strength=0.05) for seed in (0, 1))
+    config = StepConfig(objective="spin", learning_rate=1e-2, opponent_temperature=1.0)
+    learner = Learner(model, config, policy=policy, opponent=opponent if against == "an adapter" else None)
+    before, batch = model.proprio_projector.fc1.weight.clone(), chunk_batch(2)
+    steps = [take_step(learner, batch) for _ in range(3)]
+    assert not torch.equal(model.proprio_projector.fc1.weight, before)
+    assert len({step["opponent_real_logps"] for step in steps}) == 1
+    assert steps[2]["selfplay_loss"] < steps[0]["selfplay_loss"]
+    assert steps[2]["policy_real_logps"] > steps[0]["policy_real_logps"]
+
+
+def test_an_adapter_is_written_with_its_projector_and_acts_and_goes_on(tmp_path: Path, one_thread: None) -> None:
+    flags = {"vla_path": str(create_oft(tmp_path / "base", OftForm(cameras=2, proprio=True))), "objective": "spin"}
+    job = job_of(quick_flags(tmp_path, tmp_path, **flags), tmp_path)
+    session = Session(job, Place())
+    session.advance()
+    session.write(tmp_path / "adapter")
+    policy = load_policy(tmp_path / "adapter")
+    assert policy.act(observations(2), unnorm_key="toy_no_noops").shape == (2, 8, 7)
+    state = torch.load(tmp_path / "adapter/proprio_projector--latest_checkpoint.pt", weights_only=True)
+    trained = session.model.proprio_projector.fc1.weight
+    assert torch.equal(state["module.fc1.weight"], trained)
+    job = job_of(quick_flags(tmp_path, tmp_path, **flags | {"vla_path": str(tmp_path / "adapter")}), tmp_path)
+    after = Session(job, Place())
+    assert torch.equal(after.model.proprio_projector.fc1.weight, trained)
+    save_merged(tmp_path / "adapter", tmp_path / "merged")
+    merged = load_policy(tmp_path / "merged").decode(observations(2), unnorm_key="toy_no_noops")
+    assert np.mean(merged != policy.decode(observations(2), unnorm_key="toy_no_noops")) < 0.05  # sums round otherwise
+
+
+def test_a_plain_policy_becomes_one_of_chunks_where_flags_ask_for_it(tmp_path: Path) -> None:
+    flags = PolicyFlags(use_l1_regression=True, num_images_in_input=2, use_proprio=True)
+    model = load_network(resolve("tiny"), flags=flags)
+    assert model.form == OftForm(cameras=2, proprio=True, head="l1")
+    assert model.added().keys() == {"action_head", "proprio_projector"}
+
+
+def test_self_play_of_a_regressing_head_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    config = quick_flags(tmp_path, tmp_path, vla_path=str(resolve("tiny")), use_l1_regression=True)
+    with pytest.raises(UserError, match="--objective spin for a policy that regresses"):
+        require_startable(config)
 
 
 def job_of(config: TrainConfig, root: Path) -> Job:

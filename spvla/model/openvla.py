@@ -83,6 +83,10 @@ class OpenVLA(nn.Module):
     def device(self) -> torch.device:
         return self.language_model.model.norm.weight.device
 
+    def added(self) -> dict[str, nn.Module]:
+        """Modules that a fine-tuned form of this model has beside its checkpoint's weights, by name; none here."""
+        return {}
+
     def patches(self, pixel_values: Tensor, kernels: Kernels = EAGER) -> Tensor:
         """(B, 6, 224, 224) -> (B, P, D)."""
         return kernels.project(self.projector, self.vision_backbone(pixel_values.to(self.dtype), kernels.run_block))

@@ -3,7 +3,8 @@
 So one pass scores the demonstrated chunk and any other, and proposes one: whatever the tokens are, the logits are the
 same. A pair costs no more than the demonstration alone.
 
-Legend: B batch, C cameras, T text tokens, L sequence, S slots (chunk x 7), V columns of the logits.
+Legend: B batch, C cameras, T text tokens, L sequence, S slots (chunk x 7), V columns of the logits, K chunk,
+A action dims (7).
 """
 
 import torch
@@ -18,7 +19,9 @@ from spvla.train.scoring import Inputs, PairLogits, ReferenceOutput, TokenSample
 
 
 class Chunks:
-    """A `Family`. R = S + 1: the chunk's tokens and the end of sequence."""
+    """The discrete form's `Family`. R = S + 1: the chunk's tokens and the end of sequence."""
+
+    regresses = False
 
     def __init__(self, network: Network) -> None:
         assert isinstance(network.model, OpenVLAOFT)
@@ -58,9 +61,24 @@ class Chunks:
         )
 
 
+class RegressedChunks(Chunks):
+    """The L1 form's `Family`: numbers instead of tokens. There is nothing to draw from (docs/theory.md)."""
+
+    regresses = True
+
+    def regress(self, inputs: Inputs, *, patches: Tensor | None = None) -> Tensor:
+        """Normalised actions (B, K, A) float32."""
+        return self.model.action_head(self.hidden(inputs, patches=patches)[:, : self.form.slots]).float()
+
+
 def to_chunk_inputs(inputs: Inputs) -> OftInputs:
     """What the network sees: the end of sequence too, which is a key here, though it stands behind all that is read."""
     text = F.pad(inputs.text, (0, 1))
     stop = inputs.start[:, None] + inputs.real.shape[1]
     text = text.scatter(1, stop, EOS)
     return OftInputs(pixels=inputs.pixels, proprio=inputs.proprio, text=text, start=inputs.start)
+
+
+def chunks_of(network: Network) -> Chunks:
+    """By the form of the model's head."""
+    return RegressedChunks(network) if network.model.action_head is not None else Chunks(network)

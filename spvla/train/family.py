@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spvla.model.openvla import OpenVLA
 from spvla.policies.oft.network import OpenVLAOFT
-from spvla.train.chunks import Chunks
+from spvla.train.chunks import chunks_of
 from spvla.train.network import Network
 from spvla.train.opponent import Opponent
 from spvla.train.scoring import Inputs, PairLogits, ReferenceOutput, TokenSampler, score_pair, score_real
@@ -29,12 +29,16 @@ class Family(Protocol):
     """
 
     needs: Needs  # what its batches hold
+    regresses: bool  # numbers instead of tokens: then it has `regress` alone, and only behaviour cloning trains it
 
     def score(self, inputs: Inputs, *, patches: Tensor | None = None) -> Tensor:
         """Logits (B, R, V) of `inputs.targets` (B, R): the demonstrated action's A tokens, then what else has loss."""
 
     def score_pair(self, inputs: Inputs, generated: Tensor, *, patches: Tensor | None = None) -> PairLogits:
         """The same, and logits (B, A, V) of another action `generated` (B, A), in one pass."""
+
+    def regress(self, inputs: Inputs, *, patches: Tensor | None = None) -> Tensor:
+        """Normalised actions (B, K, 7) float32."""
 
     def propose(self, inputs: Inputs, sampler: TokenSampler, uniforms: Tensor) -> ReferenceOutput:
         """An action of its own, drawn by `uniforms` (B, A) in [0, 1), and the log-probs of both. No gradient."""
@@ -44,6 +48,7 @@ class OneStep:
     """OpenVLA itself: seven tokens, one after another, and the end of sequence. R = A + 1 = 8."""
 
     needs = Needs()
+    regresses = False
 
     def __init__(self, network: Network) -> None:
         self.network = network
@@ -58,7 +63,7 @@ class OneStep:
         return Opponent(self.network, sampler).reply(inputs, uniforms)
 
 
-FAMILIES: dict[type[nn.Module], Callable[[Network], Family]] = {OpenVLA: OneStep, OpenVLAOFT: Chunks}
+FAMILIES: dict[type[nn.Module], Callable[[Network], Family]] = {OpenVLA: OneStep, OpenVLAOFT: chunks_of}
 
 
 def needs_of(model: OpenVLA) -> Needs:

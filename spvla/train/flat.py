@@ -1,4 +1,4 @@
-"""What is trained, as one flat vector: a LoRA adapter, or every weight.
+"""What is trained, as one flat vector: a LoRA adapter with what a form adds to OpenVLA, or every weight.
 
 Optimiser, clipping, averaging over workers and the moving average each are then one operation on one vector.
 """
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spvla.model.linear import NamedMap, joined_maps
 from spvla.model.lora import LoraPair
@@ -78,20 +78,44 @@ class FlatWeights(Flat):
         self.trained = parameters
 
 
+class Bare:
+    """The model without an adapter, and with what its form adds as it is now, whatever is trained later."""
+
+    def __init__(self, model: OpenVLA) -> None:
+        self.added = added_parameters(model)
+        self.own = [parameter.detach().clone() for parameter in self.added]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within the block the model acts so."""
+        with valued(self.added, self.own):
+            yield
+
+
 class FlatLora(Flat):
     """An adapter on a model, from what a file holds. Raises CheckpointError where the file does not fit the model.
 
     Of joined maps the factors lie together: A (n r, in), then B (out, r). Maps that never run are not trained; they
-    keep what the file has, so that an adapter is written as whole as it was read.
+    keep what the file has, so that an adapter is written as whole as it was read. Behind the factors stand the weights
+    that the model's form adds to OpenVLA (heads, projectors), trained in full.
     """
 
     def __init__(self, model: OpenVLA, file: LoraFile, *, trainable: bool) -> None:
         file.require_all(model)
         self.file = file
         self.maps = {path: maps for path, maps in joined_maps(model).items() if not never_runs(model.config, path)}
+        self.added = added_parameters(model)
         factors = [t.to(model.device) for _, t in self._factors()]
-        super().__init__(factors, dtype=model.dtype, trainable=trainable)
-        leaves = iter(self.leaves([shape for maps in self.maps.values() for shape in self._stacked(maps)]))
+        super().__init__([*factors, *self.added], dtype=model.dtype, trainable=trainable)
+        stacked = [shape for maps in self.maps.values() for shape in self._stacked(maps)]
+        every = self.leaves([*stacked, *(tuple(p.shape) for p in self.added)])
+        self.own = every[len(stacked) :]  # this adapter's values of what is added
+        if trainable:  # gradients are taken at the model's own parameters, which become views of `compute`
+            for parameter, leaf in zip(self.added, self.own, strict=True):
+                parameter.data = leaf.data
+                parameter.requires_grad_()
+            self.trained = [*every[: len(stacked)], *self.added]
+        leaves = iter(every)
         self.pairs = {
             path: LoraPair(
                 a=next(leaves), b=next(leaves), scale=file.scale, outs=tuple(named.outputs for named in maps)
@@ -106,15 +130,25 @@ class FlatLora(Flat):
         for path, module in modules.items():
             module.lora = replace(self.pairs[path], dropout=dropout) if dropout else self.pairs[path]
         try:
-            yield
+            with valued(self.added, self.own):
+                yield
         finally:
             for path, module in modules.items():
                 module.lora = before[path]
 
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Within the block what is added has the values that are trained, in float32: to be written."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        parts = self.master.split(sizes)[len(sizes) - len(self.added) :]
+        with valued(self.added, [part.view(p.shape) for part, p in zip(parts, self.added, strict=True)]):
+            yield
+
     def to_file(self) -> LoraFile:
         """What is trained, as it is now."""
         parts = self.master.split([math.prod(shape) for shape in self.shapes])
-        now = {key: part.view(shape) for (key, _), part, shape in zip(self._factors(), parts, self.shapes, strict=True)}
+        keys = [key for key, _ in self._factors()]  # behind them stands what is added
+        now = {key: part.view(shape) for key, part, shape in zip(keys, parts, self.shapes, strict=False)}
         factors = {name: (now.get((name, 0), a), now.get((name, 1), b)) for name, (a, b) in self.file.factors.items()}
         return replace(self.file, factors=factors, base={})
 
@@ -129,3 +163,20 @@ class FlatLora(Flat):
         """Shapes of A and B of joined maps."""
         rank = self.file.rank
         return [(len(maps) * rank, maps[0].shape[1]), (sum(named.outputs for named in maps), rank)]
+
+
+def added_parameters(model: OpenVLA) -> list[nn.Parameter]:
+    return [parameter for module in model.added().values() for parameter in module.parameters()]
+
+
+@contextmanager
+def valued(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Within the block the parameters hold these values, in the values' own memory."""
+    before = [parameter.data for parameter in parameters]
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data = value.data
+    try:
+        yield
+    finally:
+        for parameter, kept in zip(parameters, before, strict=True):
+            parameter.data = kept

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spvla.policies.openvla import actions
+from spvla.policies.openvla.actions import NUM_BINS, decode
 from spvla.train.objective import LossType, Reduction, cap_logits, reduce_tokens, spin_loss, token_logps
 from spvla.train.scoring import Inputs, ReferenceOutput
+from spvla.types import ACTION_DIM
 
 Measures = dict[str, Tensor]
 
@@ -41,7 +42,7 @@ class Columns:
     @classmethod
     def of(cls, vocabulary: int, chosen: slice, device: torch.device) -> "Columns":
         start, end, _ = chosen.indices(vocabulary)
-        centers = torch.from_numpy(actions.decode(np.arange(start, end))).float().to(device)
+        centers = torch.from_numpy(decode(np.arange(start, end))).float().to(device)
         return cls(start=start, zeros=vocabulary - (end - start), centers=centers)
 
 
@@ -52,10 +53,33 @@ def imitation(logits: Tensor, inputs: Inputs, columns: Columns, softcap: float |
     logits = logits[:, : targets.shape[1]]
     guesses = logits[:, : real.shape[1]].detach().argmax(-1)
     miss = columns.centers[guesses] - columns.centers[real]
-    return {
-        "train_loss": -token_logps(cap_logits(logits.float(), softcap), targets, zeros=columns.zeros).mean(-1),
-        "action_accuracy": (guesses == real).float().mean(-1),
-        "l1_loss": miss.abs().mean(-1),
+    loss = -token_logps(cap_logits(logits.float(), softcap), targets, zeros=columns.zeros).mean(-1)
+    return {"train_loss": loss, **accuracies((guesses == real).float(), miss.abs())}
+
+
+def regression(predicted: Tensor, actions: Tensor) -> Measures:
+    """Behaviour cloning's measures of normalised actions (B, K, A), predicted and demonstrated.
+
+    A number counts as right where it falls into the demonstrated one's bin, as a token would.
+    """
+    miss = (predicted - actions).abs().flatten(1)
+    edges = torch.linspace(-1, 1, NUM_BINS, device=actions.device)
+    same = torch.bucketize(predicted.detach().clamp(-1, 1), edges) == torch.bucketize(actions.clamp(-1, 1), edges)
+    return {"train_loss": miss.mean(-1), **accuracies(same.float().flatten(1), miss.detach())}
+
+
+def accuracies(right: Tensor, miss: Tensor) -> Measures:
+    """Means over the numbers of an action or chunk, (B, K A) twice; of a chunk also over its first action and the
+    others, by the names of OpenVLA-OFT."""
+    means = {"action_accuracy": right.mean(-1), "l1_loss": miss.mean(-1)}
+    if right.shape[1] == ACTION_DIM:
+        return means
+    now, later = slice(None, ACTION_DIM), slice(ACTION_DIM, None)
+    return means | {
+        "curr_action_accuracy": right[:, now].mean(-1),
+        "next_actions_accuracy": right[:, later].mean(-1),
+        "curr_action_l1_loss": miss[:, now].mean(-1),
+        "next_actions_l1_loss": miss[:, later].mean(-1),
     }
 
 

@@ -20,7 +20,9 @@ from spvla.files import safe_name, write_json
 from spvla.model.lora_file import read_lora
 from spvla.model.weights import open_weights
 from spvla.policies.checkpoint import base_of, policy_digest
+from spvla.policies.oft.folder import form_to_train
 from spvla.policies.presets import PRESETS, create_preset
+from spvla.policies.registry import flags_of
 
 # Flags that change how a run is carried out, not what it learns: they may differ when it goes on. The start policy and
 # the data are compared by what they hold, not by where they lie.
@@ -138,6 +140,8 @@ def require_startable(config: TrainConfig) -> None:
         return
     base, adapter = base_of(config.vla_path)
     open_weights(base)
+    form = form_to_train(adapter or base, flags_of(config))
+    require_tokens(config, regresses=form is not None and form.head == "l1")
     if adapter is None:
         return
     if not config.use_lora:
@@ -152,6 +156,16 @@ def require_startable(config: TrainConfig) -> None:
             f"--lora_rank {config.lora_rank} from {adapter}",
             expected=f"{rank}, the rank of the adapter that training goes on with",
             remedy=f"Give --lora_rank {rank}.",
+        )
+
+
+def require_tokens(config: TrainConfig, *, regresses: bool) -> None:
+    """Raises UserError where self-play is asked of a head that has no distribution to play with (docs/theory.md)."""
+    if config.objective != "sft" and regresses:
+        raise UserError(
+            f"--objective {config.objective} for a policy that regresses its actions",
+            expected="tokens: self-play compares probabilities, and an L1 head gives one chunk and no distribution",
+            remedy="Use --objective sft, or start from a discrete policy (--use_l1_regression False).",
         )
 
 

@@ -42,6 +42,7 @@ class Inputs:
     targets: Tensor  # (B, R) what has a loss: the real action's A tokens, and the end of sequence
     real: Tensor  # (B, A) the real action's tokens
     proprio: Tensor | None = None  # (B, 8) float32, normalised
+    actions: Tensor | None = None  # (B, K, 7) float32, normalised: what a regressing head is to say
 
     @property
     def first(self) -> Tensor:
@@ -66,6 +67,7 @@ def to_inputs(batch: Batch, device: torch.device | str, *, width: int = 0) -> In
         targets=targets,
         real=targets[:, :tokens],
         proprio=None if batch.proprio is None else _to(batch.proprio, device),
+        actions=_to(batch.actions, device),
     )
 
 

@@ -22,12 +22,11 @@ from spvla.config import TrainConfig
 from spvla.data.frames import Frames, open_frames
 from spvla.data.loader import Loader, Split
 from spvla.data.store import FrameStore, without_proprio
-from spvla.errors import DatasetError, UserError
+from spvla.errors import DatasetError
 from spvla.model.lora_file import LoraFile, fresh_lora, read_lora
 from spvla.model.openvla import OpenVLA
 from spvla.policies.checkpoint import base_of
 from spvla.policies.networks import load_network, save_beside_adapter, save_network
-from spvla.policies.oft.network import OpenVLAOFT
 from spvla.policies.openvla.prompt import load_tokenizer
 from spvla.policies.registry import flags_of
 from spvla.train.family import needs_of
@@ -146,8 +145,8 @@ class Session:
         sums, count = dict.fromkeys(("train_loss", "action_accuracy", "l1_loss"), 0.0), 0
         for batch in islice(self._loader("val"), batches):
             count += len(batch.samples)
-            for name, mean in self.learner.evaluate(batch).items():
-                sums[name] += mean * len(batch.samples)
+            means = self.learner.evaluate(batch)
+            sums = {name: total + means[name] * len(batch.samples) for name, total in sums.items()}
         *totals, samples = self.place.add([*sums.values(), count])
         return {f"val_{name}": total / samples for name, total in zip(sums, totals, strict=True)}
 
@@ -158,7 +157,8 @@ class Session:
         stats = {store.name: keep(store.statistics[store.name]) for store in self.stores}
         if isinstance(self.learner.policy, FlatLora):
             self.learner.policy.to_file().write(folder, base=str(self.base), norm_stats=stats)
-            save_beside_adapter(self.model, folder)
+            with self.learner.policy.exact():
+                save_beside_adapter(self.model, folder)
         else:
             save_network(self.model, folder, source=self.base, norm_stats=stats)
         state = {"learner": self.learner.state_dict(), "smoothed": self.smoothed.value}
@@ -243,12 +243,6 @@ def start_adapters(
     """
     if not config.use_lora:
         return None, None
-    if isinstance(model, OpenVLAOFT) and model.added():
-        raise UserError(
-            f"LoRA on {config.vla_path}, which also has a head or a projector to train",
-            expected="--use_lora False",
-            remedy="Train every weight.",
-        )
     if adapter is None:
         return fresh_lora(model, rank=config.lora_rank, seed=config.seed), None
     start = read_lora(adapter)

@@ -13,7 +13,6 @@ covers the adapter only. What is not finite is skipped on the device; the host l
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,9 +31,9 @@ from spvla.model.transfer import AsyncHostCopy
 from spvla.policies.openvla.presets import ACTION_IDS
 from spvla.train.clock import Clock, memory_gib
 from spvla.train.family import family_of, own_greedy
-from spvla.train.flat import FlatLora, FlatWeights
+from spvla.train.flat import Bare, FlatLora, FlatWeights
 from spvla.train.graphed import GraphedVisionEncoder
-from spvla.train.measures import Columns, Margin, collided, extremes, imitation, selfplay
+from spvla.train.measures import Columns, Margin, Measures, collided, extremes, imitation, regression, selfplay
 from spvla.train.network import Network, require_zeros_beside
 from spvla.train.optimizer import Optimizer
 from spvla.train.questions import Answer, Asker, Question, asking_s
@@ -87,6 +86,7 @@ class Learner:
                 remedy="Use --opponent_update iteration, or keep no replies.",
             )
         self.config = config
+        assert config.objective == "sft" or "action_head" not in model.added(), "checked by prepare.require_tokens"
         columns = ACTION_IDS if config.loss_columns == "action" else slice(None)
         kernels = training_kernels() if config.compile else EAGER
         self.network = Network(model=model, kernels=kernels, columns=columns)
@@ -148,8 +148,7 @@ class Learner:
         """Teacher-forced `train_loss`, `action_accuracy` and `l1_loss` of one batch on this worker, without a step."""
         (inputs,) = self.asker.inputs([batch])
         with self.policy.attached():
-            logits = self.family.score(inputs)
-        measures = imitation(logits, inputs, self.columns, self.config.logit_softcap)
+            measures, _ = self._imitate(inputs)
         values = torch.stack([value.mean() for value in measures.values()]).tolist()
         return dict(zip(measures, values, strict=True))
 
@@ -177,21 +176,25 @@ class Learner:
             self.average.load(state["opponent"])
         self.optimizer.load(state["moments"])
 
-    def _playing(self, policy: LoraFile | None, opponent: LoraFile | None) -> tuple[FlatLora | None, FlatLora | None]:
-        """The moving average, if the opponent is one; and the adapter that plays, None for the bare base."""
+    def _playing(
+        self, policy: LoraFile | None, opponent: LoraFile | None
+    ) -> tuple[FlatLora | None, FlatLora | Bare | None]:
+        """The moving average, if the opponent is one; and who plays, None where nobody does."""
         ema = self.config.opponent_update == "ema"
         start = opponent or (policy if ema else None)  # an average that has no adapter of its own starts as the policy
-        if self.config.objective == "sft" or start is None:
+        if self.config.objective == "sft":
             return None, None
+        if start is None:
+            return None, Bare(self.network.model)
         playing = FlatLora(self.network.model, start, trainable=False)
         return (playing if ema else None), playing
 
-    def _answers(self, playing: FlatLora | None) -> Answer | None:
-        if self.config.objective == "sft":
+    def _answers(self, playing: FlatLora | Bare | None) -> Answer | None:
+        if playing is None:
             return None
 
         def answer(inputs: Inputs, uniforms: Tensor) -> ReferenceOutput:
-            with nullcontext() if playing is None else playing.attached():
+            with playing.attached():
                 if self.config.objective == "spvla":
                     return own_greedy(self.family, inputs, self.sampler)
                 return self.family.propose(inputs, self.sampler, uniforms)
@@ -222,8 +225,7 @@ class Learner:
     def _losses(self, inputs: Inputs, reply: ReferenceOutput | None, shares: Shares) -> tuple[Tensor, Measured]:
         """A micro-batch's part of the objective, and of the metrics. Parts add up over the step."""
         config = self.config
-        logits, generated_logps = self._score(inputs, reply)
-        measures = imitation(logits, inputs, self.columns, config.logit_softcap)
+        measures, logits, generated_logps = self._score(inputs, reply)
         action_logits = logits[:, : inputs.real.shape[1]]
         weights = dict.fromkeys(measures, shares.sample)
         objective = (measures["train_loss"] * shares.sample).sum()
@@ -243,15 +245,24 @@ class Learner:
         sums["total_loss"] = objective.detach()
         return objective, Measured(sums=sums, extremes=extremes(action_logits))
 
-    def _score(self, inputs: Inputs, reply: ReferenceOutput | None) -> tuple[Tensor, Tensor | None]:
-        """The policy's logits (B, R, V), and its log-probs of the generated action (B, A)."""
+    def _score(self, inputs: Inputs, reply: ReferenceOutput | None) -> tuple[Measures, Tensor, Tensor | None]:
+        """Behaviour cloning's measures, the policy's logits (B, R, V), and its log-probs of the generated action."""
         with self.policy.attached(dropout=self.config.lora_dropout):
             patches = self.encoder(inputs.pixels)
             if self.config.objective == "spin":
                 pair = self.family.score_pair(inputs, reply.generated, patches=patches)
-                return pair.real, self.sampler.logps(pair.generated, reply.generated)
-            logits = self.family.score(inputs, patches=patches)
-        return logits, None if reply is None else self.sampler.greedy(logits[:, : inputs.real.shape[1]])
+                measures = imitation(pair.real, inputs, self.columns, self.config.logit_softcap)
+                return measures, pair.real, self.sampler.logps(pair.generated, reply.generated)
+            measures, logits = self._imitate(inputs, patches)
+        return measures, logits, None if reply is None else self.sampler.greedy(logits[:, : inputs.real.shape[1]])
+
+    def _imitate(self, inputs: Inputs, patches: Tensor | None = None) -> tuple[Measures, Tensor]:
+        """Behaviour cloning's measures, and the logits or regressed numbers that they are of."""
+        if self.family.regresses:
+            predicted = self.family.regress(inputs, patches=patches)
+            return regression(predicted, inputs.actions), predicted
+        logits = self.family.score(inputs, patches=patches)
+        return imitation(logits, inputs, self.columns, self.config.logit_softcap), logits
 
     def _gather(self, measured: Sequence[Measured]) -> dict[str, Tensor]:
         """Adds up micro-batches and workers, gradient included."""

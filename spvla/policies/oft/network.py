@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spvla.model.attention import Masked
 from spvla.model.lora_bank import RowSlots
@@ -102,9 +103,16 @@ class OpenVLAOFT(OpenVLA):
         return patches
 
     def token_logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V), or of the 256 action tokens alone, as the form has it."""
-        logits = self.logits(hidden)
-        return logits[..., FIRST_ACTION:VOCAB_SIZE] if self.form.action_tokens_only else logits
+        """(B, S, D) -> (B, S, V); where the form has action tokens alone, of those 256, in float32: in bfloat16
+        neighbouring bins often tie, and all ties would go to the same side."""
+        if not self.form.action_tokens_only:
+            return self.logits(hidden)
+        head, actions = self.language_model.lm_head, slice(FIRST_ACTION, VOCAB_SIZE)
+        logits = F.linear(hidden.float(), head.weight[actions].float())
+        if head.lora is None:
+            return logits
+        added = head.lora.add(hidden, hidden.new_zeros(*hidden.shape[:-1], head.out_features))
+        return logits + added[..., actions].float()
 
     def actions(self, hidden: Tensor) -> Tensor:
         """Hidden states of the slots (B, S, D) -> normalised actions (B, K, A)."""
