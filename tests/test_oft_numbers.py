@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from oft_parts import enlarge, oft_inputs, reference_oft, reference_oft_model, statistics
 from policy_parts import gradients_of, reference_image
 
+from spvla.model.kernels.compiled import decoding_kernels
+from spvla.model.llama import EAGER, Kernels
 from spvla.model.openvla import IGNORED
 from spvla.policies.oft.chunks import decode_chunk, unnormalise
+from spvla.policies.oft.decoding import acting_kernels
 from spvla.policies.oft.form import OftForm
 from spvla.policies.oft.network import OftInputs, OpenVLAOFT, reads, visible_keys
 from spvla.policies.oft.proprio import ProprioStats
@@ -154,3 +157,12 @@ def test_numbers_stay_those_that_equalled_the_originals(regressing: OpenVLAOFT) 
     assert logits.argmax(-1).tolist() == expected["tokens"]
     assert close(logits.logsumexp(-1), expected["logsumexp"])
     assert close(actions, expected["actions"])
+
+
+@pytest.mark.parametrize("steps", [EAGER, decoding_kernels("eager")], ids=["plain", "traced"])
+def test_a_decoders_steps_answer_as_the_plain_pass(regressing: OpenVLAOFT, steps: Kernels) -> None:
+    ids = [1, 512, 29901, 1724, 3158, 29871]
+    inputs = oft_inputs([reference_image(0), reference_image(1)], ids, proprio=np.linspace(-1, 1, 8))
+    with torch.inference_mode():
+        expected = regressing.predict(inputs)
+        assert close(regressing.predict(inputs, acting_kernels(steps)), expected)

@@ -2,19 +2,23 @@
 
 Smaller batches are filled up by repeating the first request, prompts by padding that nothing sees. So the same kernels
 run, on the same shapes, whoever shares a batch, and a request's chunk does not depend on it. On a GPU a pass is one
-CUDA graph with static buffers.
+CUDA graph with static buffers, its steps compiled as plain OpenVLA's are.
 
 Legend: B bucket, C cameras, T text tokens, S slots (chunk x 7), A action dims (7), K chunk.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spvla.errors import UserError
+from spvla.model.attention import Attend, Rope
+from spvla.model.kernels.compiled import gpu_kernels
 from spvla.model.kernels.graphs import record
+from spvla.model.llama import EAGER, Kernels, LlamaLayer, adding_in_place
 from spvla.model.lora_bank import RowSlots
 from spvla.model.quantized import is_quantised
 from spvla.model.transfer import AsyncHostCopy, to_device
@@ -25,12 +29,22 @@ from spvla.types import IMAGE_SIZE, PROPRIO_DIM
 
 
 @torch.inference_mode()
-def answer(model: OpenVLAOFT, inputs: OftInputs) -> Tensor:
+def answer(model: OpenVLAOFT, inputs: OftInputs, kernels: Kernels = EAGER) -> Tensor:
     """Discrete: ids (B, S) int64, the most likely of each slot. L1: normalised actions (B, K, A) float32."""
-    hidden = model.predict(inputs)[:, :-1]
+    hidden = model.predict(inputs, kernels)[:, :-1]
     if model.action_head is not None:
         return model.actions(hidden).float()
     return model.token_logits(hidden).argmax(-1) + model.first_token
+
+
+def acting_kernels(steps: Kernels) -> Kernels:
+    """A decoder's compiled steps, for whole sequences. Without gradients."""
+
+    def attention(layer: LlamaLayer, x: Tensor, rope: Rope, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = steps.qkv(layer, x, rope)
+        return attend(q, k, v), k, v
+
+    return replace(adding_in_place(steps), attention=attention)
 
 
 class ChunkDecoder:
@@ -49,8 +63,10 @@ class ChunkDecoder:
         self.width = max_prompt + model.form.slots + 1  # text tokens
         self.images, self.inputs, self.slots = self._buffers()
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.kernels = EAGER
         recordable = model.device.type == "cuda" and not is_quantised(model)
         if recordable if cuda_graphs is None else cuda_graphs:
+            self.kernels = acting_kernels(gpu_kernels(model.dtype))
             self.graph, self.out = record(self._run)
 
     @torch.inference_mode()
@@ -96,7 +112,7 @@ class ChunkDecoder:
     def _run(self) -> Tensor:
         self.row_slots.slots = self.slots
         pixels = to_pixel_values(self.images.flatten(0, 1)).unflatten(0, self.images.shape[:2])
-        return answer(self.model, self.inputs._replace(pixels=pixels))
+        return answer(self.model, self.inputs._replace(pixels=pixels), self.kernels)
 
     def _buffers(self) -> tuple[Tensor, OftInputs, Tensor]:
         b, form, device = self.batch_size, self.model.form, self.model.device

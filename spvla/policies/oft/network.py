@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spvla.model.attention import Masked
+from spvla.model.llama import EAGER, Kernels
 from spvla.model.lora_bank import RowSlots
 from spvla.model.openvla import OpenVLA, OpenVLAConfig
 from spvla.policies.oft.form import OftForm
@@ -79,26 +80,26 @@ class OpenVLAOFT(OpenVLA):
             setattr(vla, name, getattr(self, name))
         return vla
 
-    def predict(self, inputs: OftInputs) -> Tensor:
+    def predict(self, inputs: OftInputs, kernels: Kernels = EAGER) -> Tensor:
         """Hidden states, after the final norm, that predict the S slots and the stop token: (B, S + 1, D)."""
-        x = self.sequence(inputs)
+        x = self.sequence(inputs, kernels)
         prefix = x.shape[1] - inputs.text.shape[1]
         attend = Masked(visible_keys(inputs, self.form.slots, prefix)[:, None, None])
-        return self.hidden(x, attend, rows=reads(inputs, self.form.slots, prefix))
+        return self.hidden(x, attend, rows=reads(inputs, self.form.slots, prefix), kernels=kernels)
 
-    def sequence(self, inputs: OftInputs) -> Tensor:
+    def sequence(self, inputs: OftInputs, kernels: Kernels = EAGER) -> Tensor:
         """(B, L, D)."""
         text = embed_text(self.embed, inputs.text, inputs.start, self.form)
-        parts = [self._image_patches(inputs.pixels)]
+        parts = [self._image_patches(inputs.pixels, kernels)]
         if self.proprio_projector is not None:
             parts.append(self._own("proprio_projector", inputs.proprio.to(text.dtype))[:, None])
         return torch.cat((text[:, :1], *parts, text[:, 1:]), 1)
 
-    def _image_patches(self, pixels: Tensor) -> Tensor:
+    def _image_patches(self, pixels: Tensor, kernels: Kernels) -> Tensor:
         """(B, C, 6, 224, 224) -> (B, 256 C, D); each of a row's images by the row's resident adapter."""
         slots = self.row_slots.slots
         self.row_slots.slots = slots.repeat_interleave(pixels.shape[1])
-        patches = self.patches(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).flatten(1, 2)
+        patches = self.patches(pixels.flatten(0, 1), kernels).unflatten(0, pixels.shape[:2]).flatten(1, 2)
         self.row_slots.slots = slots
         return patches
 
