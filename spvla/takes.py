@@ -21,7 +21,7 @@ from spvla.types import Episode
 
 Take = tuple[int, int]  # task, number
 DEATHS = 3  # of the process that makes one take, before that take is given up
-HUNG_S = 600.0  # after which a take's process is ended; eight attempts at the longest task take 60 s of one core
+HUNG_S = 1200.0  # after which a take's process is ended; eight attempts at the longest task take 60 s of one core
 ENOUGH_CRASHES = 10  # to end a recording, if they outnumber its successes
 
 
