@@ -8,7 +8,7 @@ what was asked for: the same command again finds it done, and a data set of any 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,18 +33,24 @@ SPARE_TAKES = 20  # beyond twice the wanted number, before a task is given up
 
 def collect(config: CollectConfig) -> None:
     """Records the scripted experts. Raises UserError before any work on a bad request."""
-    suite, every = config.task_suite_name, tasks(config.task_suite_name)
-    for task in config.tasks:
-        if not 0 <= task < len(every):
-            raise UserError(f"--tasks {task}", expected=f"0 to {len(every) - 1}", remedy="Correct the number.")
     assets = resolve(config.libero_assets)
-    wanted = {task.id: config.num_demos_per_task for task in every if task.id in config.tasks or not config.tasks}
-    limits = {task: 2 * count + SPARE_TAKES for task, count in wanted.items()}
     noise = {"noise": config.noise, "noise_share": config.noise_share if config.noise else 0.0}
-    note = {"starts": config.starts, **noise, "seed": config.seed}
-    request = Request(suite=suite, origin="experts", assets=assets, wanted=wanted, how=note)
-    make = partial(Demonstrator, suite, assets, seed=config.seed, test_starts=config.starts == "test", **noise)
-    record(request, limits, make, config.data_root_dir, config.num_workers)
+    how = {"starts": config.starts, **noise, "seed": config.seed}
+    requests = []
+    for suite in dict.fromkeys(config.task_suite_name.split(",")):
+        wanted = dict.fromkeys(chosen(suite, config.tasks), config.num_demos_per_task)
+        requests.append(Request(suite=suite, origin="experts", assets=assets, wanted=wanted, how=how))
+    make = partial(Demonstrator, assets, seed=config.seed, test_starts=config.starts == "test", **noise)
+    record(requests, make, config.data_root_dir, config.num_workers, spare=lambda count: count + SPARE_TAKES)
+
+
+def chosen(suite: str, numbers: Sequence[int]) -> list[int]:
+    """Those of a suite's tasks that `numbers` name, or all. Raises UserError for one that it does not have."""
+    every = [task.id for task in tasks(suite)]
+    for number in numbers:
+        if number not in every:
+            raise UserError(f"--tasks {number}", expected=f"0 to {every[-1]} in {suite}", remedy="Correct the number.")
+    return [number for number in every if number in numbers or not numbers]
 
 
 def regenerate(config: RegenerateConfig) -> None:
@@ -55,8 +61,7 @@ def regenerate(config: RegenerateConfig) -> None:
     files = demo_files(folder, names)
     counts = {task: count_demos(file) for task, file in files.items()}
     request = Request(suite=config.task_suite_name, origin=str(folder), assets=assets, wanted=counts, how={})
-    make = partial(Replayer, config.task_suite_name, assets, files=files)
-    record(request, counts, make, config.data_root_dir, config.num_workers)
+    record([request], partial(Replayer, assets, files=files), config.data_root_dir, config.num_workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,24 +89,44 @@ class Request:
 
 
 def record(
-    request: Request, limits: dict[int, int], make: Callable[[], Recorder], data_root_dir: Path, num_workers: int
+    requests: Sequence[Request],
+    make: Callable[[], Recorder],
+    data_root_dir: Path,
+    num_workers: int,
+    *,
+    spare: Callable[[int], int] = lambda count: 0,
 ) -> None:
+    """Makes every data set that is not there yet, all of them at once; `spare`: takes beyond the wanted number."""
     root = require_writable(data_root_dir, flag="--data_root_dir")
-    waiting = root / f".{request.name}.{request.digest}.takes"
-    print(f"{request.name}  {sum(request.wanted.values())} episodes, assets {request.assets.name}")
-    if is_done(root / request.name, request, waiting):
-        print(f"{request.name}  already recorded in {root / request.name}")
+    spools = {}
+    for request in requests:
+        waiting = root / f".{request.name}.{request.digest}.takes"
+        print(f"{request.name}  {sum(request.wanted.values())} episodes, assets {request.assets.name}")
+        if is_done(root / request.name, request, waiting):
+            print(f"{request.name}  already recorded in {root / request.name}")
+        else:
+            spools[request.suite] = waiting
+    pending = {request.suite: request for request in requests if request.suite in spools}
+    if not pending:
         return
-    spool = Spool(waiting)
-    tally = Tally(request.wanted, limits, spool.takes())
+    spools = {suite: Spool(waiting) for suite, waiting in spools.items()}
+    wanted = {(suite, task): count for suite, r in pending.items() for task, count in r.wanted.items()}
+    done = {((suite, task), k): solved for suite, s in spools.items() for (task, k), solved in s.takes().items()}
+    tally = Tally(wanted, {task: count + spare(count) for task, count in wanted.items()}, done)
     with connection():
-        gather(tally, spool, make, num_workers)
-    print(table(request, tally))
-    (waiting / BEGUN).touch()
-    names = [spool.name(*take) for take in tally.kept()]
+        gather(tally, spools, make, num_workers)
+    print(table(tally))
+    for suite, request in pending.items():
+        write(request, spools[suite], [(task, k) for (of, task), k in tally.kept() if of == suite], root)
+
+
+def write(request: Request, spool: Spool, kept: Sequence[tuple[int, int]], root: Path) -> None:
+    """Turns the takes into the data set, whose note comes last; then they go."""
+    (spool.folder / BEGUN).touch()
+    names = [spool.name(*take) for take in kept]
     folder = write_index(names, spool.read, root, request.name, starts=request.how.get("starts"))
     write_json(root / request.name / RECORDING, request.to_json())
-    shutil.rmtree(waiting)
+    shutil.rmtree(spool.folder)
     print(f"{request.name}  written to {folder}")
 
 
@@ -121,15 +146,17 @@ def is_done(folder: Path, request: Request, waiting: Path) -> bool:
     )
 
 
-def table(request: Request, tally: Tally) -> str:
+def table(tally: Tally) -> str:
     """One line a task: episodes kept, takes made, and the share of successes among the takes."""
-    instructions = {task.id: task.instruction for task in tasks(request.suite)}
-    lines = [f"{'task':>4} {'kept':>5} {'takes':>6} {'success':>8}"]
-    for task, count in request.wanted.items():
+    instructions = {(suite, t.id): t.instruction for suite in {of for of, _ in tally.wanted} for t in tasks(suite)}
+    lines = [f"{'':14} {'task':>4} {'kept':>5} {'takes':>6} {'success':>8}"]
+    for task, count in tally.wanted.items():
         successes, tried = tally.successes(task), tally.tried(task)
         rate = 100 * successes / max(1, tried)
-        lines.append(f"{task:>4} {min(successes, count):>5} {tried:>6} {rate:>7.1f}%  {instructions[task]}")
+        kept = min(successes, count)
+        lines.append(f"{task[0]:14} {task[1]:>4} {kept:>5} {tried:>6} {rate:>7.1f}%  {instructions[task]}")
     tried, successes = len(tally.done), sum(tally.done.values())
-    lines.append(f" all {sum(1 for _ in tally.kept()):>5} {tried:>6} {100 * successes / max(1, tried):>7.1f}%")
+    kept = sum(1 for _ in tally.kept())
+    lines.append(f"{'all':14} {'':>4} {kept:>5} {tried:>6} {100 * successes / max(1, tried):>7.1f}%")
     lines += [f"crashed  {why}" for why in tally.crashed.values()]
     return "\n".join(lines)

@@ -82,7 +82,7 @@ class CollectConfig:
     """Record demonstrations with the scripted experts, as an indexed data set."""
 
     task_suite_name: str = "libero_object"
-    """libero_spatial, libero_object, libero_goal or libero_10"""
+    """libero_spatial, libero_object, libero_goal or libero_10, or several separated by commas: a data set each"""
     num_demos_per_task: int = 50
     """successful demonstrations to keep for each task"""
     tasks: tuple[int, ...] = ()

@@ -5,7 +5,7 @@ next start of the command tries it again. Only where crashes outnumber successes
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 
 import ray
@@ -19,7 +19,8 @@ from spvla.progress import Progress
 from spvla.render.context import draw_on_gpu, draw_on_one_core
 from spvla.types import Episode
 
-Take = tuple[int, int]  # task, number
+Task = tuple[str, int]  # suite, number
+Take = tuple[Task, int]  # task, number
 DEATHS = 3  # of the process that makes one take, before that take is given up
 HUNG_S = 1200.0  # after which a take's process is ended; eight attempts at the longest task take 60 s of one core
 ENOUGH_CRASHES = 10  # to end a recording, if they outnumber its successes
@@ -28,32 +29,32 @@ ENOUGH_CRASHES = 10  # to end a recording, if they outnumber its successes
 class Tally:
     """Which takes are made, failed or due. Each task's first successes are kept, in whatever order they end."""
 
-    def __init__(self, wanted: dict[int, int], limits: dict[int, int], done: dict[Take, bool]) -> None:
+    def __init__(self, wanted: dict[Task, int], limits: dict[Task, int], done: dict[Take, bool]) -> None:
         self.wanted, self.limits, self.done = wanted, limits, dict(done)
         self.running: set[Take] = set()
         self.crashed: dict[Take, str] = {}  # why
 
-    def due(self, task: int) -> int | None:
+    def due(self, task: Task) -> int | None:
         """The task's next take; None when enough are made or under way, or its limit is reached."""
         if self.successes(task) + self.under_way(task) >= self.wanted[task]:
             return None
         taken = {k for t, k in (*self.done, *self.running, *self.crashed) if t == task}
         return next((k for k in range(self.limits[task]) if k not in taken), None)
 
-    def next(self, preferred: int | None) -> Take | None:
+    def next(self, preferred: Task | None) -> Take | None:
         """The take that an idle worker should make, of its own task if that has any left."""
         for task in sorted(self.wanted, key=lambda task: (task != preferred, self.under_way(task), task)):
             if (take := self.due(task)) is not None:
                 return task, take
         return None
 
-    def under_way(self, task: int) -> int:
+    def under_way(self, task: Task) -> int:
         return sum(t == task for t, _ in self.running)
 
-    def successes(self, task: int) -> int:
+    def successes(self, task: Task) -> int:
         return sum(solved for (t, _), solved in self.done.items() if t == task)
 
-    def tried(self, task: int) -> int:
+    def tried(self, task: Task) -> int:
         return sum(t == task for t, _ in self.done)
 
     def kept(self) -> Iterator[Take]:
@@ -69,8 +70,11 @@ class Tally:
             raise InfrastructureError(f"{len(self.crashed)} takes crashed, the last one so: {why}")
 
 
-def gather(tally: Tally, spool: Spool, make: Callable[[], Recorder], num_workers: int) -> None:
-    """Runs takes on actors until none is due. Raises a recorder's UserError, or InfrastructureError after crashes."""
+def gather(tally: Tally, spools: Mapping[str, Spool], make: Callable[[], Recorder], num_workers: int) -> None:
+    """Runs takes on actors until none is due, and keeps each in its suite's spool.
+
+    Raises a recorder's UserError, or InfrastructureError after crashes.
+    """
     require_resources("recording", CPU=1)
     total = sum(tally.wanted.values())
     count = num_workers or cpus_to_use()
@@ -82,7 +86,8 @@ def gather(tally: Tally, spool: Spool, make: Callable[[], Recorder], num_workers
                     tally.crash(take, episode)
                     continue
                 tally.running.discard(take)
-                spool.put(*take, episode)
+                (suite, task), number = take
+                spools[suite].put(task, number, episode)
                 tally.done[take] = episode is not None
             show(progress, tally)
 
@@ -99,7 +104,7 @@ class Workers:
 
     def __init__(self, make: Callable[[], Recorder], count: int) -> None:
         self.make, self.count = make, count
-        self.idle: list[tuple[ray.actor.ActorHandle, int | None]] = []
+        self.idle: list[tuple[ray.actor.ActorHandle, Task | None]] = []
         self.busy: dict[ray.ObjectRef, tuple[ray.actor.ActorHandle, Take, float]] = {}
         self.deaths: dict[Take, int] = {}
         self.made = 0  # actors
@@ -143,7 +148,8 @@ class Workers:
                 if self.deaths[take] < DEATHS:
                     self._run(self._new(), take)
                 else:
-                    yield take, f"task {take[0]}, take {take[1]}: its process died or hung {DEATHS} times ({e})"
+                    (suite, task), number = take
+                    yield take, f"{suite} task {task}, take {number}: its process died or hung {DEATHS} times ({e})"
             else:
                 self.idle.append((actor, take[0]))
                 yield take, episode
@@ -161,5 +167,5 @@ class _Actor:
         draw_on_gpu(number)
         self.recorder = make()
 
-    def record(self, task: int, take: int) -> Episode | None:
-        return self.recorder.record(task, take)
+    def record(self, task: Task, take: int) -> Episode | None:
+        return self.recorder.record(*task, take)

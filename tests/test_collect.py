@@ -1,12 +1,14 @@
 """`spvla collect` and `spvla regenerate` on a real cluster with real environments; the tally that decides takes."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from data_parts import episode
 
 from spvla.benchmarks.libero.assets import AssetSet, resolve
 from spvla.benchmarks.libero.env import LiberoEnv
@@ -34,41 +36,46 @@ def episodes(root: Path) -> list[Episode]:
 
 
 def test_a_failure_makes_one_more_take_due_and_the_first_successes_are_kept() -> None:
-    tally = Tally({4: 2}, {4: 10}, {})
-    assert [tally.next(None), tally.due(4)] == [(4, 0), 0]
-    tally.running |= {(4, 0), (4, 1)}
-    assert tally.next(4) is None  # two are wanted and two are under way
-    tally.running -= {(4, 0)}
-    tally.done[4, 0] = False
-    assert tally.next(4) == (4, 2)
+    task = ("libero_goal", 4)
+    tally = Tally({task: 2}, {task: 10}, {})
+    assert [tally.next(None), tally.due(task)] == [(task, 0), 0]
+    tally.running |= {(task, 0), (task, 1)}
+    assert tally.next(task) is None  # two are wanted and two are under way
+    tally.running -= {(task, 0)}
+    tally.done[task, 0] = False
+    assert tally.next(task) == (task, 2)
     tally.running.clear()
-    tally.done.update({(4, 2): True, (4, 1): True, (4, 3): True})
-    assert tally.next(4) is None
-    assert list(tally.kept()) == [(4, 1), (4, 2)]
+    tally.done.update({(task, 2): True, (task, 1): True, (task, 3): True})
+    assert tally.next(task) is None
+    assert list(tally.kept()) == [(task, 1), (task, 2)]
 
 
 def test_an_idle_worker_stays_with_its_task_and_a_task_is_given_up_at_its_limit() -> None:
-    tally = Tally({0: 1, 1: 1}, {0: 2, 1: 2}, {})
-    assert tally.next(1) == (1, 0)
-    tally.done.update({(1, 0): False, (1, 1): False})
-    assert tally.next(1) == (0, 0)
+    one, other = ("libero_goal", 0), ("libero_object", 0)
+    tally = Tally({one: 1, other: 1}, {one: 2, other: 2}, {})
+    assert tally.next(other) == (other, 0)
+    tally.done.update({(other, 0): False, (other, 1): False})
+    assert tally.next(other) == (one, 0)
 
 
 def test_a_crash_makes_one_more_take_due_and_only_many_end_the_recording() -> None:
-    tally = Tally({0: 3}, {0: 100}, {(0, 0): True})
-    tally.running = {(0, 1), (0, 2)}
-    tally.crash((0, 1), "a wall fell")
-    assert tally.next(None) == (0, 3)
-    tally.done = {(0, k): True for k in range(2, 2 + ENOUGH_CRASHES)}
+    task = ("libero_10", 0)
+    tally = Tally({task: 3}, {task: 100}, {(task, 0): True})
+    tally.running = {(task, 1), (task, 2)}
+    tally.crash((task, 1), "a wall fell")
+    assert tally.next(None) == (task, 3)
+    tally.done = {(task, k): True for k in range(2, 2 + ENOUGH_CRASHES)}
     for k in range(20, 19 + ENOUGH_CRASHES):
-        tally.crash((0, k), "another")
+        tally.crash((task, k), "another")
     with pytest.raises(InfrastructureError, match="11 takes crashed, the last one so: the roof"):
-        tally.crash((0, 99), "the roof")
+        tally.crash((task, 99), "the roof")
 
 
-def test_an_unknown_task_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--tasks 10; expected 0 to 9"):
+def test_an_unknown_task_or_suite_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--tasks 10; expected 0 to 9 in libero_object"):
         collect(CollectConfig(tasks=(10,), data_root_dir=tmp_path / "data"))
+    with pytest.raises(UserError, match="suite libero_moon"):
+        collect(CollectConfig(task_suite_name="libero_object,libero_moon", data_root_dir=tmp_path / "data"))
     assert not (tmp_path / "data").exists()
 
 
@@ -103,6 +110,35 @@ def test_collect_writes_a_data_set_and_the_same_command_again_finds_it_done(
     assert (note["starts"], note["noise"], note["seed"]) == ("fresh", 0.0, 7)
     with pytest.raises(DatasetError, match=r"was made from something else \(starts fresh, not test\)"):
         collect(replace(config, starts="test"))
+
+
+def test_a_suite_that_is_there_is_left_as_it_is_and_the_others_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Takes that were made before an interruption are enough; no actor is needed."""
+    root = tmp_path / "data"
+    config = CollectConfig(
+        task_suite_name="libero_goal,libero_10", tasks=(0,), num_demos_per_task=2, data_root_dir=root
+    )
+    monkeypatch.setattr("spvla.collect.connection", nullcontext)
+    asked: list[dict] = []
+
+    def gather(tally: Tally, spools: dict, make: object, num_workers: int) -> None:
+        asked.append(dict(tally.wanted))
+        for (suite, task), count in tally.wanted.items():
+            for take in range(1, 1 + count):
+                spools[suite].put(task, take, episode(take, source=suite))
+                tally.done[(suite, task), take] = True
+
+    monkeypatch.setattr("spvla.collect.gather", gather)
+    collect(replace(config, task_suite_name="libero_goal"))
+    collect(config)
+    assert asked == [{("libero_goal", 0): 2}, {("libero_10", 0): 2}]
+    for suite in ("libero_goal", "libero_10"):
+        store = FrameStore.open(ensure_index(root, f"{suite}_no_noops"))
+        assert [store.episode(i).source for i in range(2)] == [suite, suite]
+    assert not list(root.glob(".*"))
+    assert "libero_10 " in capsys.readouterr().out.splitlines()[-3]
 
 
 def test_regenerate_drops_noops_and_failures(tmp_path: Path, assets: AssetSet, ray_cluster: None) -> None:

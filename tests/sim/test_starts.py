@@ -119,7 +119,7 @@ def test_the_share_of_disturbed_takes_is_kept_from_the_first_take_on() -> None:
 
 
 def test_a_demonstrator_says_where_it_began_and_how_much_it_was_disturbed(assets: AssetSet) -> None:
-    recorder = Demonstrator("libero_object", assets, seed=7, test_starts=True, noise=0.1, noise_share=0.5)
-    with recorder.open(9) as env:
+    recorder = Demonstrator(assets, seed=7, test_starts=True, noise=0.1, noise_share=0.5)
+    with recorder.open("libero_object", 9) as env:
         assert recorder.start(env, 52)[1] == "init state 2"
         assert np.array_equal(recorder.start(env, 52)[0].state, env.init_states[2])

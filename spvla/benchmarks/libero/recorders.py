@@ -21,26 +21,26 @@ class Recorder:
     Many record at once, and each draws 300 pictures a take: a GPU that they share is short before their cores are.
     """
 
-    def __init__(self, suite: str, assets: AssetSet) -> None:
-        self.suite, self.assets = suite, assets
+    def __init__(self, assets: AssetSet) -> None:
+        self.assets = assets
         self.env: LiberoEnv | None = None
 
-    def record(self, task: int, take: int) -> Episode | None:
+    def record(self, suite: str, task: int, take: int) -> Episode | None:
         """The take-th episode of a task, or None where it is no success. A crash is an InfrastructureError."""
         try:
-            return self.make(self.open(task), task, take)
+            return self.make(self.open(suite, task), take)
         except SpvlaError:
             raise
         except Exception as e:
-            raise InfrastructureError(f"{self.suite} task {task}, take {take}: {type(e).__name__}: {e}") from e
+            raise InfrastructureError(f"{suite} task {task}, take {take}: {type(e).__name__}: {e}") from e
 
-    def make(self, env: LiberoEnv, task: int, take: int) -> Episode | None:
+    def make(self, env: LiberoEnv, take: int) -> Episode | None:
         raise NotImplementedError
 
-    def open(self, task: int) -> LiberoEnv:
-        if self.env is None or self.env.task != task:
+    def open(self, suite: str, task: int) -> LiberoEnv:
+        if self.env is None or (self.env.suite, self.env.task) != (suite, task):
             self.close()
-            self.env = LiberoEnv(self.suite, task, self.assets, spare_gpu=True)
+            self.env = LiberoEnv(suite, task, self.assets, spare_gpu=True)
         return self.env
 
     def close(self) -> None:
@@ -57,15 +57,15 @@ class Demonstrator(Recorder):
     """
 
     def __init__(
-        self, suite: str, assets: AssetSet, *, seed: int, test_starts: bool = False, noise: float, noise_share: float
+        self, assets: AssetSet, *, seed: int, test_starts: bool = False, noise: float, noise_share: float
     ) -> None:
-        super().__init__(suite, assets)
+        super().__init__(assets)
         self.seed, self.test_starts, self.noise, self.noise_share = seed, test_starts, noise, noise_share
 
-    def make(self, env: LiberoEnv, task: int, take: int) -> Episode | None:
+    def make(self, env: LiberoEnv, take: int) -> Episode | None:
         start, where = self.start(env, take)
         noise = self.noise if is_noisy(take, self.noise_share) else 0.0
-        found = demonstrate(env, start, np.random.default_rng([self.seed, task, take]), noise=noise)
+        found = demonstrate(env, start, np.random.default_rng([self.seed, env.task, take]), noise=noise)
         demonstration = without_noops(env, start, found) if found else None
         if demonstration is None:
             return None
@@ -117,12 +117,12 @@ def filmed(env: LiberoEnv, demonstration: Demonstration, *, source: str) -> Epis
 class Replayer(Recorder):
     """Take k is demo_k of the task's HDF5 file, played in the world of the task's k-th episode."""
 
-    def __init__(self, suite: str, assets: AssetSet, *, files: dict[int, Path]) -> None:
-        super().__init__(suite, assets)
+    def __init__(self, assets: AssetSet, *, files: dict[int, Path]) -> None:
+        super().__init__(assets)
         self.files = files
 
-    def make(self, env: LiberoEnv, task: int, take: int) -> Episode | None:
-        demo = read_demo(self.files[task], take)
+    def make(self, env: LiberoEnv, take: int) -> Episode | None:
+        demo = read_demo(self.files[env.task], take)
         size = 1 + env.model.nq + env.model.nv
         if demo.state.shape != (size,):
             raise DatasetError(
