@@ -12,7 +12,6 @@ import pytest
 import torch
 from policy_parts import reference_model, requests, write_adapter
 from selfplay_parts import ragged_batch, take_step, tiny_core, tiny_lora
-from spvla.train.adapters import Flat
 from torch import Tensor
 
 import spvla
@@ -24,6 +23,7 @@ from spvla.model.vision import Block, TowerConfig
 from spvla.policies.openvla.policy import OpenVLAPolicy
 from spvla.policies.openvla.presets import initialise, preset
 from spvla.policies.openvla.prompt import build_tiny_tokenizer
+from spvla.train.flat import Flat
 from spvla.train.optimizer import Optimizer
 from spvla.train.step import Learner
 
