@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_parts import NAME, episode, store_of
+from data_parts import NAME, episode, index_here, store_of
+from training_parts import DATASET, distance, quick_flags, train_here, weights_of, write_toy_dataset
 
 from spvla.data import frames
 from spvla.data.frames import DecodedFrames, StoredFrames, available_memory, open_frames
@@ -56,6 +57,19 @@ def test_a_batch_is_the_same_from_either(store: FrameStore, folder: Path) -> Non
     ]
     for a, b in zip(*batches, strict=True):
         assert np.array_equal(a.images, b.images) and np.array_equal(a.samples, b.samples)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_learns_the_same_from_either(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_toy_dataset(tmp_path / "data", episodes=4, steps=3)
+    index_here(tmp_path / "data", DATASET)
+    monkeypatch.setattr(frames, "own_folders", lambda: (folder,))
+    flags: dict = {"image_aug": True, "val_split_from_train": False, "objective": "sft"}
+    learned = [
+        weights_of(train_here(quick_flags(tmp_path / "data", tmp_path / mode, frames=mode, **flags)))
+        for mode in ("decoded", "stored")
+    ]
+    assert len(list(folder.glob("*.u8"))) == 1 and distance(*learned) == 0
 
 
 def test_a_second_process_uses_the_same_file(store: FrameStore, folder: Path) -> None:
