@@ -22,6 +22,7 @@ LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "bf16", "fp32"]
 FrameMode = Literal["auto", "decoded", "stored"]
 AugmentOn = Literal["auto", "host", "device"]
+ExportFormat = Literal["rlds", "lerobot"]
 CropOffsets = Literal["diagonal", "independent"]
 WandbMode = Literal["online", "offline"]
 ModelFamily = Literal["openvla"]
@@ -123,12 +124,14 @@ class RegenerateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a recorded data set in the RLDS form that OpenVLA's own scripts read."""
+    """Write a data set in the RLDS form that OpenVLA's own scripts read, or as a LeRobotDataset v3."""
 
     data_root_dir: Path = Path("datasets")
     dataset_name: str = "libero_object_no_noops"
+    format: ExportFormat = "rlds"
+    """rlds: of a recorded data set; lerobot: of any indexed one, its pictures as video"""
     out: Path | None = None
-    """folder that gets NAME/1.0.0; default: --data_root_dir"""
+    """folder that gets NAME/1.0.0, or NAME for lerobot; default: --data_root_dir (and NAME_lerobot)"""
 
     def check(self) -> None:
         require_values(self)
@@ -136,7 +139,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-    """Read a TFDS data set once into an indexed store, with its statistics."""
+    """Read a TFDS data set or a LeRobotDataset v3 once into an indexed store, with its statistics."""
 
     data_root_dir: Path = Path("datasets")
     """folder that holds the data set's folder"""

@@ -7,19 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from spvla.data import index, layout
-from spvla.data.store import (
-    FORMAT,
-    INDEX,
-    STATISTICS,
-    FrameStore,
-    actions_of,
-    proprio_of,
-    read_batches,
-    statistics_of,
-    write_batches,
-)
-from spvla.files import write_json
+from spvla.data import index
+from spvla.data.store import FrameStore, conclude, write_batches
 from spvla.policies.openvla.images import encode_jpeg
 from spvla.types import Episode
 
@@ -65,7 +54,7 @@ def write(root: Path, episodes: Sequence[Episode], *, shards: int = 1, name: str
 
 def index_here(root: Path, name: str = NAME, *, skip_corrupt: bool = False) -> FrameStore:
     """What the Ray tasks and their driver do, one after the other in this process."""
-    source, folder = layout.find(root, name), root / name / index.FOLDER
+    source, folder = index.find(root, name), root / name / index.FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for shard in source.shards:
         index.index_shard(shard, folder, skip_corrupt)
@@ -74,17 +63,13 @@ def index_here(root: Path, name: str = NAME, *, skip_corrupt: bool = False) -> F
 
 
 def store_of(root: Path, episodes: Sequence[Episode], name: str = NAME) -> FrameStore:
-    """A store of one file, written without TFDS files behind it."""
+    """A store of one file, in the order given."""
     folder = root / name / index.FOLDER
     folder.mkdir(parents=True)
     path = folder / "episodes.arrow"
     lengths = write_batches(path, episodes)
     entry = {"file": path.name, "bytes": path.stat().st_size, "split": "train", "episodes": len(lengths)}
-    batches = read_batches(path, entry["bytes"])
-    statistics = statistics_of(actions_of(batches), proprio_of(batches), len(lengths))
-    write_json(folder / STATISTICS, {name: statistics})
-    whole = {"format": FORMAT, "dataset_name": name, "digest": "0", "shards": [entry | {"frames": sum(lengths)}]}
-    write_json(folder / INDEX, whole)
+    conclude(folder, name, [entry | {"frames": sum(lengths), "sha256": "0"}], recorded=True)
     return FrameStore.open(folder)
 
 

@@ -1,4 +1,4 @@
-"""A TFDS data set -> a FrameStore: one Ray task a shard, each finished shard kept, so that a second run goes on.
+"""A TFDS data set or a LeRobotDataset -> a FrameStore: one Ray task a shard, each finished one kept for the next run.
 
 TensorFlow is imported in the tasks only. On a cluster the data root must be a folder that all machines share.
 """
@@ -16,8 +16,8 @@ import ray
 from spvla.cluster.connect import connection
 from spvla.cluster.machines import cpus_to_use
 from spvla.config import IndexConfig
-from spvla.data import layout
-from spvla.data.layout import Layout, Shard
+from spvla.data import layout, lerobot
+from spvla.data.layout import Layout, Part, Shard
 from spvla.data.store import (
     FORMAT,
     INDEX,
@@ -30,6 +30,7 @@ from spvla.data.store import (
 from spvla.errors import DatasetError, SpvlaError
 from spvla.files import safe_name, write_json
 from spvla.progress import Progress
+from spvla.types import Episode
 
 FOLDER = "index"
 ABANDONED_S = 3600.0  # a file that nobody has written to for so long
@@ -54,7 +55,7 @@ def ensure_index(data_root_dir: Path, dataset_name: str, *, skip_corrupt: bool =
     folder = Path(data_root_dir) / safe_name(dataset_name, what="--dataset_name") / FOLDER
     if is_recorded(folder):
         return folder
-    source = layout.find(Path(data_root_dir), dataset_name)
+    source = find(Path(data_root_dir), dataset_name)
     stale = [s for s in source.shards if not is_current(folder, s, skip_corrupt)]
     if not stale and matches(folder, source):
         return folder
@@ -73,7 +74,25 @@ def ensure_index(data_root_dir: Path, dataset_name: str, *, skip_corrupt: bool =
 def require_source(data_root_dir: Path, dataset_name: str) -> None:
     """Raises DatasetError where there is neither a recorded data set nor one to index."""
     if not is_recorded(data_root_dir / safe_name(dataset_name, what="--dataset_name") / FOLDER):
-        layout.find(data_root_dir, dataset_name)
+        find(data_root_dir, dataset_name)
+
+
+def find(data_root_dir: Path, dataset_name: str) -> Layout[Any]:
+    """What there is to index: a LeRobotDataset or TFDS files. Raises DatasetError."""
+    folder = data_root_dir / safe_name(dataset_name, what="--dataset_name")
+    if lerobot.is_lerobot(folder):
+        return lerobot.find(folder, dataset_name)
+    return layout.find(data_root_dir, dataset_name)
+
+
+def episodes_of(part: Part, skipped: list[str] | None) -> Iterator[Episode]:
+    """Raises DatasetError for what is corrupt; with a list `skipped`, its message joins that list instead."""
+    if isinstance(part, lerobot.Block):
+        return part.read(skipped)
+    from spvla.data.rlds import read_episodes  # TensorFlow, in this process only
+
+    assert isinstance(part, Shard)
+    return read_episodes([part], skipped=skipped)
 
 
 @contextmanager
@@ -89,13 +108,13 @@ def writing(path: Path) -> Iterator[None]:
         ) from e
 
 
-def is_current(folder: Path, shard: Shard, skip_corrupt: bool) -> bool:
+def is_current(folder: Path, shard: Part, skip_corrupt: bool) -> bool:
     """Whether the shard was indexed, is as it was then, and lacks nothing that may not be lacking."""
     done = read_entry(folder, shard)
-    return done is not None and done["source"] == fingerprint(shard) and (skip_corrupt or not done["skipped"])
+    return done is not None and done["source"] == shard.fingerprint() and (skip_corrupt or not done["skipped"])
 
 
-def matches(folder: Path, source: Layout) -> bool:
+def matches(folder: Path, source: Layout[Any]) -> bool:
     """Whether a whole index is there, of these shards in this order."""
     try:
         return [s["file"] for s in read_index(folder)["shards"]] == [file_name(s) for s in source.shards]
@@ -128,17 +147,11 @@ def format_of(folder: Path) -> int | None:
         return None
 
 
-def fingerprint(shard: Shard) -> dict[str, Any]:
-    """What can be had without reading the file, and changes when it is written again."""
-    stat = shard.path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "records": shard.records}
+def file_name(shard: Part) -> str:
+    return f"{shard.name}.arrow"
 
 
-def file_name(shard: Shard) -> str:
-    return f"{shard.path.name}.arrow"
-
-
-def read_entry(folder: Path, shard: Shard) -> dict[str, Any] | None:
+def read_entry(folder: Path, shard: Part) -> dict[str, Any] | None:
     """What was noted when the shard had been indexed; None if it never was, or its file has gone or changed."""
     try:
         entry = json.loads((folder / f"{file_name(shard)}.json").read_text())
@@ -148,7 +161,7 @@ def read_entry(folder: Path, shard: Shard) -> dict[str, Any] | None:
     return entry if whole else None
 
 
-def index_shards(shards: list[Shard], folder: Path, source: Layout, skip_corrupt: bool, num_workers: int) -> None:
+def index_shards(shards: list[Part], folder: Path, source: Layout[Any], skip_corrupt: bool, num_workers: int) -> None:
     """Runs the tasks, `num_workers` at a time, and shows how far they are. The first error cancels the rest."""
     task = ray.remote(num_cpus=1, max_retries=2, max_calls=1)(index_shard)  # no process with TensorFlow is used again
     limit = num_workers or cpus_to_use()
@@ -170,21 +183,19 @@ def index_shards(shards: list[Shard], folder: Path, source: Layout, skip_corrupt
             progress.update(finished)
 
 
-def index_shard(shard: Shard, folder: Path, skip_corrupt: bool) -> None:
+def index_shard(shard: Part, folder: Path, skip_corrupt: bool) -> None:
     """One shard -> one Arrow file and, after it, its entry. Both appear whole or not at all."""
-    before, digest = fingerprint(shard), shard.content_digest()
+    before, digest = shard.fingerprint(), shard.content_digest()
     done = read_entry(folder, shard)
     if done and done["sha256"] == digest and (skip_corrupt or not done["skipped"]):
         write_json(folder / f"{done['file']}.json", done | {"source": before})  # moved or touched, but the same
         return
-    from spvla.data.rlds import read_episodes  # TensorFlow, in this process only
-
     skipped: list[str] | None = [] if skip_corrupt else None
     path = folder / file_name(shard)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
-            lengths = write_batches(beside, read_episodes([shard], skipped=skipped))
+            lengths = write_batches(beside, episodes_of(shard, skipped))
             size_bytes = beside.stat().st_size
             beside.replace(path)
             entry = {
@@ -203,7 +214,7 @@ def index_shard(shard: Shard, folder: Path, skip_corrupt: bool) -> None:
         beside.unlink(missing_ok=True)
 
 
-def finish(folder: Path, source: Layout) -> None:
+def finish(folder: Path, source: Layout[Any]) -> None:
     """Statistics over every episode, then the index itself, last."""
     found = [read_entry(folder, s) for s in source.shards]
     entries = [entry for entry in found if entry]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from spvla.errors import DatasetError
 from spvla.files import safe_name
@@ -31,6 +31,23 @@ OPTIONAL: dict[str, tuple[int, ...]] = {  # what plain OpenVLA does not look at
 }
 
 
+class Part(Protocol):
+    """What one task reads of a data set: a shard of TFDS files, a block of a LeRobotDataset."""
+
+    @property
+    def name(self) -> str:
+        """Of the index's file, in part."""
+
+    @property
+    def split(self) -> str: ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What can be had without reading, and changes when it is written again."""
+
+    def content_digest(self) -> str:
+        """sha256 of what it is read from."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """One TFRecord file; a record is an episode."""
@@ -39,20 +56,31 @@ class Shard:
     split: str
     records: int  # as dataset_info.json has it
 
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def fingerprint(self) -> dict[str, Any]:
+        stat = self.path.stat()
+        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "records": self.records}
+
     def content_digest(self) -> str:
         """sha256 of the file."""
         with self.path.open("rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+P = TypeVar("P", bound=Part)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(Generic[P]):
     name: str  # of the folder; OpenVLA's users say this, and statistics are stored under it
     folder: Path  # the version's
-    shards: tuple[Shard, ...]  # the train split's first, each split in order
+    shards: tuple[P, ...]  # the train split's first, each split in order
 
 
-def find(data_root_dir: Path, dataset_name: str) -> Layout:
+def find(data_root_dir: Path, dataset_name: str) -> Layout[Shard]:
     """The newest version of a data set, its features and shards checked. Raises DatasetError."""
     folder = newest_version(data_root_dir, dataset_name)
     check_features(folder)

@@ -58,9 +58,15 @@ def write_index(
 
 
 def export(config: ExportConfig) -> None:
-    """`spvla export`: writes OUT/NAME/1.0.0 as TFDS would, episodes in the store's order. Raises UserError."""
+    """`spvla export`: writes OUT/NAME/1.0.0 as TFDS would, episodes in the store's order, or a LeRobotDataset.
+
+    Raises UserError.
+    """
     root = config.data_root_dir.expanduser().resolve()
     name = safe_name(config.dataset_name, what="--dataset_name")
+    if config.format == "lerobot":
+        export_lerobot(root, name, require_writable(config.out or root, flag="--out"))
+        return
     if not is_recorded(root / name / FOLDER):
         raise UserError(
             f"{root / name} holds no data set that was recorded here",
@@ -75,4 +81,20 @@ def export(config: ExportConfig) -> None:
     folder = write_dataset(episodes, out, name, in_order=True)
     if out != root and (root / name / RECORDING).exists():
         shutil.copyfile(root / name / RECORDING, out / name / RECORDING)
+    print(f"export  {folder}: {len(store.episode_lengths)} episodes, {len(store)} frames")
+
+
+def export_lerobot(root: Path, name: str, out: Path) -> None:
+    """Any indexed data set -> OUT/NAME, or OUT/NAME_lerobot where the data set itself lies there."""
+    from spvla.data import lerobot, lerobot_export  # pandas only now
+
+    store = FrameStore.open(root / name / FOLDER)
+    folder = out / (f"{name}_lerobot" if out == root else name)
+    if folder.exists() and not lerobot.is_lerobot(folder):
+        raise UserError(
+            f"{folder} exists and is no LeRobotDataset",
+            expected="a new folder, or an older export",
+            remedy="Give another --out.",
+        )
+    lerobot_export.export(store, folder)
     print(f"export  {folder}: {len(store.episode_lengths)} episodes, {len(store)} frames")

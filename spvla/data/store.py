@@ -139,6 +139,13 @@ class FrameStore:
         return proprio_of(self.batches)
 
     @cached_property
+    def joint_states(self) -> np.ndarray | None:
+        """(N, 7) float32; None where the data set has none."""
+        if any(b["joint_state"].null_count for b in self.batches):
+            return None
+        return rows_of(self.batches, "joint_state", JOINTS)
+
+    @cached_property
     def instructions(self) -> list[str]:
         """One of each episode."""
         return [b["instruction"][0].as_py() for b in self.batches]
