@@ -30,7 +30,7 @@ from spvla.cluster.connect import connection
 from spvla.cluster.machines import require_resources
 from spvla.config import StepConfig
 from spvla.model.lora_file import LoraFile
-from spvla.train.questions import together
+from spvla.train.reference import together
 from spvla.train.step import Learner
 
 WARM_UP = 1  # groups of steps
@@ -111,8 +111,8 @@ def work(config: dict[str, argparse.Namespace]) -> Row:
     for _ in range(WARM_UP + args.steps // ahead):
         dist.barrier()
         start = time.perf_counter()
-        coming = learner.ask([[batch] for batch in islice(batches, ahead)])
-        parts.append([pending.read() for pending in [learner.step(questions) for questions in coming]])
+        coming = learner.prepare([[batch] for batch in islice(batches, ahead)])
+        parts.append([pending.read() for pending in [learner.step(batches) for batches in coming]])
         seconds.append((time.perf_counter() - start) / ahead)
         assert not any(metrics["skipped"] for metrics in parts[-1]), parts[-1]
     seconds, parts = seconds[WARM_UP:], [metrics for group in parts[WARM_UP:] for metrics in group]

@@ -97,7 +97,7 @@ def steps(learner: Learner, batches: "cycle[Batch]", count: int) -> list[dict[st
     rows: list[dict[str, float]] = []
     pending: Pending | None = None
     for _ in range(count):
-        (micro_batches,) = learner.ask([[next(batches)]])
+        (micro_batches,) = learner.prepare([[next(batches)]])
         started = learner.step(micro_batches)
         if pending is not None:
             rows.append(pending.read())

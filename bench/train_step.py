@@ -5,7 +5,7 @@
 
 a  the fork's step: a second copy of the model as opponent, each model's own argmax, logits at every position
 b  the textbook SPIN step: generate, then both sequences through policy and opponent; at batch 8, since 20 does not fit
-c  ours: the opponent's replies decoded afresh, both actions scored over one shared prefix
+c  ours: the opponent's answers decoded afresh, both actions scored over one shared prefix
 d  ours: the opponent's reply known from an earlier epoch
 
 As in training, c and d have the opponent answer several steps at once, and read a step's numbers later: the device
@@ -41,10 +41,10 @@ from spvla.model.lora_file import LoraFile, fresh_lora
 from spvla.model.openvla import OpenVLA, with_patches
 from spvla.model.vision import NUM_PATCHES
 from spvla.policies.openvla.presets import preset
+from spvla.train.losses import greedy_logps, spin_loss, token_logps
 from spvla.train.network import Network
-from spvla.train.objective import greedy_logps, spin_loss, token_logps
-from spvla.train.questions import together
-from spvla.train.replies import ReplyStore
+from spvla.train.reference import together
+from spvla.train.reference_store import ReferenceStore
 from spvla.train.scoring import FED, REAL_ROWS, score_pair, to_inputs
 from spvla.train.settings import ALLOCATOR
 from spvla.train.step import Learner
@@ -114,7 +114,9 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
         profile(steps)
     if "d" in args.way:
         with tempfile.TemporaryDirectory() as folder:
-            learner.asker.replies = ReplyStore(Path(folder) / "replies.bin", num_samples=args.batch * BATCHES, key="")
+            learner.reference.store = ReferenceStore(
+                Path(folder) / "answers.bin", num_samples=args.batch * BATCHES, key=""
+            )
             rows["d"] = timed(args, steps, args.batch, passes=2, model=model, count=ahead)
     return rows
 
@@ -163,8 +165,8 @@ def our_steps(args: argparse.Namespace, learner: Learner, ahead: int) -> Callabl
     batches, behind = stream(args, args.batch), []
 
     def steps() -> dict[str, float]:
-        coming = learner.ask([[batch] for batch in islice(batches, ahead)])
-        under_way = [learner.step(questions) for questions in coming]
+        coming = learner.prepare([[batch] for batch in islice(batches, ahead)])
+        under_way = [learner.step(batches) for batches in coming]
         rows = [pending.read() for pending in behind or under_way]
         behind[:] = under_way
         assert not any(row["skipped"] for row in rows), rows

@@ -154,38 +154,50 @@ class IndexConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepConfig:
+class PairFlags:
+    """Read by the objectives that compare two actions (train/objectives/pairs.py)."""
+
+    beta: float = 0.1
+    """strength of the self-play margin"""
+    sft_weight: float = 0.0
+    """weight of the cross entropy added to the self-play loss"""
+    logp_reduction: Reduction = "sum"
+    """how an action's token log-probs become one; the fork averaged"""
+    opponent_temperature: float = 0.0
+    """0: the opponent acts greedily; 1: its answer is drawn, as SPIN has it"""
+    drop_collisions: bool = False
+    """leave pairs whose generated action equals the real one out of the mean"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForkFlags(PairFlags):
+    """The original self-play fork's own additions to them."""
+
+    eta: float = 0.0
+    """weight of the fork's entropy term: sigmoid's loss is
+    -log sigmoid(beta margin - eta (opponent_real - policy_generated))"""
+    loss_type: LossType = "sigmoid"
+    opponent_update: OpponentUpdate = "iteration"
+    """iteration: the opponent stays the start policy; ema: it follows the policy after each step"""
+    ema_decay: float = 0.9999
+    skip_hard_above: float | None = None
+    """skip a batch whose cross entropy is at least this"""
+    logit_scale: float = 1.0
+    """logits are divided by this before log-probs are taken"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig(ForkFlags):
     """The training flags that one optimiser step depends on."""
 
     objective: Objective = "spin"
     """spin: SPIN (arXiv 2401.01335); spvla: the original self-play fork's form; sft: behaviour cloning"""
-    beta: float = 0.1
-    """strength of the self-play margin"""
-    eta: float = 0.0
-    """weight of the fork's entropy term: sigmoid's loss is
-    -log sigmoid(beta margin - eta (opponent_real - policy_generated))"""
-    sft_weight: float = 0.0
-    """weight of the cross entropy added to the self-play loss"""
-    loss_type: LossType = "sigmoid"
-    logp_reduction: Reduction = "sum"
-    """how seven token log-probs become one; the fork averaged"""
-    opponent_temperature: float = 0.0
-    """0: the opponent acts greedily; 1: its answer is drawn, as SPIN has it"""
-    opponent_update: OpponentUpdate = "iteration"
-    """iteration: the opponent stays the start policy; ema: it follows the policy after each step"""
-    ema_decay: float = 0.9999
     loss_columns: LossColumns = "all"
     """action: sft takes the loss of the action tokens alone, not of the end of sequence, and computes no logits of
     other words. Their rows of the output head must be zeros, as in the presets, and stay so; the probabilities are
     those of all"""
-    skip_hard_above: float | None = None
-    """spvla: skip a batch whose cross entropy is at least this"""
-    logit_scale: float = 1.0
-    """spvla: logits are divided by this before log-probs are taken"""
     logit_softcap: float | None = None
     """cap logits smoothly: cap * tanh(logits / cap)"""
-    drop_collisions: bool = False
-    """leave pairs whose generated action equals the real one out of the mean"""
     use_lora: bool = True
     """False trains every weight (sft only)"""
     lora_dropout: float = 0.0
@@ -279,22 +291,10 @@ class TrainConfig(StepConfig):
     def check(self) -> None:
         require_values(self, above_0=(*ABOVE_0, "num_workers"))
         require(
-            self.use_lora or self.objective == "sft",
-            f"--use_lora False with --objective {self.objective}",
-            expected="LoRA, because opponent and policy are adapters on one base",
-            remedy="Drop --use_lora False, or use --objective sft.",
-        )
-        require(
             self.use_lora or not self.lora_dropout,
             f"--use_lora False with --lora_dropout {self.lora_dropout}",
             expected="LoRA, whose rows the dropout is for",
             remedy="Drop one of the two.",
-        )
-        require(
-            self.loss_columns == "all" or self.objective == "sft",
-            f"--loss_columns {self.loss_columns} with --objective {self.objective}",
-            expected="all, for self-play",
-            remedy="Drop --loss_columns: the probabilities are the same.",
         )
         require(
             0 <= self.ema_decay <= 1,

@@ -14,7 +14,7 @@ from spvla.model.lora_file import LoraFile
 from spvla.model.openvla import OpenVLA
 from spvla.policies.checkpoint import load_model
 from spvla.policies.openvla.presets import initialise, preset
-from spvla.train.replies import ReplyStore
+from spvla.train.reference_store import ReferenceStore
 from spvla.train.scoring import REAL_ROWS, Inputs
 from spvla.train.step import Learner
 from spvla.types import ACTION_DIM, Batch
@@ -32,11 +32,11 @@ def tiny_lora(seed: int = 0, *, rank: int = 4, strength: float = 0.05) -> LoraFi
 
 
 def tiny_learner(
-    config: StepConfig, *, opponent: LoraFile | None = None, replies: ReplyStore | None = None, rank: int = 4
+    config: StepConfig, *, opponent: LoraFile | None = None, answers: ReferenceStore | None = None, rank: int = 4
 ) -> Learner:
     """Of a policy with an adapter, or whose every weight is trained; against the base, or another adapter."""
     policy = tiny_lora(rank=rank) if config.use_lora else None
-    return Learner(tiny_core(), config, policy=policy, opponent=opponent, replies=replies)
+    return Learner(tiny_core(), config, policy=policy, opponent=opponent, answers=answers)
 
 
 @cache
@@ -68,8 +68,8 @@ def ragged_batch(size: int = 3, *, seed: int = 0, actions: np.ndarray | None = N
 
 def take_step(learner: Learner, *batches: Batch) -> dict[str, float]:
     """One optimiser step over micro-batches that the opponent answers right before."""
-    (questions,) = learner.ask([batches])
-    return learner.step(questions).read()
+    (scored,) = learner.prepare([batches])
+    return learner.step(scored).read()
 
 
 def take(batch: Batch, rows: slice) -> Batch:

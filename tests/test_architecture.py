@@ -58,7 +58,7 @@ PLAIN = (
     "spvla.eval.ledger",
     "spvla.eval.protocol",
     "spvla.statistics",
-    "spvla.train.objective",
+    "spvla.train.losses",
 )
 
 

@@ -10,7 +10,7 @@ from selfplay_parts import golden_core, golden_inputs, ragged_batch, take_step
 
 from spvla.config import StepConfig
 from spvla.model.lora_file import LoraFile, fresh_lora
-from spvla.train import questions
+from spvla.train import reference
 from spvla.train.flat import FlatLora
 from spvla.train.scoring import Inputs, ReferenceOutput, score_real
 from spvla.train.step import Learner, Shares
@@ -25,7 +25,7 @@ FORK = StepConfig(objective="spvla", beta=0.5, eta=0.01, sft_weight=1.0, logp_re
 def inputs(golden: Path, monkeypatch: pytest.MonkeyPatch) -> Inputs:
     """The fork's batch, which every batch becomes here: it starts from pixel values, whose images are not on file."""
     inputs = golden_inputs(np.load(golden / "model" / "golden.npz"))
-    monkeypatch.setattr(questions, "to_inputs", lambda batch, device, width: inputs)
+    monkeypatch.setattr(reference, "to_inputs", lambda batch, device, width: inputs)
     return inputs
 
 
@@ -50,9 +50,9 @@ def golden_learner(golden: Path, loss_type: str, *, against_itself: bool = False
 def test_a_step_equals_the_forks_against_the_base(golden: Path, inputs: Inputs, loss_type: str) -> None:
     expected, batch = golden_numbers(golden, f"{loss_type}/seed0base"), ragged_batch(4)
     learner = golden_learner(golden, loss_type)
-    reply = learner.asker.answer(inputs, torch.zeros(4, ACTION_DIM))
-    objective, measured = learner._losses(inputs, reply, Shares(1 / 4, 1 / 4))
-    objective.backward()
+    answer = learner.reference.answer(inputs, torch.zeros(4, ACTION_DIM))
+    loss, measured = learner._loss(inputs, answer, Shares(1 / 4, 1 / 4))
+    loss.backward()
     check_gradient(learner, expected)
     for short, name in (("pr", "policy_real"), ("pg", "policy_generated"), ("o_r", "opponent_real")):
         assert measured.sums[f"{name}_logps"].item() == pytest.approx(expected[short].mean(), abs=1e-5)
@@ -83,8 +83,8 @@ def test_a_step_equals_the_forks_against_its_own_copy(golden: Path, inputs: Inpu
             logits = score_real(learner.network, inputs)[:, :ACTION_DIM]
         return ReferenceOutput(
             generated=logits.detach().argmax(-1),
-            real_logps=learner.sampler.logps(logits, inputs.real),
-            generated_logps=learner.sampler.greedy(logits),
+            real_logps=learner.objective.sampler.logps(logits, inputs.real),
+            generated_logps=learner.objective.sampler.greedy(logits),
         )
 
     first = take_step(learner, batch)  # equal weights: equal log-probs, whoever's towers ran
@@ -93,7 +93,7 @@ def test_a_step_equals_the_forks_against_its_own_copy(golden: Path, inputs: Inpu
     learner = golden_learner(golden, loss_type, against_itself=True)
     frozen = FlatLora(learner.network.model, learner.policy.file, trainable=False)
     frozen.pairs |= {path: pair for path, pair in learner.policy.pairs.items() if path.startswith("vision")}
-    learner.asker.answer = tied
+    learner.reference.answer = tied
     first, second = take_step(learner, batch), take_step(learner, batch)
     assert first["grad_norm"] == pytest.approx(expected["lora_grad_norm"], rel=1e-5)
     assert second["total_loss"] == pytest.approx(expected["after1/total"], abs=1e-5)

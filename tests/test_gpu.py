@@ -206,11 +206,11 @@ def two_adapters(config: StepConfig, device: str) -> Learner:
 def test_an_opponent_asked_for_several_steps_answers_as_on_a_cpu() -> None:
     config = StepConfig(opponent_temperature=1.0)
     coming = [[ragged_batch(3, seed=seed)] for seed in range(3)]
-    wanted, found = (two_adapters(config, device).ask(coming) for device in ("cpu", "cuda"))
+    wanted, found = (two_adapters(config, device).prepare(coming) for device in ("cpu", "cuda"))
     for (ours,), (theirs,) in zip(found, wanted, strict=True):
-        assert torch.equal(ours.reply.generated.cpu(), theirs.reply.generated)
-        assert torch.allclose(ours.reply.real_logps.cpu(), theirs.reply.real_logps, atol=1e-3)
-        assert torch.allclose(ours.reply.generated_logps.cpu(), theirs.reply.generated_logps, atol=1e-3)
+        assert torch.equal(ours.reference.generated.cpu(), theirs.reference.generated)
+        assert torch.allclose(ours.reference.real_logps.cpu(), theirs.reference.real_logps, atol=1e-3)
+        assert torch.allclose(ours.reference.generated_logps.cpu(), theirs.reference.generated_logps, atol=1e-3)
 
 
 def test_a_step_equals_a_cpus_and_is_skipped_alike() -> None:
@@ -231,10 +231,10 @@ def test_a_step_equals_a_cpus_and_is_skipped_alike() -> None:
 def test_a_step_does_not_wait_for_the_device() -> None:
     learner = two_adapters(StepConfig(beta=0.5, max_grad_norm=1.0), "cuda")
     take_step(learner, ragged_batch(3))  # kernels are compiled
-    (questions,) = learner.ask([[ragged_batch(3)]])
+    (batches,) = learner.prepare([[ragged_batch(3)]])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        pending = learner.step(questions)
+        pending = learner.step(batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert math.isfinite(pending.read()["total_loss"])
@@ -248,10 +248,10 @@ def test_learning_every_weight_in_bfloat16_follows_a_cpu_in_float32_and_waits_fo
     there = Learner(tiny_core().cuda().bfloat16(), replace(config, compile=compiled))
     for _ in range(4):
         wanted = take_step(here, batch)
-        (questions,) = there.ask([[batch]])
+        (batches,) = there.prepare([[batch]])
         torch.cuda.set_sync_debug_mode("error" if there.steps else "default")  # the first step compiles
         try:
-            pending = there.step(questions)
+            pending = there.step(batches)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert pending.read()["train_loss"] == pytest.approx(wanted["train_loss"], rel=2e-2)

@@ -16,7 +16,7 @@ from spvla.model.openvla import OpenVLA
 from spvla.policies.checkpoint import load_model
 from spvla.policies.openvla.presets import TOWER_FILE, towers_json, write_model
 from spvla.policies.openvla.prompt import EOS, prompt_ids
-from spvla.train.objective import token_logps
+from spvla.train.losses import token_logps
 from spvla.train.step import Learner
 from spvla.types import Batch
 
@@ -46,12 +46,13 @@ def test_a_steps_log_probs_are_those_of_decoding(
 
     lora, model = read_lora(adapter), load_model(base, device=device, dtype=dtype)
     learner = Learner(model, StepConfig(beta=0.5), policy=lora, opponent=lora)
-    ((question,),) = learner.ask([[batch_of(np.stack(images), prompts, ids)]])
-    assert torch.equal(question.reply.generated.cpu(), torch.from_numpy(ids))  # the opponent decodes them too
-    with torch.no_grad():
-        real, generated = learner._score(question.inputs, question.reply)
-    scored = learner.sampler.logps(real[:, :7], question.inputs.real)
-    for ours in (scored, generated, question.reply.real_logps, question.reply.generated_logps):
+    ((batch,),) = learner.prepare([[batch_of(np.stack(images), prompts, ids)]])
+    assert torch.equal(batch.reference.generated.cpu(), torch.from_numpy(ids))  # the opponent decodes them too
+    with torch.no_grad(), learner.policy.attached():
+        patches = learner.encoder(batch.inputs.pixels)
+        real, generated = learner.objective.score(learner.family, batch.inputs, batch.reference, patches)
+    scored = learner.objective.sampler.logps(real[:, :7], batch.inputs.real)
+    for ours in (scored, generated, batch.reference.real_logps, batch.reference.generated_logps):
         assert (ours.cpu() - decoded).abs().max() <= close * size
 
 

@@ -17,10 +17,10 @@ from spvla.model.openvla import OpenVLA
 from spvla.model.vision import NUM_PATCHES
 from spvla.policies.openvla.images import to_pixel_values
 from spvla.train.flat import FlatLora
+from spvla.train.losses import token_logps
 from spvla.train.network import Network
-from spvla.train.objective import token_logps
 from spvla.train.opponent import Opponent
-from spvla.train.replies import ReplyStore
+from spvla.train.reference_store import ReferenceStore
 from spvla.train.scoring import ReferenceOutput, TokenSampler, draw_uniforms, score_pair, score_real, to_inputs
 from spvla.types import ACTION_DIM, Batch
 
@@ -89,7 +89,8 @@ def test_gradients_of_one_pass_equal_those_of_two_plain_passes() -> None:
     for name, pair in ours.to_file().factors.items():
         if factors[name][1].grad is not None:  # else a map that never runs
             for found, wanted in zip(pair, factors[name], strict=True):
-                torch.testing.assert_close(found, wanted.grad, atol=1e-5, rtol=1e-4, msg=name)
+                rounding = 1e-4 * wanted.grad.abs().max().item()
+                torch.testing.assert_close(found, wanted.grad, atol=rounding, rtol=0, msg=name)
                 compared += found.numel()
     assert compared == len(total)
 
@@ -175,19 +176,19 @@ def test_the_original_models_loss(golden: Path) -> None:
     assert loss == pytest.approx(arrays["train_loss"], abs=1e-5)
 
 
-def test_replies_are_kept_by_sample_and_forgotten_with_their_opponent(tmp_path: Path) -> None:
-    path, samples = tmp_path / "replies" / "rank_0.bin", np.array([4, 2])
+def test_answers_are_kept_by_sample_and_forgotten_with_their_opponent(tmp_path: Path) -> None:
+    path, samples = tmp_path / "answers" / "rank_0.bin", np.array([4, 2])
     reply = ReferenceOutput(
         generated=torch.tensor([[31_744] * 7, [31_999] * 7]),
         real_logps=torch.randn(2, 7),
         generated_logps=torch.randn(2, 7),
     )
-    store = ReplyStore(path, num_samples=6, key="opponent a")
+    store = ReferenceStore(path, num_samples=6, key="opponent a")
     assert store.get(samples, "cpu") is None
     store.put(samples, reply)
-    again = ReplyStore(path, num_samples=6, key="opponent a")
+    again = ReferenceStore(path, num_samples=6, key="opponent a")
     for name in ("generated", "real_logps", "generated_logps"):
         assert torch.equal(getattr(again.get(samples, "cpu"), name), getattr(reply, name))
         assert torch.equal(getattr(again.get(samples[::-1].copy(), "cpu"), name), getattr(reply, name).flip(0))
     assert again.get(np.array([4, 5]), "cpu") is None
-    assert ReplyStore(path, num_samples=6, key="opponent b").get(samples, "cpu") is None
+    assert ReferenceStore(path, num_samples=6, key="opponent b").get(samples, "cpu") is None

@@ -18,9 +18,9 @@ from spvla.errors import CheckpointError, TrainingError, UserError
 from spvla.model.lora_file import LoraFile, fresh_lora
 from spvla.policies.openvla.actions import encode
 from spvla.train.flat import Flat
-from spvla.train.objective import token_logps
+from spvla.train.losses import token_logps
 from spvla.train.optimizer import Optimizer
-from spvla.train.replies import ReplyStore
+from spvla.train.reference_store import ReferenceStore
 from spvla.train.scoring import to_inputs
 from spvla.train.settings import learning_rate
 from spvla.train.step import Learner
@@ -75,7 +75,7 @@ def collided_batch(learner: Learner, size: int) -> Batch:
     """A batch whose real actions are the opponent's own, but for the last sample."""
     batch = ragged_batch(size, even=True)
     inputs = to_inputs(batch, "cpu")
-    own = learner.asker.answer(inputs, torch.zeros(size, ACTION_DIM)).generated.numpy()
+    own = learner.reference.answer(inputs, torch.zeros(size, ACTION_DIM)).generated.numpy()
     own[-1] = inputs.real[-1]
     start = int(inputs.start[0])
     ids = batch.input_ids.copy()
@@ -149,9 +149,9 @@ def test_a_skipped_step_changes_no_bit(spoilt_by: str) -> None:
     if spoilt_by == "nan":
         bias.fill_(math.nan)
     else:
-        learner.config = replace(config, skip_hard_above=0.5)
+        learner.objective.config = replace(config, skip_hard_above=0.5)
     assert take_step(learner, ragged_batch(2))["skipped"] == 1
-    learner.config = config
+    learner.objective.config = config
     bias.copy_(sound)
     after = learner.state_dict()
     for name in ("policy", "opponent"):
@@ -221,12 +221,12 @@ def test_schedules_warm_up_and_fall() -> None:
 def test_a_frozen_opponent_stays_and_the_base_stays() -> None:
     learner, inputs = tiny_learner(SPIN, opponent=tiny_lora(1)), to_inputs(ragged_batch(2), "cpu")
     before = {n: p.clone() for n, p in learner.network.model.named_parameters()}
-    said = learner.asker.answer(inputs, torch.zeros(2, ACTION_DIM))
+    said = learner.reference.answer(inputs, torch.zeros(2, ACTION_DIM))
     trained(learner, 2)
     assert all(torch.equal(p, before[n]) for n, p in learner.network.model.named_parameters())
-    assert torch.equal(learner.asker.answer(inputs, torch.zeros(2, ACTION_DIM)).real_logps, said.real_logps)
+    assert torch.equal(learner.reference.answer(inputs, torch.zeros(2, ACTION_DIM)).real_logps, said.real_logps)
     assert not torch.equal(
-        tiny_learner(SPIN).asker.answer(inputs, torch.zeros(2, ACTION_DIM)).real_logps, said.real_logps
+        tiny_learner(SPIN).reference.answer(inputs, torch.zeros(2, ACTION_DIM)).real_logps, said.real_logps
     )
 
 
@@ -263,13 +263,13 @@ def test_an_averaged_opponent_follows_the_policy() -> None:
     assert not torch.equal(learner.average.master, learner.policy.master)
 
 
-def test_kept_replies_spare_the_opponent_and_change_nothing(tmp_path: Path) -> None:
-    store = ReplyStore(tmp_path / "replies.bin", num_samples=1000, key="")
-    kept, fresh = tiny_learner(SPIN, replies=store), tiny_learner(SPIN)
+def test_kept_answers_spare_the_opponent_and_change_nothing(tmp_path: Path) -> None:
+    store = ReferenceStore(tmp_path / "answers.bin", num_samples=1000, key="")
+    kept, fresh = tiny_learner(SPIN, answers=store), tiny_learner(SPIN)
     batches = [ragged_batch(2, seed=seed) for seed in (1, 2)]
     for batch in batches:
         take_step(kept, batch), take_step(fresh, batch)
-    kept.asker.answer = lambda *_: pytest.fail("asked")  # from here on it must not be asked
+    kept.reference.answer = lambda *_: pytest.fail("asked")  # from here on it must not be asked
     for batch in batches:
         mixed = take(join(batch), slice(None, None, -1))  # another order
         ours, theirs = take_step(kept, mixed), take_step(fresh, mixed)
@@ -277,10 +277,10 @@ def test_kept_replies_spare_the_opponent_and_change_nothing(tmp_path: Path) -> N
     torch.testing.assert_close(kept.policy.master, fresh.policy.master, atol=1e-5, rtol=0)
 
 
-def test_replies_of_an_opponent_that_moves_are_not_kept(tmp_path: Path) -> None:
-    store = ReplyStore(tmp_path / "replies.bin", num_samples=10, key="")
+def test_answers_of_an_opponent_that_moves_are_not_kept(tmp_path: Path) -> None:
+    store = ReferenceStore(tmp_path / "answers.bin", num_samples=10, key="")
     with pytest.raises(UserError, match="frozen opponent"):
-        tiny_learner(StepConfig(opponent_update="ema"), replies=store)
+        tiny_learner(StepConfig(opponent_update="ema"), answers=store)
 
 
 # --- exactness

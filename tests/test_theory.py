@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spvla.train.objective import optimum, spin_loss
+from spvla.train.losses import optimum, spin_loss
 
 DATA = torch.tensor([0.40, 0.25, 0.15, 0.10, 0.07, 0.03], dtype=torch.float64)
 OPPONENT = torch.tensor([0.10, 0.15, 0.30, 0.05, 0.25, 0.15], dtype=torch.float64)

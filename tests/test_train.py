@@ -166,9 +166,9 @@ def test_a_checkpoint_counts_what_was_stepped_not_what_was_asked(
     session = Session(job_of(quick_flags(data, tmp_path, run_id="a", max_steps=9)), Place())
     session.advance()
     session.write(tmp_path / "checkpoint")
-    wanted = [question.samples.tolist() for (question,) in session.questions]
+    wanted = [batch.samples.tolist() for (batch,) in session.coming]
     session.load(tmp_path / "checkpoint")
-    assert not session.questions
+    assert not session.coming
     assert [next(session.batches).samples.tolist() for _ in range(2)] == wanted
 
 

@@ -9,6 +9,7 @@ from ray import tune
 
 from spvla.config import TrainConfig
 from spvla.errors import UserError
+from spvla.train.prepare import require_flags
 
 # Where things lie, and what the sweep itself plans with: one value for all trials.
 _SHARED = (
@@ -55,5 +56,5 @@ def parsed(flag: str, word: str, train: TrainConfig) -> Any:
     except draccus.utils.DecodingError as e:
         name = kind.__name__ if isinstance(kind, type) else kind
         raise UserError(f"--{flag} {word}", expected=f"a value of type {name}", remedy=f"Correct --{flag}.") from e
-    replace(train, **{flag: value}).check()
+    require_flags(replace(train, **{flag: value}))
     return value

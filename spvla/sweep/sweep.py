@@ -34,7 +34,7 @@ from spvla.sweep.judge import (
 )
 from spvla.sweep.space import search_space
 from spvla.sweep.tuning import POLL_S, Tuning
-from spvla.train.prepare import locked, require_datasets, require_startable, start_policy
+from spvla.train.prepare import locked, require_datasets, require_flags, require_startable, start_policy
 
 _JUDGING = ("metric", "space", "task_suite_name", "tasks", "num_trials_per_task", "max_trial_steps")
 _Flags = TypeVar("_Flags", SweepFlags, TrainConfig)
@@ -46,6 +46,7 @@ def sweep(config: SweepConfig) -> list[SweepTrial]:
     Raises UserError, KeyboardInterrupt, and TrainingError when no trial came to a verdict.
     """
     config.check()
+    require_flags(config.train)
     space = search_space(config.space, config.train)
     config = absolute(replace(config, train=absolute(config.train)))
     require_trials(config)

@@ -10,7 +10,6 @@ Legend: B batch, C cameras, K chunk, A action tokens (7 K), R rows with logits, 
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from spvla.model.openvla import OpenVLA
@@ -74,14 +73,3 @@ def needs_of(model: OpenVLA) -> Needs:
 def family_of(network: Network) -> Family:
     """By the class of the model."""
     return FAMILIES[type(network.model)](network)
-
-
-@torch.no_grad()
-def own_greedy(family: Family, inputs: Inputs, sampler: TokenSampler) -> ReferenceOutput:
-    """The fork's form: the most likely token at each position, given the real ones before it."""
-    logits = family.score(inputs)[:, : inputs.real.shape[1]]
-    return ReferenceOutput(
-        generated=logits.argmax(-1),
-        real_logps=sampler.logps(logits, inputs.real),
-        generated_logps=sampler.greedy(logits),
-    )

@@ -1,7 +1,7 @@
-"""What one micro-batch contributes: losses and metrics of each sample, all (B,), before any averaging.
+"""How well a policy predicts the demonstrated action: measures of each sample, all (B,), before any averaging.
 
-Names are the original fork's where it had them: train_loss (cross entropy over the seven actions and the end),
-action_accuracy and l1_loss (teacher-forced), normalized_loss, selfplay_loss, and the four log-probs.
+Names are the original's: train_loss (cross entropy over the action tokens and the end), action_accuracy and l1_loss
+(teacher-forced).
 """
 
 from dataclasses import dataclass
@@ -11,21 +11,11 @@ import torch
 from torch import Tensor
 
 from spvla.policies.openvla.actions import NUM_BINS, decode
-from spvla.train.objective import LossType, Reduction, cap_logits, reduce_tokens, spin_loss, token_logps
-from spvla.train.scoring import Inputs, ReferenceOutput
+from spvla.train.losses import cap_logits, token_logps
+from spvla.train.scoring import Inputs
 from spvla.types import ACTION_DIM
 
 Measures = dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Margin:
-    """The part of the flags that makes a self-play loss out of log-probs."""
-
-    beta: float
-    eta: float
-    loss_type: LossType
-    reduction: Reduction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,27 +71,6 @@ def accuracies(right: Tensor, miss: Tensor) -> Measures:
         "curr_action_l1_loss": miss[:, now].mean(-1),
         "next_actions_l1_loss": miss[:, later].mean(-1),
     }
-
-
-def selfplay(real_logps: Tensor, generated_logps: Tensor, reply: ReferenceOutput, margin: Margin) -> Measures:
-    """Self-play's measures from the policy's log-probs of each token, (B, A) twice."""
-    names = ("policy_real_logps", "policy_generated_logps", "opponent_real_logps", "opponent_generated_logps")
-    tokens = (real_logps, generated_logps, reply.real_logps, reply.generated_logps)
-    logps = {name: reduce_tokens(t, margin.reduction) for name, t in zip(names, tokens, strict=True)}
-    pair = spin_loss(*logps.values(), beta=margin.beta, eta=margin.eta, loss_type=margin.loss_type)
-    return {
-        "selfplay_loss": pair.loss,
-        **{name: value.detach() for name, value in logps.items()},
-        "normalized_loss": -real_logps.detach().mean(-1),
-        "real_rewards": pair.real_rewards,
-        "generated_rewards": pair.generated_rewards,
-        "margin": pair.real_rewards - pair.generated_rewards,
-    }
-
-
-def collided(inputs: Inputs, reply: ReferenceOutput) -> Tensor:
-    """(B,) bool: the opponent's action is the real one, so the pair carries no signal."""
-    return (reply.generated == inputs.real).all(-1)
 
 
 def extremes(logits: Tensor) -> Tensor:

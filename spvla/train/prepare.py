@@ -23,6 +23,7 @@ from spvla.policies.checkpoint import base_of, policy_digest
 from spvla.policies.oft.folder import form_to_train
 from spvla.policies.presets import PRESETS, create_preset
 from spvla.policies.registry import flags_of
+from spvla.train.objectives import objective_of
 
 # Flags that change how a run is carried out, not what it learns: they may differ when it goes on. The start policy and
 # the data are compared by what they hold, not by where they lie.
@@ -76,7 +77,7 @@ def run_id(config: TrainConfig) -> str:
         f"b{batch}",
         f"lr-{config.learning_rate:g}",
         *([f"lora-r{config.lora_rank}"] if config.use_lora else []),
-        config.objective if config.objective == "sft" else f"{config.objective}-beta{config.beta:g}-eta{config.eta:g}",
+        objective_of(config).label,
         *([config.run_id_note] if config.run_id_note else []),
         hashlib.sha256(json.dumps([_learned(config), config.vla_path], default=str).encode()).hexdigest()[:8],
     ]
@@ -115,6 +116,12 @@ def evaluation_key(dataset_name: str, suite: str) -> str | None:
     is the suite's."""
     names = [name for name, _ in datasets_of(dataset_name)]
     return None if {suite, f"{suite}_no_noops"} & set(names) else names[0]
+
+
+def require_flags(config: TrainConfig) -> None:
+    """Raises UserError for flags that cannot be, alone or with this objective."""
+    config.check()
+    objective_of(config)
 
 
 def require_datasets(config: TrainConfig) -> None:
@@ -161,7 +168,7 @@ def require_startable(config: TrainConfig) -> None:
 
 def require_tokens(config: TrainConfig, *, regresses: bool) -> None:
     """Raises UserError where self-play is asked of a head that has no distribution to play with (docs/theory.md)."""
-    if config.objective != "sft" and regresses:
+    if objective_of(config).has_reference and regresses:
         raise UserError(
             f"--objective {config.objective} for a policy that regresses its actions",
             expected="tokens: self-play compares probabilities, and an L1 head gives one chunk and no distribution",

@@ -22,11 +22,13 @@ from spvla.errors import TrainingError
 from spvla.files import require_writable
 from spvla.train.merge import Merger
 from spvla.train.metrics import Console, Follower, Row, Sink, WandbCurves
+from spvla.train.objectives import objective_of
 from spvla.train.prepare import (
     Job,
     locked,
     prepare,
     require_datasets,
+    require_flags,
     require_same_run,
     require_startable,
     run_id,
@@ -56,7 +58,7 @@ def train(config: TrainConfig, *, label: str = "train", callbacks: Sequence[User
 
     `callbacks` are handed to Ray Train; a sweep passes Tune's.
     """
-    config.check()
+    require_flags(config)
     require_datasets(config)
     require_startable(config)
     if config.save_merged:
@@ -196,7 +198,7 @@ def _announce(label: str, job: Job) -> None:
         f"{c.objective}; effective batch {effective} = {c.batch_size} x {c.num_workers} workers x "
         f"{c.grad_accumulation_steps} accumulation steps; {'one GPU a worker' if job.use_gpu else 'on CPU'}",
     )
-    if c.objective != "sft":
+    if objective_of(c).has_reference:
         _say(label, f"opponent: {job.start}, {'frozen' if c.opponent_update == 'iteration' else 'averaged on'}")
 
 

@@ -24,8 +24,8 @@ from spvla.model.transfer import to_device
 from spvla.model.vision import NUM_PATCHES
 from spvla.policies.openvla.augmentation import augment_on_device
 from spvla.policies.openvla.images import to_pixel_values
+from spvla.train.losses import cap_logits, token_logps
 from spvla.train.network import Network
-from spvla.train.objective import cap_logits, token_logps
 from spvla.types import ACTION_DIM, Batch
 
 REAL_ROWS = ACTION_DIM + 1  # seven action tokens and the end of sequence
@@ -134,11 +134,11 @@ class ReferenceOutput:
     generated_logps: Tensor  # (B, A)
 
 
-def split(reply: ReferenceOutput, sizes: Sequence[int]) -> list[ReferenceOutput]:
-    """The replies to the first `sizes[0]` samples, to the next `sizes[1]`, and so on."""
+def split(output: ReferenceOutput, sizes: Sequence[int]) -> list[ReferenceOutput]:
+    """The answers to the first `sizes[0]` samples, to the next `sizes[1]`, and so on."""
     ends = np.cumsum(sizes)
     return [
-        ReferenceOutput(**{f.name: getattr(reply, f.name)[end - size : end] for f in fields(ReferenceOutput)})
+        ReferenceOutput(**{f.name: getattr(output, f.name)[end - size : end] for f in fields(ReferenceOutput)})
         for size, end in zip(sizes, ends, strict=True)
     ]
 

@@ -28,6 +28,7 @@ from spvla.train.prepare import (
     evaluation_key,
     plain,
     require_datasets,
+    require_flags,
     require_startable,
     run_id,
     start_policy,
@@ -57,7 +58,7 @@ class Iteration:
 
 def selfplay(config: SelfplayConfig) -> list[Iteration]:
     """Runs, or goes on with, all iterations; returns the history. Raises as `train` and `run_evaluation` do."""
-    config.check()
+    require_flags(config)
     require_datasets(config)
     require_startable(config)
     evaluated_tasks(config)

@@ -32,9 +32,10 @@ from spvla.policies.registry import flags_of
 from spvla.train.family import needs_of
 from spvla.train.flat import FlatLora
 from spvla.train.metrics import Row, Smoothed
+from spvla.train.objectives import objective_of
 from spvla.train.prepare import Job
-from spvla.train.questions import Question, together
-from spvla.train.replies import ReplyStore
+from spvla.train.reference import ScoredBatch, together
+from spvla.train.reference_store import ReferenceStore
 from spvla.train.resume import load_state, save_state
 from spvla.train.step import Learner, Pending
 from spvla.types import ACTION_DIM
@@ -88,7 +89,7 @@ class Session:
         flags, seed = flags_of(self.config), self.config.seed
         self.model = load_network(self.base, self.adapter, flags=flags, seed=seed, **options)
         policy, opponent = start_adapters(self.config, self.model, self.adapter)
-        self.learner = Learner(self.model, self.config, policy=policy, opponent=opponent, replies=self._replies())
+        self.learner = Learner(self.model, self.config, policy=policy, opponent=opponent, answers=self._answers())
         self.smoothed = Smoothed()
         self.samples = 0  # stepped so far, over all workers
         self.under_way: deque[tuple[Pending, float]] = deque()  # steps not yet read, and their wait for data in seconds
@@ -115,9 +116,9 @@ class Session:
         """
         if not self.under_way:
             self.read_s = time.perf_counter()  # a pause ends here: saving, validation
-        if not self.questions:
-            self._ask()
-        self.under_way.append((self.learner.step(self.questions.popleft()), self.waited_s))
+        if not self.coming:
+            self._prepare()
+        self.under_way.append((self.learner.step(self.coming.popleft()), self.waited_s))
         self.samples += self.samples_per_step
         return self._rows(self.behind)
 
@@ -180,15 +181,15 @@ class Session:
     def _feed(self) -> None:
         """Batches from the very next sample: which one that is follows from the seed and the count so far alone."""
         self.batches = iter(self._loader("train", start_sample=self.samples))
-        self.questions: deque[list[Question]] = deque()  # of the coming steps
+        self.coming: deque[list[ScoredBatch]] = deque()  # steps that are prepared
 
-    def _ask(self) -> None:
+    def _prepare(self) -> None:
         """Has the opponent answer the coming steps, none of them beyond the run's end."""
         start_s = time.perf_counter()
         count = max(1, min(self.ahead, self.config.max_steps - self.step))
         coming = [list(islice(self.batches, self.config.grad_accumulation_steps)) for _ in range(count)]
         self.waited_s = (time.perf_counter() - start_s) / count
-        self.questions.extend(self.learner.ask(coming))
+        self.coming.extend(self.learner.prepare(coming))
 
     def _loader(self, split: Split, start_sample: int = 0) -> Loader:
         config = self.config
@@ -220,16 +221,15 @@ class Session:
             mode = "stored"
         return open_frames(self.stores, self.learner.family.needs.cameras, mode, threads=usable_cpus())
 
-    def _replies(self) -> ReplyStore | None:
-        """The opponent's answers of earlier epochs, where they hold: a fixed opponent that sees fixed images."""
-        config = self.config
-        if config.objective == "sft" or config.image_aug or config.opponent_update == "ema":
+    def _answers(self) -> ReferenceStore | None:
+        """The opponent's of earlier epochs, where they hold: a fixed opponent that sees fixed images."""
+        config, objective = self.config, objective_of(self.config)
+        if not objective.has_reference or config.image_aug or config.opponent_update == "ema":
             return None
-        flags = (config.objective, config.opponent_temperature, config.logit_scale, config.logit_softcap, config.seed)
-        return ReplyStore(
-            self.job.run / "replies" / f"rank_{self.place.rank}.bin",
+        return ReferenceStore(
+            self.job.run / "answers" / f"rank_{self.place.rank}.bin",
             num_samples=sum(len(store) for store in self.stores),
-            key=digest(self.job.start_digest, self.data, flags),
+            key=digest(self.job.start_digest, self.data, objective.answer_key()),
             tokens=needs_of(self.model).chunk * ACTION_DIM,
         )
 
@@ -246,7 +246,7 @@ def start_adapters(
     if adapter is None:
         return fresh_lora(model, rank=config.lora_rank, seed=config.seed), None
     start = read_lora(adapter)
-    return start, None if config.objective == "sft" else start
+    return start, start if objective_of(config).has_reference else None
 
 
 def steps_ahead(config: TrainConfig, device: torch.device) -> int:
@@ -254,7 +254,7 @@ def steps_ahead(config: TrainConfig, device: torch.device) -> int:
 
     An opponent that moves answers each step anew.
     """
-    if device == CPU or config.objective == "sft" or config.opponent_update == "ema":
+    if device == CPU or not objective_of(config).has_reference or config.opponent_update == "ema":
         return 1
     return max(1, together(config.batch_size) // config.grad_accumulation_steps)
 

@@ -1,9 +1,9 @@
-"""One update in plain torch: replies of the opponent, losses, gradient, clip, AdamW. No Ray, no files.
+"""One update in plain torch: the reference policy's answers, losses, gradient, clip, AdamW. No Ray, no files.
 
     learner = Learner(model, config, policy=adapter)    # `opponent`: another adapter, unless the bare base plays
-    now, later = learner.ask([first, second])   # the micro-batches of two steps: the opponent answers them all
-    pending = learner.step(now)                 # one optimiser step, which the device may still be at
-    metrics = pending.read()                    # waits for its numbers
+    now, later = learner.prepare([first, second])       # the micro-batches of two steps: the opponent answers them all
+    pending = learner.step(now)                         # one optimiser step, which the device may still be at
+    metrics = pending.read()                            # waits for its numbers
 
 The opponent has answered before the policy learns. So the number of pairs that count is known before the first
 backward pass, and the gradient is that of one mean over all micro-batches and workers.
@@ -29,17 +29,18 @@ from spvla.model.lora_file import LoraFile
 from spvla.model.openvla import OpenVLA
 from spvla.model.transfer import AsyncHostCopy
 from spvla.policies.openvla.presets import ACTION_IDS
-from spvla.train.clock import Clock, memory_gib
-from spvla.train.family import family_of, own_greedy
+from spvla.train.family import family_of
 from spvla.train.flat import Bare, FlatLora, FlatWeights
 from spvla.train.graphed import GraphedVisionEncoder
-from spvla.train.measures import Columns, Margin, Measures, collided, extremes, imitation, regression, selfplay
+from spvla.train.measures import Columns, extremes
 from spvla.train.network import Network, require_zeros_beside
+from spvla.train.objectives import objective_of
 from spvla.train.optimizer import Optimizer
-from spvla.train.questions import Answer, Asker, Question, asking_s
-from spvla.train.replies import ReplyStore
-from spvla.train.scoring import Inputs, ReferenceOutput, TokenSampler
+from spvla.train.reference import Answer, ReferenceScorer, ScoredBatch, reference_s
+from spvla.train.reference_store import ReferenceStore
+from spvla.train.scoring import Inputs, ReferenceOutput
 from spvla.train.settings import learning_rate
+from spvla.train.timer import StepTimer, memory_gib
 from spvla.types import Batch
 
 
@@ -73,20 +74,21 @@ class Learner:
         *,
         policy: LoraFile | None = None,
         opponent: LoraFile | None = None,
-        replies: ReplyStore | None = None,
+        answers: ReferenceStore | None = None,
     ) -> None:
         """policy: the adapter to train, where use_lora; else every weight is. opponent: without one the bare base
-        plays. replies keeps the opponent's answers over epochs: only where images are not augmented.
+        plays. `answers` keeps the opponent's over epochs: only where images are not augmented. Raises UserError.
         """
         assert (policy is not None) == config.use_lora, "an adapter is trained, or every weight"
-        if replies is not None and config.opponent_update == "ema":
+        if answers is not None and config.opponent_update == "ema":
             raise UserError(
-                "replies kept over epochs for an opponent that moves",
+                "answers kept over epochs of an opponent that moves",
                 expected="a frozen opponent",
-                remedy="Use --opponent_update iteration, or keep no replies.",
+                remedy="Use --opponent_update iteration, or keep no answers.",
             )
-        self.config = config
-        assert config.objective == "sft" or "action_head" not in model.added(), "checked by prepare.require_tokens"
+        self.config, self.objective = config, objective_of(config)
+        fits = not (self.objective.has_reference and "action_head" in model.added())
+        assert fits, "checked by prepare.require_tokens"
         columns = ACTION_IDS if config.loss_columns == "action" else slice(None)
         kernels = training_kernels() if config.compile else EAGER
         self.network = Network(model=model, kernels=kernels, columns=columns)
@@ -96,15 +98,7 @@ class Learner:
         recorded = self.device.type == "cuda" and config.use_lora and not config.lora_dropout
         self.encoder = GraphedVisionEncoder(self.network, self.policy, recorded=recorded)
         self.average, playing = self._playing(policy, opponent)
-        self.sampler = TokenSampler(
-            temperature=config.opponent_temperature,
-            logit_scale=config.logit_scale,
-            logit_softcap=config.logit_softcap,
-        )
-        self.margin = Margin(
-            beta=config.beta, eta=config.eta, loss_type=config.loss_type, reduction=config.logp_reduction
-        )
-        self.asker = Asker(self._answers(playing), self.device, config, replies)
+        self.reference = ReferenceScorer(self._answers(playing), self.device, config, answers)
         self.world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._share_start()
         self.optimizer = Optimizer(self.policy, self.average, config)
@@ -112,43 +106,43 @@ class Learner:
         self.steps = 0  # taken, skipped ones included
         self.nonfinite = 0  # in a row, as far as read
 
-    def ask(self, coming: Sequence[Sequence[Batch]]) -> list[list[Question]]:
-        """The questions of the coming steps, from the micro-batches of each. A moving opponent answers one step."""
+    def prepare(self, coming: Sequence[Sequence[Batch]]) -> list[list[ScoredBatch]]:
+        """The micro-batches of the coming steps, moved and answered. A moving opponent answers one step."""
         assert self.average is None or len(coming) == 1, "the opponent will have moved"
-        return self.asker.ask(coming, self.steps)
+        return self.reference.score(coming, self.steps)
 
-    def step(self, questions: Sequence[Question]) -> Pending:
+    def step(self, batches: Sequence[ScoredBatch]) -> Pending:
         """One optimiser step over all micro-batches and workers. Does not wait for a GPU."""
-        clock = Clock(self.device)
+        timer = StepTimer(self.device)
         self.optimizer.gradient.zero_()
         self._seed_dropout()
-        shares = self._shares(questions)
+        shares = self._shares(batches)
         measured = []
-        for question in questions:
-            with clock("forward"):
-                objective, measures = self._losses(question.inputs, question.reply, shares)
-            with clock("backward"):
-                self.policy.add_gradient(objective, self.optimizer.gradient)
+        for batch in batches:
+            with timer("forward"):
+                loss, measures = self._loss(batch.inputs, batch.reference, shares)
+            with timer("backward"):
+                self.policy.add_gradient(loss, self.optimizer.gradient)
             measured.append(measures)
         values, rate = self._gather(measured), learning_rate(self.config, self.steps)
         values |= self.optimizer.update(values["total_loss"], values.get("hard_rate"), rate)
         self.steps += 1
-        landing = AsyncHostCopy(torch.stack([value.float() for value in values.values()]))
+        copied = AsyncHostCopy(torch.stack([value.float() for value in values.values()]))
 
         def read() -> dict[str, float]:
-            metrics = dict(zip(values, landing.read()[0].tolist(), strict=True)) | {"learning_rate": rate}
-            self.asker.keep()
+            metrics = dict(zip(values, copied.read()[0].tolist(), strict=True)) | {"learning_rate": rate}
+            self.reference.keep()
             self._count_nonfinite(metrics)
-            return metrics | asking_s(questions) | clock.seconds() | {"memory_gib": memory_gib(self.device)}
+            return metrics | reference_s(batches) | timer.seconds() | {"memory_gib": memory_gib(self.device)}
 
         return Pending(self.steps, read)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Teacher-forced `train_loss`, `action_accuracy` and `l1_loss` of one batch on this worker, without a step."""
-        (inputs,) = self.asker.inputs([batch])
+        (inputs,) = self.reference.inputs([batch])
         with self.policy.attached():
-            measures, _ = self._imitate(inputs)
+            measures = self.objective.validate(self.family, inputs, self.columns)
         values = torch.stack([value.mean() for value in measures.values()]).tolist()
         return dict(zip(measures, values, strict=True))
 
@@ -182,7 +176,7 @@ class Learner:
         """The moving average, if the opponent is one; and who plays, None where nobody does."""
         ema = self.config.opponent_update == "ema"
         start = opponent or (policy if ema else None)  # an average that has no adapter of its own starts as the policy
-        if self.config.objective == "sft":
+        if not self.objective.has_reference:
             return None, None
         if start is None:
             return None, Bare(self.network.model)
@@ -195,9 +189,7 @@ class Learner:
 
         def answer(inputs: Inputs, uniforms: Tensor) -> ReferenceOutput:
             with playing.attached():
-                if self.config.objective == "spvla":
-                    return own_greedy(self.family, inputs, self.sampler)
-                return self.family.propose(inputs, self.sampler, uniforms)
+                return self.objective.answer(self.family, inputs, uniforms)
 
         return answer
 
@@ -213,56 +205,32 @@ class Learner:
             rank = dist.get_rank() if self.world > 1 else 0
             torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.steps, rank)).generate_state(1)[0]))
 
-    def _shares(self, questions: Sequence[Question]) -> Shares:
-        sample = 1 / (sum(len(q.samples) for q in questions) * self.world)
-        if self.config.objective == "sft" or not self.config.drop_collisions:
+    def _shares(self, batches: Sequence[ScoredBatch]) -> Shares:
+        sample = 1 / (sum(len(batch.samples) for batch in batches) * self.world)
+        counts = [self.objective.counts(batch.inputs, batch.reference) for batch in batches]
+        if any(count is None for count in counts):
             return Shares(sample=sample, pair=sample)
-        kept = sum((~collided(q.inputs, q.reply)).sum() for q in questions).float()
+        kept = sum(count.sum() for count in counts).float()
         if self.world > 1:
             dist.all_reduce(kept)
         return Shares(sample=sample, pair=1 / kept.clamp(min=1))
 
-    def _losses(self, inputs: Inputs, reply: ReferenceOutput | None, shares: Shares) -> tuple[Tensor, Measured]:
-        """A micro-batch's part of the objective, and of the metrics. Parts add up over the step."""
-        config = self.config
-        measures, logits, generated_logps = self._score(inputs, reply)
-        action_logits = logits[:, : inputs.real.shape[1]]
-        weights = dict.fromkeys(measures, shares.sample)
-        objective = (measures["train_loss"] * shares.sample).sum()
-        if reply is not None:
-            real_logps = self.sampler.logps(action_logits, inputs.real)
-            same = collided(inputs, reply)
-            pairs = selfplay(real_logps, generated_logps, reply, self.margin) | {"collision_rate": same.float()}
-            weights |= dict.fromkeys(pairs, shares.sample)
-            weights["selfplay_loss"] = shares.pair * ~same if config.drop_collisions else shares.pair
-            measures |= pairs
-            objective = config.sft_weight * objective + (pairs["selfplay_loss"] * weights["selfplay_loss"]).sum()
-        sums = {name: (value.detach() * weights[name]).sum() for name, value in measures.items()}
-        if config.skip_hard_above is not None:
-            hard = measures["train_loss"].detach().mean() >= config.skip_hard_above
-            objective = objective.masked_fill(hard, 0.0)
-            sums["hard_rate"] = hard * (shares.sample * len(inputs.text))
-        sums["total_loss"] = objective.detach()
-        return objective, Measured(sums=sums, extremes=extremes(action_logits))
-
-    def _score(self, inputs: Inputs, reply: ReferenceOutput | None) -> tuple[Measures, Tensor, Tensor | None]:
-        """Behaviour cloning's measures, the policy's logits (B, R, V), and its log-probs of the generated action."""
+    def _loss(self, inputs: Inputs, reference: ReferenceOutput | None, shares: Shares) -> tuple[Tensor, Measured]:
+        """A micro-batch's part of the loss, and of the metrics. Parts add up over the step."""
         with self.policy.attached(dropout=self.config.lora_dropout):
             patches = self.encoder(inputs.pixels)
-            if self.config.objective == "spin":
-                pair = self.family.score_pair(inputs, reply.generated, patches=patches)
-                measures = imitation(pair.real, inputs, self.columns, self.config.logit_softcap)
-                return measures, pair.real, self.sampler.logps(pair.generated, reply.generated)
-            measures, logits = self._imitate(inputs, patches)
-        return measures, logits, None if reply is None else self.sampler.greedy(logits[:, : inputs.real.shape[1]])
-
-    def _imitate(self, inputs: Inputs, patches: Tensor | None = None) -> tuple[Measures, Tensor]:
-        """Behaviour cloning's measures, and the logits or regressed numbers that they are of."""
-        if self.family.regresses:
-            predicted = self.family.regress(inputs, patches=patches)
-            return regression(predicted, inputs.actions), predicted
-        logits = self.family.score(inputs, patches=patches)
-        return imitation(logits, inputs, self.columns, self.config.logit_softcap), logits
+            losses = self.objective.losses(self.family, inputs, reference, self.columns, patches)
+        sums = {name: (value.detach() * shares.sample).sum() for name, value in losses.measures.items()}
+        loss = (losses.sample * shares.sample).sum()
+        if losses.pair is not None:
+            counts = self.objective.counts(inputs, reference)
+            pair = (losses.pair * (shares.pair if counts is None else shares.pair * counts)).sum()
+            loss, sums["selfplay_loss"] = loss + pair, pair.detach()
+        if losses.is_hard is not None:
+            loss = loss.masked_fill(losses.is_hard, 0.0)
+            sums["hard_rate"] = losses.is_hard * (shares.sample * len(inputs.text))
+        sums["total_loss"] = loss.detach()
+        return loss, Measured(sums=sums, extremes=extremes(losses.outputs))
 
     def _gather(self, measured: Sequence[Measured]) -> dict[str, Tensor]:
         """Adds up micro-batches and workers, gradient included."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spvla.train.objective import cap_logits, greedy_logps, reduce_tokens, spin_loss, token_logps
+from spvla.train.losses import cap_logits, greedy_logps, reduce_tokens, spin_loss, token_logps
 
 
 def tensors(*values: float) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Clock:
+class StepTimer:
     """Adds up the seconds of named parts. On a GPU they are marked by events and read once, after the last."""
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Questions to the opponent: asked for several steps at once they are answered as if asked one by one."""
+"""The reference policy over several steps at once answers as it does one by one."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import torch
 from selfplay_parts import ragged_batch, take_step, tiny_learner, tiny_lora
 
 from spvla.config import StepConfig
-from spvla.train.questions import together
-from spvla.train.replies import ReplyStore
+from spvla.train.reference import together
+from spvla.train.reference_store import ReferenceStore
 from spvla.train.scoring import Inputs, ReferenceOutput
 from spvla.types import ACTION_DIM
 
@@ -23,39 +23,40 @@ def test_steps_asked_together_are_answered_as_if_asked_one_by_one(objective: str
     config = StepConfig(objective=objective, opponent_temperature=temperature)
     learner = tiny_learner(config, opponent=tiny_lora(1))
     coming = [[ragged_batch(2, seed=2 * i), ragged_batch(2, seed=2 * i + 1)] for i in range(3)]
-    together = learner.ask(coming)
+    together = learner.prepare(coming)
     assert len({q.inputs.text.shape for step in together for q in step}) == 1
-    for questions_ahead, batches in zip(together, coming, strict=True):
-        (questions_now,) = learner.ask([batches])
-        for ahead, now in zip(questions_ahead, questions_now, strict=True):
+    for batches_ahead, batches in zip(together, coming, strict=True):
+        (batches_now,) = learner.prepare([batches])
+        for ahead, now in zip(batches_ahead, batches_now, strict=True):
             assert np.array_equal(ahead.samples, now.samples) and torch.equal(ahead.inputs.real, now.inputs.real)
-            assert (ahead.reply is None) == (now.reply is None) == (objective == "sft")
-            if ahead.reply is not None:
-                assert torch.equal(ahead.reply.generated, now.reply.generated)
+            assert (ahead.reference is None) == (now.reference is None) == (objective == "sft")
+            if ahead.reference is not None:
+                assert torch.equal(ahead.reference.generated, now.reference.generated)
                 for name in ("real_logps", "generated_logps"):
-                    torch.testing.assert_close(getattr(ahead.reply, name), getattr(now.reply, name), atol=1e-5, rtol=0)
-        learner.step(questions_ahead).read()
+                    ours, theirs = getattr(ahead.reference, name), getattr(now.reference, name)
+                    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        learner.step(batches_ahead).read()
 
 
-def test_of_several_questions_only_the_unknown_are_passed_on(tmp_path: Path) -> None:
-    store = ReplyStore(tmp_path / "replies.bin", num_samples=1000, key="")
-    learner = tiny_learner(StepConfig(), replies=store)
+def test_of_several_batches_only_the_unknown_are_passed_on(tmp_path: Path) -> None:
+    store = ReferenceStore(tmp_path / "answers.bin", num_samples=1000, key="")
+    learner = tiny_learner(StepConfig(), answers=store)
     old, new = ragged_batch(2, seed=1), ragged_batch(3, seed=2)
     take_step(learner, old)
-    before, reply = learner.ask([[old]])[0][0].reply, learner.asker.answer
+    before, reply = learner.prepare([[old]])[0][0].reference, learner.reference.answer
 
     def only_three(inputs: Inputs, uniforms: torch.Tensor) -> ReferenceOutput:
         assert len(inputs.text) == 3
         return reply(inputs, uniforms)
 
-    learner.asker.answer = only_three
-    (known,), (asked,) = learner.ask([[old], [new]])
-    assert torch.equal(known.reply.generated, before.generated) and len(asked.reply.generated) == 3
+    learner.reference.answer = only_three
+    (known,), (asked,) = learner.prepare([[old], [new]])
+    assert torch.equal(known.reference.generated, before.generated) and len(asked.reference.generated) == 3
 
 
 def test_what_was_answered_first_stays(tmp_path: Path) -> None:
     """A batch of known and new samples is answered as a whole, which may round otherwise than before."""
-    store = ReplyStore(tmp_path / "replies.bin", num_samples=10, key="")
+    store = ReferenceStore(tmp_path / "answers.bin", num_samples=10, key="")
 
     def reply(value: float, size: int) -> ReferenceOutput:
         real, generated = torch.full((size, ACTION_DIM), value), torch.full((size, ACTION_DIM), -value)
@@ -71,13 +72,13 @@ def test_what_was_answered_first_stays(tmp_path: Path) -> None:
 def test_a_moving_opponent_is_not_asked_ahead() -> None:
     learner = tiny_learner(StepConfig(opponent_update="ema"))
     with pytest.raises(AssertionError, match="moved"):
-        learner.ask([[ragged_batch(2)], [ragged_batch(2)]])
+        learner.prepare([[ragged_batch(2)], [ragged_batch(2)]])
 
 
 def test_compiled_code_sees_passes_of_one_size_and_answers_stay_the_same() -> None:
     """Where fewer steps are left than were asked before, some rows are repeated."""
     coming = [[ragged_batch(2, seed=seed)] for seed in range(3)]
-    plain, filled = tiny_learner(StepConfig()).asker, tiny_learner(StepConfig()).asker
+    plain, filled = tiny_learner(StepConfig()).reference, tiny_learner(StepConfig()).reference
     filled.config = StepConfig(compile=True)  # what is padded, without the compiler
     sizes, reply = [], filled.answer
 
@@ -86,9 +87,9 @@ def test_compiled_code_sees_passes_of_one_size_and_answers_stay_the_same() -> No
         return reply(inputs, uniforms)
 
     filled.answer = watched
-    filled.ask(coming, 0)
-    ((ours,),), ((theirs,),) = filled.ask(coming[:1], 3), plain.ask(coming[:1], 3)
-    assert torch.equal(ours.reply.generated, theirs.reply.generated)
+    filled.score(coming, 0)
+    ((ours,),), ((theirs,),) = filled.score(coming[:1], 3), plain.score(coming[:1], 3)
+    assert torch.equal(ours.reference.generated, theirs.reference.generated)
     assert len(sizes) == 2 and sizes[0] == sizes[1]
 
 

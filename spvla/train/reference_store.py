@@ -17,13 +17,13 @@ FIELDS = ("generated", "real_logps", "generated_logps")
 
 
 def record(tokens: int) -> np.dtype:
-    """One sample's reply of so many action tokens."""
+    """One sample's output of so many action tokens."""
     numbers = [("generated", "<i4", tokens), ("real_logps", "<f4", tokens), ("generated_logps", "<f4", tokens)]
     return np.dtype([("known", "u1"), *numbers])
 
 
-class ReplyStore:
-    """Replies by sample number. A file made for another `key` (opponent, flags, data) is emptied."""
+class ReferenceStore:
+    """Answers by sample number. A file made for another `key` (opponent, flags, data) is emptied."""
 
     def __init__(self, path: Path, *, num_samples: int, key: str, tokens: int = ACTION_DIM) -> None:
         self.path, note = path, path.with_suffix(".json")
@@ -37,7 +37,7 @@ class ReplyStore:
         self.records = np.memmap(path, record(tokens), mode="r+", shape=(num_samples,))
 
     def get(self, samples: np.ndarray, device: torch.device | str) -> ReferenceOutput | None:
-        """The replies to all of `samples` (B,), or None if one is missing."""
+        """The answers to all of `samples` (B,), or None if one is missing."""
         rows = self.records[samples]
         if not rows["known"].all():
             return None
@@ -47,26 +47,26 @@ class ReplyStore:
             generated_logps=torch.from_numpy(rows["generated_logps"].copy()).to(device),
         )
 
-    def first(self, samples: np.ndarray, reply: ReferenceOutput) -> ReferenceOutput:
-        """`reply`, but what is known of `samples` (B,) as it was answered first.
+    def first(self, samples: np.ndarray, output: ReferenceOutput) -> ReferenceOutput:
+        """`output`, but what is known of `samples` (B,) as it was answered first.
 
         In another batch it may round otherwise, and a run that goes on knows answers that it had not needed yet.
         """
         rows = self.records[samples]
         if not rows["known"].any():
-            return reply
-        known = torch.from_numpy(rows["known"].astype(bool))[:, None].to(reply.generated.device)
+            return output
+        known = torch.from_numpy(rows["known"].astype(bool))[:, None].to(output.generated.device)
         fields = {}
         for field in FIELDS:
-            new = getattr(reply, field)
+            new = getattr(output, field)
             fields[field] = torch.where(known, torch.from_numpy(rows[field].copy()).to(new), new)
         return ReferenceOutput(**fields)
 
-    def put(self, samples: np.ndarray, reply: ReferenceOutput) -> None:
-        """Keeps the replies to those of `samples` (B,) that are not known."""
+    def put(self, samples: np.ndarray, output: ReferenceOutput) -> None:
+        """Keeps the answers to those of `samples` (B,) that are not known."""
         new = self.records["known"][samples] == 0
         rows = np.zeros(len(samples), self.records.dtype)
         for field in FIELDS:
-            rows[field] = getattr(reply, field).cpu().numpy()
+            rows[field] = getattr(output, field).cpu().numpy()
         self.records[samples[new]] = rows[new]
         self.records["known"][samples] = 1
