@@ -213,6 +213,7 @@ class Bench:
             decode_batch_size=batch_size,
             instructions=tuple(i for suite in MAX_STEPS for i in self.benchmark.instructions(suite)),
             max_batch=batch_size,
+            under_way=2 if self.sizes.device == "cuda" else 1,
             wait_ms=args.wait_ms,
             log_folder=self.working.log_folder,
             load=random_policy,

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "index": (config.IndexConfig, "spvla.data.index:index"),
     "train": (config.TrainConfig, "spvla.train.run:train"),
     "evaluate": (config.EvaluateConfig, "spvla.eval.evaluate:evaluate"),
+    "serve": (config.ServeConfig, "spvla.serve:serve"),
     "selfplay": (config.SelfplayConfig, "spvla.train.selfplay:selfplay"),
     "sweep": (config.SweepConfig, "spvla.sweep.sweep:sweep"),
     "report": (config.ReportConfig, "spvla.report.html:report"),

@@ -49,7 +49,16 @@ AT_LEAST_0 = (
         "max_failures",
         "max_retries",
     ),
-    *("num_decoders", "num_envs", "num_steps_wait", "num_videos", "num_workers", "opponent_temperature", "seed"),
+    *(
+        "num_decoders",
+        "num_envs",
+        "port",
+        "num_steps_wait",
+        "num_videos",
+        "num_workers",
+        "opponent_temperature",
+        "seed",
+    ),
     *("noise", "noise_share", "sft_weight", "val_steps", "wait_ms", "warmup_steps", "weight_decay"),
 )
 AT_MOST_1 = ("noise", "noise_share")
@@ -369,7 +378,12 @@ class EvaluateConfig(FarmConfig):
     num_images_in_input: int | None = None
     """OpenVLA-OFT: 2 with the wrist camera's image"""
     num_open_loop_steps: int | None = None
-    """of a chunk's actions the first so many are executed before the policy is asked again; all by default"""
+    """of a chunk's actions the first so many are executed before the policy is asked again; all by default, and 5 at
+    most of a policy server's"""
+    policy_server: str = ""
+    """instead of a checkpoint: ws://HOST:PORT of a server that speaks openpi's protocol, several separated by commas"""
+    policy: str = ""
+    """instead of a checkpoint: package.module:function that makes an object of the Policy protocol"""
     seed: int = 7
     local_log_dir: Path = Path("experiments/logs")
     """folder that gets the ledger, the logs, videos and exports"""
@@ -391,11 +405,13 @@ class EvaluateConfig(FarmConfig):
             expected="one of the two",
             remedy="Leave one out.",
         )
+        sources = ("pretrained_checkpoint", "follow", "policy_server", "policy")
+        given = [f"--{name} {getattr(self, name)}" for name in sources if getattr(self, name)]
         require(
-            bool(self.pretrained_checkpoint) != (self.follow is not None),
-            f"--pretrained_checkpoint {self.pretrained_checkpoint or '(none)'} and --follow {self.follow or '(none)'}",
-            expected="one of the two",
-            remedy="Give the checkpoint to evaluate, or the training run to follow.",
+            len(given) == 1,
+            " and ".join(given) or "no policy to evaluate",
+            expected=f"one of {', '.join(f'--{name}' for name in sources)}",
+            remedy="Give the checkpoint to evaluate, the training run to follow, or where another policy is.",
         )
         require(
             not self.stop_when_settled or self.pretrained_checkpoint.count(",") == 1,
@@ -403,6 +419,34 @@ class EvaluateConfig(FarmConfig):
             expected="two checkpoints to compare, separated by a comma",
             remedy="Name both, or leave --stop_when_settled out.",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Answer anyone's client of openpi's websocket protocol with a checkpoint's actions."""
+
+    pretrained_checkpoint: str
+    """checkpoint or adapter folder, a Hugging Face name in the local cache, or a preset"""
+    host: str = "127.0.0.1"
+    """address to listen at; 0.0.0.0 for other machines, none of which has to show who it is"""
+    port: int = 8000
+    unnorm_key: str | None = None
+    """key of the action statistics; needed where the checkpoint has several"""
+    center_crop: bool = True
+    """crop 90% of an image's area, for policies trained with image_aug; not of those that come cropped from evaluate"""
+    decode_batch_size: int = 0
+    """requests decoded together, padded to so many; 0: 8 on a GPU, 1 on a CPU"""
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    use_l1_regression: bool | None = None
+    """as in evaluate, and so are the next three"""
+    use_proprio: bool | None = None
+    num_images_in_input: int | None = None
+    num_open_loop_steps: int | None = None
+
+    def check(self) -> None:
+        require_values(self)
+        require(0 < self.port < 65536, f"--port {self.port}", expected="1 to 65535", remedy="Correct --port.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ in a chunk.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -105,6 +105,7 @@ class Needs:
     proprio: bool = False
     chunk: int = 1  # K actions that one call answers with
     execute: int = 1  # of these, the first so many are executed before the policy is asked again
+    preprocessing: Literal["openvla", "resized"] = "openvla"  # a frame's way to an image; see `policies.observations`
 
     def __post_init__(self) -> None:
         assert self.cameras and 1 <= self.execute <= self.chunk, self

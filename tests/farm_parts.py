@@ -1,9 +1,11 @@
 """What several of the farm's tests stand on: a protocol, and a farm on real Ray whose worlds and policy are fakes."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import fakes
 from ray import cloudpickle
@@ -46,6 +48,7 @@ def fake_farm(
     open_env: Callable[[str, int], fakes.FakeEnv] | None = None,
     load: object = fake_policy,
     versions: Sequence[PolicyVersion] = (VERSION,),
+    serving: Mapping[str, object] = MappingProxyType({}),
     start: bool = True,
 ) -> Iterator:
     """A farm, and what it said."""
@@ -58,7 +61,7 @@ def fake_farm(
         call_timeout_s=config.call_timeout_s,
         log_folder=str(folder / "workers"),
     )
-    serving = ServerSettings(
+    settings = ServerSettings(
         device="cpu",
         dtype="float32",
         load_in_8bit=False,
@@ -66,6 +69,7 @@ def fake_farm(
         decode_batch_size=2,
         instructions=("move beyond 1",),
         max_batch=2,
+        under_way=1,
         wait_ms=None,
         log_folder=str(folder / "workers"),
         load=load,
@@ -73,7 +77,7 @@ def fake_farm(
     for function in (open_env, load):
         if function is not None and not function.__module__.startswith("spvla"):
             cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
-    with Farm(config, working=working, serving=serving, say=said.append) as farm:
+    with Farm(config, working=working, serving=replace(settings, **serving), say=said.append) as farm:
         if start:
             farm.start(versions)
         yield farm, said

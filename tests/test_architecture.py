@@ -25,7 +25,7 @@ FLOORS = (
     ("spvla.eval",),
     ("spvla.train",),
     ("spvla.sweep", "spvla.report"),
-    ("spvla.collect", "spvla.takes", "spvla.status", "spvla.doctor", "spvla.demo"),
+    ("spvla.serve", "spvla.collect", "spvla.takes", "spvla.status", "spvla.doctor", "spvla.demo"),
     ("spvla.cli", "spvla"),
 )
 
@@ -39,6 +39,8 @@ HEAVY = {
     "numba": ("spvla.compiler",),
     "h5py": ("spvla.data.demos",),
     "sqlite3": ("spvla.eval.ledger",),
+    "websockets": ("spvla.policies.remote", "spvla.serve"),
+    "msgpack": ("spvla.policies.wire",),
     "peft": (),  # only its file format is used
     "ray": (
         "spvla.cluster",

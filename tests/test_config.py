@@ -12,6 +12,7 @@ from spvla.errors import UserError
 SOUND = {
     "regenerate": config.RegenerateConfig(demos="demos"),
     "evaluate": config.EvaluateConfig(pretrained_checkpoint="tiny"),
+    "serve": config.ServeConfig(pretrained_checkpoint="tiny"),
     "sweep": config.SweepConfig(space={"beta": "0.3,0.7"}, train=config.TrainConfig()),
     "report": config.ReportConfig(run="run"),
     "status": config.StatusConfig(run="run"),

@@ -287,7 +287,7 @@ def test_a_new_version_moves_its_adapter_and_leaves_the_base_where_it_is(tmp_pat
         await asyncio.gather(server.prepare([first], {}), server.prepare([second], held))  # the second does not wait
 
     options = {"device": "cpu", "dtype": "float32", "load_in_8bit": False, "load_in_4bit": False, "wait_ms": None}
-    sizes = {"decode_batch_size": 1, "max_batch": 1}
+    sizes = {"decode_batch_size": 1, "max_batch": 1, "under_way": 1}
     server = PolicyServer("policy-0", ServerSettings(**options, **sizes, instructions=(), log_folder=None, load=load))
     server.decoding = ThreadPoolExecutor(2)  # as with a GPU
     asyncio.run(follow(server))

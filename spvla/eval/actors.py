@@ -26,6 +26,7 @@ from spvla.errors import InfrastructureError
 from spvla.eval.batcher import Batcher, BatchStats
 from spvla.eval.episode import Act, run_trial
 from spvla.eval.messages import (
+    ELSEWHERE,
     EXCEPTION,
     POLICY_GONE,
     POLICY_RAISED,
@@ -41,12 +42,14 @@ from spvla.eval.messages import (
 )
 from spvla.eval.pool import LOG_HEADER
 from spvla.eval.videos import encode_mp4
-from spvla.policies.registry import AdaptablePolicy, family
+from spvla.policies.registry import EXTERNAL, AdaptablePolicy, external, family
 from spvla.types import Env, Observation, Trial
 
 
 def open_base(version: PolicyVersion, settings: ServerSettings) -> AdaptablePolicy:
     """A version's base, without its adapter."""
+    if version.description.family in EXTERNAL:
+        return external(version.description.family).open(version.description, number=settings.number)
     return family(version.description.family).open(
         Path(version.base),
         version.description,
@@ -70,17 +73,18 @@ class PolicyUnavailable(InfrastructureError):
 class PolicyServer:
     """Loaded policies and their batcher: an async class whose decoding runs on threads of its own.
 
-    With a GPU they are two: one batch is decoded while the next is made ready behind it.
+    With a GPU they are two: one batch is decoded while the next is made ready behind it. What only passes requests on
+    to a server elsewhere has one for each that may be under way.
     """
 
     def __init__(self, name: str, settings: ServerSettings) -> None:
         log_to(settings.log_folder, name)
-        self.settings = settings
+        self.settings = replace(settings, number=int(name.rpartition("-")[2]))
         self.policies: dict[tuple[str, str], AdaptablePolicy] = {}  # `opened_as` of the versions that stand on it
         self.actions = 0  # given out to be executed
         self.versions: dict[str, PolicyVersion] = {}
         self.changing = asyncio.Lock()
-        self.depth = 2 if settings.device == "cuda" else 1
+        self.depth = settings.under_way
         self.decoding = ThreadPoolExecutor(self.depth, "decode", initializer=self._prepare_thread)
         self.batcher: Batcher[ActionRequest, np.ndarray] = Batcher(
             self._decode,
@@ -91,9 +95,9 @@ class PolicyServer:
         )
 
     def _prepare_thread(self) -> None:
-        import torch
-
         if self.settings.device == "cpu":
+            import torch
+
             torch.set_num_threads(1)  # a sum's order, and so its last bit, follows the number of threads
 
     async def prepare(self, versions: Sequence[PolicyVersion], adapters: dict[str, list[ray.ObjectRef]]) -> ServerFacts:
@@ -103,8 +107,6 @@ class PolicyServer:
             return await asyncio.get_running_loop().run_in_executor(self.decoding, self._prepare, versions, adapters)
 
     def _prepare(self, versions: Sequence[PolicyVersion], adapters: dict[str, list[ray.ObjectRef]]) -> ServerFacts:
-        from spvla.model.kernels.compiled import arithmetic
-
         for version in versions:
             if version.digest not in self.versions:
                 here = not version.is_adapter or Path(version.path).is_dir()
@@ -113,7 +115,14 @@ class PolicyServer:
             self.remove(digest)
         for policy in self.policies.values():
             policy.prepare(list(self.settings.instructions))
-        return ServerFacts(device=arithmetic(self.settings.device, self.settings.dtype), pid=os.getpid())
+        return ServerFacts(device=self._arithmetic(), pid=os.getpid())
+
+    def _arithmetic(self) -> str:
+        if self.settings.device == ELSEWHERE:
+            return ELSEWHERE
+        from spvla.model.kernels.compiled import arithmetic
+
+        return arithmetic(self.settings.device, self.settings.dtype)
 
     def add(self, version: PolicyVersion, files: dict[str, bytes] | None = None) -> None:
         """Loads a base checkpoint, or an adapter beside its base: from its folder, or from `files`."""

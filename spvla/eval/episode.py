@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 
 from spvla.errors import InfrastructureError, SpvlaError
+from spvla.policies.observations import image_of
 from spvla.policies.openvla.actions import gripper_to_env
-from spvla.policies.openvla.images import evaluation_image
 from spvla.types import ACTION_DIM, Env, Needs, Observation, Outcome, Status, Trial
 
 WAIT_ACTION = np.array([0.0, 0, 0, 0, 0, 0, -1])  # stand still, gripper open
@@ -84,7 +84,10 @@ class CameraFrames(dict[str, np.ndarray]):
 def observe(env: Env, frames: CameraFrames, needs: Needs, *, center_crop: bool) -> Observation:
     """What the policy sees now, and no more than it needs. The wrist's image goes the main image's way."""
     return Observation(
-        images=tuple(evaluation_image(frames[camera], center_crop=center_crop) for camera in needs.cameras),
+        images=tuple(
+            image_of(frames[camera], preprocessing=needs.preprocessing, center_crop=center_crop)
+            for camera in needs.cameras
+        ),
         instruction=env.instruction,
         proprio=env.proprio()[0] if needs.proprio else None,
     )

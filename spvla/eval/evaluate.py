@@ -21,12 +21,14 @@ def evaluate(config: EvaluateConfig) -> None:
         from spvla.eval.follow import follow
 
         return follow(config)
-    print(table(run_evaluation(config, checkpoints=config.pretrained_checkpoint.split(","))))
+    checkpoints = [path for path in config.pretrained_checkpoint.split(",") if path]
+    print(table(run_evaluation(config, checkpoints=checkpoints)))
 
 
 def run_evaluation(config: EvaluateConfig, *, checkpoints: Sequence[str | Path]) -> list[Summary]:
-    """Runs what the ledger misses; returns a line for each task and one (`task` None) for each suite, by checkpoint.
+    """Runs what the ledger misses, of these checkpoints or, where there are none, of the policy that the flags name.
 
+    Returns a line for each task and one (`task` None) for each suite, by checkpoint.
     Raises UserError before any long work; InfrastructureError if no worker is left. What is done by then is kept.
     """
     with session(config) as opened:

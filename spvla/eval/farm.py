@@ -16,7 +16,7 @@ from spvla.cluster.machines import cpus_for, grows, request_for, total, unbounde
 from spvla.config import FarmConfig
 from spvla.errors import InfrastructureError
 from spvla.eval.actors import RemoteEnvWorker, RemotePolicyServer
-from spvla.eval.messages import PolicyVersion, ServerFacts, ServerSettings, WorkerFacts, WorkerSettings
+from spvla.eval.messages import ELSEWHERE, PolicyVersion, ServerFacts, ServerSettings, WorkerFacts, WorkerSettings
 from spvla.eval.pool import ActorPool, ActorSlot
 from spvla.eval.sizing import DECODER_CPUS, Sizes, sizes
 
@@ -137,7 +137,7 @@ def cluster_sizes(config: FarmConfig, device: str | None = None) -> Sizes:
     """What the connected cluster should carry now; `device` is kept once it is chosen."""
     return sizes(
         cpus=math.inf if unbounded() else cpus_for("spvla_env"),
-        gpus=0 if device == "cpu" else total("GPU"),
+        gpus=0 if device in ("cpu", ELSEWHERE) else total("GPU"),
         num_envs=config.num_envs,
         num_decoders=config.num_decoders,
         on_demand=grows(),

@@ -34,19 +34,24 @@ class PolicyVersion:
         return self.base, repr(self.description)
 
 
+ELSEWHERE = "policy server"  # the device of a policy that is asked over the network
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
     """`load(version, settings)` opens a version's base; tests give fakes."""
 
-    device: str  # "cpu" or "cuda"
+    device: str  # "cpu", "cuda", or ELSEWHERE
     dtype: str
     load_in_8bit: bool
     load_in_4bit: bool
     decode_batch_size: int  # every batch is padded to this; 0: batches keep their own size
     instructions: tuple[str, ...]  # of all tasks of the benchmark: what a decoder's shape is made for
     max_batch: int
+    under_way: int  # batches at once: on a GPU the second is made ready behind the first
     wait_ms: float | None
     log_folder: str | None
+    number: int = 0  # of this server among the farm's
     load: Callable[[PolicyVersion, "ServerSettings"], AdaptablePolicy]
 
 

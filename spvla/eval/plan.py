@@ -30,9 +30,12 @@ class Plan:
 
 
 def make_plan(config: EvaluateConfig, benchmark: Benchmark, checkpoints: Sequence[str | Path]) -> Plan:
-    """Raises UserError for a checkpoint, suite, task, key or number of trials that does not exist."""
+    """Raises UserError for a checkpoint, suite, task, key or number of trials that does not exist.
+
+    No checkpoints: the policy that --policy_server or --policy names.
+    """
     tasks = chosen_tasks(benchmark, config.task_suite_name, config.tasks, trials=config.num_trials_per_task)
-    versions = [describe(str(path), flags_of(config)) for path in checkpoints]
+    versions = [describe(str(path), flags_of(config)) for path in checkpoints] or [describe_external(config)]
     suites = {suite: benchmark.trained_on(suite) for suite, _ in tasks}
     keys = {(v.digest, s): unnorm_key(v, trained, config.unnorm_key) for v in versions for s, trained in suites.items()}
     trials = [
@@ -95,6 +98,20 @@ def describe(path: str, flags: PolicyFlags = NO_FLAGS) -> PolicyVersion:
     )
 
 
+def describe_external(config: EvaluateConfig) -> PolicyVersion:
+    """Who is behind --policy_server or --policy. Raises UserError."""
+    kind, source = ("server", config.policy_server) if config.policy_server else ("object", config.policy)
+    found = families.external(kind).describe(source, flags_of(config))
+    return PolicyVersion(
+        digest=found.digest,
+        name=found.name,
+        path=source,
+        base=source,
+        is_adapter=False,
+        description=found.description,
+    )
+
+
 def readable_name(folder: Path) -> str:
     """.../runs/x/checkpoints/step_000300 -> x/step_000300."""
     if folder.parent.name in ("checkpoints", "merged"):
@@ -105,8 +122,10 @@ def readable_name(folder: Path) -> str:
 def unnorm_key(version: PolicyVersion, suite: str, asked: str | None) -> str:
     """The key of the action statistics: the flag's, else the suite's name or that + "_no_noops".
 
-    What the policy was trained on comes before what its base knows.
+    What the policy was trained on comes before what its base knows. A policy that keeps no statistics here needs none.
     """
+    if not version.description.has_statistics:
+        return asked or suite
     own, base = checkpoint.norm_stats(Path(version.path)), checkpoint.norm_stats(Path(version.base))
     wanted, there = (asked,) if asked else (suite, f"{suite}_no_noops"), base | own
     for key in (key for stats in (own, base) for key in wanted if key in stats):

@@ -14,6 +14,7 @@ from spvla.errors import LedgerError
 
 # Raise when the order of a trial's operations changes what an outcome would be: reset, settling, image path, gripper.
 VERSION = 1
+UNKNOWN = "unknown"  # dtype of a policy whose weights are not known to us
 YOUNGER = ("num_images_in_input", "num_open_loop_steps")
 
 

@@ -24,11 +24,11 @@ from spvla.eval.exports import export, log_results, open_wandb
 from spvla.eval.farm import Farm, cluster_sizes
 from spvla.eval.ledger import Ledger, TrialRow
 from spvla.eval.logfile import name_part, refuse_note, write_log
-from spvla.eval.messages import ServerFacts, ServerSettings, WorkerFacts, WorkerSettings, differing
+from spvla.eval.messages import ELSEWHERE, ServerFacts, ServerSettings, WorkerFacts, WorkerSettings, differing
 from spvla.eval.plan import Plan, benchmark_of, make_plan
-from spvla.eval.protocol import Protocol, require_same
+from spvla.eval.protocol import UNKNOWN, Protocol, require_same
 from spvla.eval.settle import pairs_of, verdict
-from spvla.eval.sizing import decode_batch_size
+from spvla.eval.sizing import Sizes, decode_batch_size
 from spvla.eval.summary import Summary, summarise
 from spvla.files import require_writable, writing_to
 from spvla.tracking import WandbRun
@@ -123,7 +123,7 @@ class EvaluationSession:
 
     def _batch_size(self, default: int) -> int:
         """Of every decoded batch: the flag's, the ledger's, or the default; 0 if batches may have any size."""
-        if not self.config.repeatable:
+        if not self.config.repeatable or self.config.policy_server or self.config.policy:
             return 0
         old = self.ledger.protocol()
         return self.config.decode_batch_size or (old.decode_batch_size if old else 0) or default
@@ -155,12 +155,14 @@ class EvaluationSession:
         if "RAY_ADDRESS" not in os.environ:  # environments run on this machine: better told now than by each of them
             self.benchmark.require_drawing()
         self.console.say(f"evaluate  world: {self.benchmark.describe(self.benchmark.facts())}")
+        if c.policy_server:  # an actor for each server, which asks it
+            c = replace(c, num_decoders=c.policy_server.count(",") + 1)
         self.stack.enter_context(connection())
-        sizes = cluster_sizes(c)
-        batch_size = self._batch_size(decode_batch_size(sizes))
+        sizes = cluster_sizes(c, ELSEWHERE if c.policy_server else None)
         logs = str(self.folder / WORKER_LOGS)
+        serving = self._serving(sizes, logs)
         self.console.say(
-            f"evaluate  {sizes.envs} environments, {sizes.decoders} policy actors on {sizes.device}; logs in {logs}"
+            f"evaluate  {sizes.envs} environments, {sizes.decoders} policy actors on {serving.device}; logs in {logs}"
         )
         working = WorkerSettings(
             benchmark=self.benchmark,
@@ -170,7 +172,12 @@ class EvaluationSession:
             call_timeout_s=c.call_timeout_s,
             log_folder=logs,
         )
-        serving = ServerSettings(
+        return self.stack.enter_context(Farm(c, working=working, serving=serving, say=self.console.say))
+
+    def _serving(self, sizes: Sizes, logs: str) -> ServerSettings:
+        c = self.config
+        batch_size = self._batch_size(decode_batch_size(sizes))
+        settings = ServerSettings(
             device=sizes.device,
             dtype=DTYPES[sizes.device],
             load_in_8bit=c.load_in_8bit,
@@ -178,11 +185,16 @@ class EvaluationSession:
             decode_batch_size=batch_size,
             instructions=tuple(i for suite in self.benchmark.suites for i in self.benchmark.instructions(suite)),
             max_batch=batch_size or sizes.envs,
+            under_way=2 if sizes.device == "cuda" else 1,
             wait_ms=c.wait_ms,
             log_folder=logs,
             load=open_base,
         )
-        return self.stack.enter_context(Farm(c, working=working, serving=serving, say=self.console.say))
+        if c.policy:
+            return replace(settings, dtype=UNKNOWN, under_way=1)
+        if c.policy_server:  # it batches by itself, if at all: each request goes when it comes
+            return replace(settings, device=ELSEWHERE, dtype=UNKNOWN, max_batch=1, under_way=sizes.envs)
+        return settings
 
     def _protocol(self, worker: WorkerFacts, server: ServerFacts) -> Protocol:
         serving = self.farm.serving

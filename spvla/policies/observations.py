@@ -1,12 +1,26 @@
-"""What every family of policies asks of the observations that it is given, in one clear error each."""
+"""Observations: how a frame becomes an image, and what every family asks of them, in one clear error each."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from spvla.errors import UserError
+from spvla.policies.openvla.images import evaluation_image
 from spvla.types import IMAGE_SIZE, PROPRIO_DIM, Needs, Observation
+
+
+def image_of(frame: np.ndarray, *, preprocessing: str, center_crop: bool) -> np.ndarray:
+    """A camera's frame (256, 256, 3) uint8, not rotated -> (224, 224, 3) uint8, upright.
+
+    preprocessing: "openvla" as OpenVLA's evaluation does it (JPEG, Lanczos, a crop if its training cropped), "resized"
+    as openpi's clients do it (bilinear).
+    """
+    if preprocessing == "openvla":
+        return evaluation_image(frame, center_crop=center_crop)
+    upright = Image.fromarray(np.ascontiguousarray(frame[::-1, ::-1]))
+    return np.asarray(upright.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
 
 
 def check_observations(observations: Sequence[Observation], needs: Needs) -> None:

@@ -16,6 +16,10 @@ FAMILIES = {
     "oft": "spvla.policies.oft.family",
     "openvla": "spvla.policies.openvla.family",
 }
+EXTERNAL = {  # policies whose weights are not known to us
+    "server": "spvla.policies.remote",
+    "object": "spvla.policies.foreign",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,8 @@ class Description:
 
     family: str
     needs: Needs
-    form: Any = None  # the family's own: what `PolicyFamily.open` must know beside the base's weights
+    form: Any = None  # the family's own: what `open` must know beside the base's weights
+    has_statistics: bool = True  # actions are un-normalised with statistics of its folder, found by a key
 
 
 PLAIN_OPENVLA = Description(family="openvla", needs=ONE_STEP)
@@ -84,6 +89,25 @@ class PolicyFamily(Protocol):
         """A base without adapters, as `description` has it: an adapter of that form can join. Raises UserError."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExternalPolicy:
+    """A policy without a folder: who it is, and what it needs."""
+
+    digest: str
+    name: str
+    description: Description
+
+
+class ExternalKind(Protocol):
+    """What a module of EXTERNAL offers."""
+
+    def describe(self, source: str, flags: PolicyFlags) -> ExternalPolicy:
+        """Finds out what the policy is, before actors start. Raises UserError."""
+
+    def open(self, description: Description, *, number: int) -> AdaptablePolicy:
+        """number: of the policy actor that opens it, from 0. Raises UserError."""
+
+
 def describe(path: str | Path, flags: PolicyFlags = NO_FLAGS) -> Description:
     """What the checkpoint or adapter at `path` is. Reads small files only. Raises UserError."""
     from spvla.policies.checkpoint import base_of
@@ -95,6 +119,10 @@ def describe(path: str | Path, flags: PolicyFlags = NO_FLAGS) -> Description:
 
 def family(name: str) -> PolicyFamily:
     return importlib.import_module(FAMILIES[name])
+
+
+def external(kind: str) -> ExternalKind:
+    return importlib.import_module(EXTERNAL[kind])
 
 
 def load_policy(

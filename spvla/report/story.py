@@ -12,7 +12,7 @@ from typing import Any
 from spvla import runs
 from spvla.benchmarks.registry import describe
 from spvla.eval.ledger import ErrorRow, Ledger, PolicyRow, TrialRow
-from spvla.eval.protocol import Protocol
+from spvla.eval.protocol import UNKNOWN, Protocol
 from spvla.eval.summary import Summary, shorten, summarise
 from spvla.report import plots
 from spvla.report.exam import exams_seen
@@ -339,6 +339,8 @@ def notes(protocols: Sequence[Protocol], tables: Sequence[Sequence[Summary]], er
     planned, done = sum(s.planned for s in totals), sum(s.done for s in totals)
     worlds = dict.fromkeys(describe(protocol.world) for protocol in protocols)
     found = [f"Rolled out with {world}" for world in worlds if world]
+    if any(protocol.dtype == UNKNOWN for protocol in protocols):
+        found.append("The policy is a server's or a Python object's: its weights are not known here, only its name.")
     if done < planned:
         found.append(f"{planned - done} of {planned} trials have no outcome yet: rates are of the others.")
     if errors:
