@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oft_parts import STATS, create_oft, observations, reference_oft_model
@@ -18,8 +19,11 @@ from spvla.policies.oft.checkpoint import open_model, save_checkpoint
 from spvla.policies.oft.folder import form_of, form_to_train
 from spvla.policies.oft.form import OftForm
 from spvla.policies.oft.parts import find_part
+from spvla.policies.openvla.actions import gripper_to_env
+from spvla.policies.openvla.images import evaluation_image
 from spvla.policies.presets import create_preset
 from spvla.policies.registry import NO_FLAGS, PolicyFlags, describe, load_policy
+from spvla.types import Observation
 
 FORM = OftForm(cameras=2, proprio=True, head="l1")
 HEAD, PROJECTOR = "action_head--150000_checkpoint.pt", "proprio_projector--150000_checkpoint.pt"
@@ -103,19 +107,51 @@ def test_saving_gives_back_what_was_read(published: Path, tmp_path: Path) -> Non
         assert read.keys() == written.keys() and all(torch.equal(read[n].float(), written[n]) for n in read)
 
 
-def test_the_originals_own_files_hold_the_reference_weights(golden: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def originals(golden: Path, tmp_path: Path) -> Path:
+    """The original's tiny OFT checkpoint: its plain folder with the three files that its fine-tuning adds."""
     folder = Path(shutil.copytree(golden / "model", tmp_path / "oft", ignore=shutil.ignore_patterns("*.npz")))
+    folder.chmod(0o755)
     for f in (golden / "oft/pt").iterdir():
-        folder.chmod(0o755)
         (folder / f.name).unlink(missing_ok=True)
         shutil.copyfile(f, folder / f.name)
-    form = form_of(folder)
-    assert form == FORM and describe(folder).needs.proprio
-    model, expected = open_model(folder, form), reference_oft_model(form)
+    return folder
+
+
+def test_the_originals_own_files_hold_the_reference_weights(golden: Path, originals: Path) -> None:
+    form = form_of(originals)
+    assert form == FORM and describe(originals).needs.proprio
+    model, expected = open_model(originals, form), reference_oft_model(form)
     assert all(torch.equal(t, expected.state_dict()[name]) for name, t in model.state_dict().items())
     keys = {"module." + n for part in model.added().values() for n in part.state_dict()}
     lines = (golden / "oft/pt_keys.txt").read_text().splitlines()
     assert {line.split()[1] for line in lines} == keys
+
+
+def test_from_camera_frames_to_the_environments_actions_as_the_original(golden: Path, originals: Path) -> None:
+    data = np.load(golden / "oft/l1.npz")
+    frames = [data[f"e2e_{camera}_image"] for camera in ("agentview", "robot0_eye_in_hand")]
+    seen = Observation(
+        images=tuple(evaluation_image(frame, center_crop=True) for frame in frames),
+        instruction=str(data["e2e_instruction"]),
+        proprio=data["e2e_state"],
+    )
+    (chunk,) = load_policy(originals).act([seen], unnorm_key="libero_spatial_no_noops")
+    assert np.abs(chunk - data["e2e_actions"]).max() <= 1e-4 * np.abs(data["e2e_actions"]).max()
+    sent = gripper_to_env(chunk)
+    assert np.allclose(sent, data["e2e_env_actions"], atol=1e-4)
+    assert np.array_equal(sent[:, 6], data["e2e_env_actions"][:, 6])
+
+
+@pytest.mark.parametrize(
+    "names", [("agentview", "full_image", "full_cropped"), ("wrist", "wrist_image", "wrist_cropped")]
+)
+def test_a_cameras_frames_are_the_originals_to_the_bit(golden: Path, names: tuple[str, str, str]) -> None:
+    data = np.load(golden / "oft/image.npz")
+    for i in range(3):
+        frame, plain, cropped = (data[f"{name}{i}"] for name in names)
+        assert np.array_equal(evaluation_image(frame, center_crop=False), plain)
+        assert np.array_equal(evaluation_image(frame, center_crop=True), cropped)
 
 
 def break_head(copy: Path, value: Any) -> None:
