@@ -152,7 +152,8 @@ def test_an_opponent_that_answers_several_steps_at_once_changes_nothing(
     runs_of = {}
     for ahead in (1, 2):
         monkeypatch.setattr(session_module, "steps_ahead", lambda config, device, ahead=ahead: ahead)
-        config = quick_flags(data, tmp_path, run_id=f"ahead-{ahead}", max_steps=5, save_steps=3, **flags)
+        places = {"run_id": f"ahead-{ahead}", "max_steps": 5, "save_steps": 3}
+        config = quick_flags(data, tmp_path, learning_rate=1e-4, **places, **flags)  # small, as in `ddp_learner`
         runs_of[ahead] = train_here(config)
     losses = {ahead: [row["total_loss"] for row in runs.read_metrics(run)] for ahead, run in runs_of.items()}
     assert losses[1] == pytest.approx(losses[2], abs=1e-5)
@@ -284,9 +285,10 @@ def test_steps_that_are_not_finite_stop_the_run_and_leave_its_last_checkpoint(da
 
 
 def test_two_workers_learn_what_one_learns_with_twice_the_batch(data: Path, tmp_path: Path) -> None:
-    flags = {"run_id": "two", "num_workers": 2, "batch_size": 2, "val_steps": 4}
+    small = {"val_steps": 4, "learning_rate": 1e-4}  # a small rate, as in `ddp_learner`
+    flags = small | {"run_id": "two", "num_workers": 2, "batch_size": 2}
     two = train(quick_flags(data, tmp_path, **flags))
-    one = train_here(quick_flags(data, tmp_path, run_id="one", batch_size=4, val_steps=4))
+    one = train_here(quick_flags(data, tmp_path, run_id="one", batch_size=4, **small))
     assert distance(weights_of(two.run), weights_of(one)) < 1e-5
     assert two.step == 4 and two.checkpoint == two.run / "checkpoints" / "step_000004"
     alone = list(runs.read_metrics(one))[-1]
