@@ -5,18 +5,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from policy_parts import reference_model, requests, write_adapter
-from selfplay_parts import PAD
+from policy_parts import random_lora, reference_model, requests, write_adapter
+from selfplay_parts import PAD, ragged_batch
+from torch._dynamo.utils import counters
 
 import spvla
 from spvla.config import StepConfig
 from spvla.files import write_json
+from spvla.model.kernels.compiled import training_kernels
+from spvla.model.llama import EAGER
 from spvla.model.lora_file import read_lora
 from spvla.model.openvla import OpenVLA
 from spvla.policies.checkpoint import load_model
 from spvla.policies.openvla.presets import TOWER_FILE, towers_json, write_model
 from spvla.policies.openvla.prompt import EOS, prompt_ids
+from spvla.train.flat import FlatLora
 from spvla.train.losses import token_logps
+from spvla.train.network import Network
+from spvla.train.scoring import score_pair, to_inputs
 from spvla.train.step import Learner
 from spvla.types import Batch
 
@@ -75,3 +81,22 @@ def batch_of(images: np.ndarray, prompts: list[list[int]], actions: np.ndarray) 
         actions=np.zeros((len(rows), 1, 7), np.float32),
         samples=np.arange(len(rows)),
     )
+
+
+def test_halves_of_layers_are_compiled_once_for_all_layers_and_compute_the_same(one_thread: None) -> None:
+    """Traced as for a GPU, run as they stand; forward and backward, an adapter attached."""
+    model = reference_model().requires_grad_(False)
+    inputs = to_inputs(ragged_batch(2), "cpu")
+    results = []
+    for kernels in (EAGER, training_kernels("aot_eager")):
+        before = counters["stats"]["unique_graphs"]
+        policy = FlatLora(model, random_lora(model, rank=16), trainable=True)
+        gradient = torch.zeros_like(policy.master)
+        with policy.attached():
+            pair = score_pair(Network(model=model, kernels=kernels), inputs, inputs.real.flip(0))
+        policy.add_gradient(token_logps(pair.generated, inputs.real).mean(), gradient)
+        results.append((pair.generated.detach(), gradient))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
+    # blocks of two towers, the projector, attention; finish, once for all rows and once for those with logits
+    assert counters["stats"]["unique_graphs"] - before == 6
