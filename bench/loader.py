@@ -53,7 +53,7 @@ def episodes(count: int, steps: int) -> Iterator[Episode]:
         yield Episode(
             images=images,
             wrist_images=images,
-            states=np.zeros((steps, 8), np.float32),
+            states=rng.uniform(-1, 1, (steps, 8)).astype(np.float32),
             joint_states=np.zeros((steps, 7), np.float32),
             actions=rng.uniform(-1, 1, (steps, 7)).astype(np.float32),
             instruction="pick up the black bowl on the stove and place it on the plate",

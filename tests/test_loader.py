@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from spvla.data.loader import Loader
 from spvla.data.store import FrameStore
 from spvla.data.stream import BLOCK, Stream, shares
-from spvla.errors import DatasetError
+from spvla.errors import DatasetError, UserError
 from spvla.policies.openvla import actions
 from spvla.policies.openvla.images import (
     Augmentation,
@@ -273,6 +273,9 @@ def test_a_data_set_without_wrist_and_states_trains_what_does_not_look(tokenizer
     assert next(iter(Loader([store], tokenizer, **flags))).images.shape == (2, 1, 224, 224, 3)
     with pytest.raises(DatasetError, match="no pictures of robot0_eye_in_hand and no proprio"):
         Loader([store], tokenizer, needs=FOUR, **flags)
+    still = store_of(tmp_path / "still", [replace(episode(i), states=np.zeros((4, 8), np.float32)) for i in range(2)])
+    with pytest.raises(UserError, match="statistics of libero_object_no_noops without proprio"):
+        Loader([still], tokenizer, needs=FOUR, **flags)
 
 
 def test_chunks_proprio_pictures_and_ids_equal_the_originals(golden: Path, tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def _take(ahead: deque[tuple[list[Future[None]], Future[Batch]]]) -> Batch:
 
 
 def require_needs(store: FrameStore, needs: Needs) -> None:
-    """Raises DatasetError where the data set lacks a camera or proprio that the policy wants."""
+    """Raises UserError where the data set lacks a camera or proprio that the policy wants."""
     lacks = [f"pictures of {camera}" for camera in needs.cameras if camera not in store.cameras]
     lacks += ["proprio"] if needs.proprio and store.proprio is None else []
     if lacks:
@@ -254,6 +254,8 @@ def require_needs(store: FrameStore, needs: Needs) -> None:
             expected="what the policy looks at",
             remedy="Use a data set with wrist_image and state, or a policy that does without.",
         )
+    if needs.proprio:
+        _ = store.proprio_stats  # refused here rather than by a thread, where they are all zeros
 
 
 def require_frames(store: FrameStore, frames: Sequence[int] | np.ndarray, split: Split, *, chunk: int = 1) -> None:
