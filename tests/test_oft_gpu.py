@@ -50,3 +50,18 @@ def test_resident_adapters_change_nobody_elses_bits(folder: Path, tmp_path: Path
     for i, name in enumerate(names):
         assert np.array_equal(mixed[i], policy.act(asked, unnorm_key="suite", adapters=[name] * 4)[i])
     assert not np.array_equal(mixed[0], policy.act(asked, unnorm_key="suite", adapters=[None] * 4)[0])
+
+
+def test_a_recorded_pass_reads_the_adapter_that_has_the_slot_now(folder: Path, tmp_path: Path) -> None:
+    policy, asked = load_policy(folder, device="cuda", decode_batch_size=4), observations(4)
+    adapters = [write_oft_adapter(tmp_path / f"a{i}", folder, seed=i) for i in range(3)]
+    policy.add_adapter("stays", adapters[0])
+    policy.add_adapter("old", adapters[1])
+    old = policy.act(asked, unnorm_key="suite", adapters=["old"] * 4)
+    policy.remove_adapter("old")
+    policy.add_adapter("new", adapters[2])
+    new = policy.act(asked, unnorm_key="suite", adapters=["new"] * 4)
+    alone = load_policy(folder, device="cuda", decode_batch_size=4)
+    alone.add_adapter("new", adapters[2])
+    assert np.array_equal(new, alone.act(asked, unnorm_key="suite", adapters=["new"] * 4))
+    assert not np.array_equal(new, old)

@@ -75,6 +75,22 @@ def test_adapters_share_a_batch_and_act_as_they_do_alone(folder: Path, tmp_path:
     assert np.array_equal(policy.act(asked, unnorm_key="suite"), base)
 
 
+def test_a_slot_that_is_given_on_keeps_its_memory(folder: Path, tmp_path: Path) -> None:
+    """A recorded pass goes on reading there: what it reads is the newer adapter's."""
+    policy, asked = open_policy(folder, decode_batch_size=2), observations(2)
+    adapters = [write_oft_adapter(tmp_path / f"a{i}", folder, seed=i) for i in range(3)]
+    policy.add_adapter("stays", adapters[0])
+    policy.add_adapter("old", adapters[1])
+    place = policy.model.versions[policy.bank.resident["old"]]["proprio_projector"].fc1.weight.data_ptr()
+    policy.remove_adapter("old")
+    policy.add_adapter("new", adapters[2])
+    assert policy.model.versions[policy.bank.resident["new"]]["proprio_projector"].fc1.weight.data_ptr() == place
+    alone = open_policy(folder, decode_batch_size=2)
+    alone.add_adapter("new", adapters[2])
+    new = [policy_.act(asked, unnorm_key="suite", adapters=["new"] * 2) for policy_ in (policy, alone)]
+    assert np.allclose(*new, atol=1e-5)
+
+
 def test_what_an_observation_lacks_is_told(folder: Path) -> None:
     policy, (seen,) = open_policy(folder), observations(1)
     with pytest.raises(UserError, match="1 images; expected 2"):

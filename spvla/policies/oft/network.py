@@ -72,6 +72,14 @@ class OpenVLAOFT(OpenVLA):
         named = {"action_head": self.action_head, "proprio_projector": self.proprio_projector}
         return {name: module for name, module in named.items() if module is not None}
 
+    def keep_version(self, slot: int, version: nn.ModuleDict) -> None:
+        """Makes head and projector those of a resident adapter's slot: in the memory of the one that had it before,
+        which recorded passes read."""
+        if slot in self.versions:
+            self.versions[slot].load_state_dict(version.state_dict())
+        else:
+            self.versions[slot] = version.to(self.device, self.dtype).eval().requires_grad_(False)
+
     def plain(self) -> OpenVLA:
         """The same towers, projector and Llama without the rest: the part that a checkpoint keeps as OpenVLA does."""
         with torch.device("meta"):

@@ -133,18 +133,17 @@ class OpenVLAOFTPolicy:
             )
         own = nn.ModuleDict(make_added(form, self.model.config.llm.width, seed=0))
         read_added(own, Path(folder))
-        own = own.to(self.model.device, self.model.dtype).eval().requires_grad_(False)
         with self._starting:
             self.bank.add(name, adapter)
-            self.model.versions[self.bank.resident[name]] = own
+            self.model.keep_version(self.bank.resident[name], own)
         statistics = Path(folder) / STATISTICS
         self._stats[name] = read_json(statistics) if statistics.exists() else {}
 
     def remove_adapter(self, name: str) -> None:
         with self._starting:
-            slot = self.bank.resident.get(name)
             self.bank.remove(name)
-            self.model.versions.pop(slot, None)
+            if not self.bank.resident:
+                self.model.versions.clear()
         self._stats.pop(name, None)
 
     @property
