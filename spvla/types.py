@@ -186,6 +186,12 @@ class Env(Protocol):
     def image(self, camera: str = "agentview") -> np.ndarray:
         """(256, 256, 3) uint8 as LIBERO's cameras give it: not yet rotated."""
 
+    def moment(self) -> object:
+        """What `image` shows now, kept so that it can be drawn later: then only films that are wanted cost pictures."""
+
+    def image_at(self, moment: object, camera: str = "agentview") -> np.ndarray:
+        """The picture of a moment that was kept since this task's environment was opened, as `image` gave it then."""
+
     def proprio(self) -> tuple[np.ndarray, np.ndarray]:
         """(8,) end-effector and gripper state, (7,) joint positions; float32."""
 

@@ -28,6 +28,14 @@ class FakeEnv:
         level = int(np.clip(128 + 100 * self.x, 0, 255))
         return np.full((256, 256, 3), level, np.uint8)
 
+    def moment(self) -> float:
+        return self.x
+
+    def image_at(self, moment: float, camera: str = "agentview") -> np.ndarray:
+        x, self.x = self.x, moment
+        picture, self.x = self.image(camera), x
+        return picture
+
     def proprio(self) -> tuple[np.ndarray, np.ndarray]:
         return np.full(8, self.x, np.float32), np.zeros(7, np.float32)
 

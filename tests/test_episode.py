@@ -9,7 +9,7 @@ import pytest
 from fakes import FakeEnv
 
 from spvla.errors import InfrastructureError, UserError
-from spvla.eval.episode import run_trial
+from spvla.eval.episode import draw_film, run_trial
 from spvla.policies.openvla.images import evaluation_image
 from spvla.types import ONE_STEP, Needs, Observation, Outcome, Status, Trial
 
@@ -118,7 +118,7 @@ def test_bad_input_stays_the_users() -> None:
 
 
 def test_the_policy_sees_the_evaluation_image_and_the_viewer_an_upright_frame() -> None:
-    seen, shown = [], []
+    seen = []
 
     def act(observation: Observation) -> np.ndarray:
         (image,) = observation.images
@@ -129,9 +129,10 @@ def test_the_policy_sees_the_evaluation_image_and_the_viewer_an_upright_frame() 
         def image(self, camera: str = "agentview") -> np.ndarray:
             return np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 256, 3))
 
-    play(Gradient(), act, limit=2, on_frame=lambda frame: shown.append(frame[0, 0, 0]))
+    env, moments = Gradient(), []
+    play(env, act, limit=2, moments=moments)
     assert seen == [((224, 224, 3), np.uint8, "move right")] * 2
-    assert shown == [255, 255]  # LIBERO's bottom row comes first
+    assert [frame[0, 0, 0] for frame in draw_film(env, moments)] == [255, 255]  # LIBERO's bottom row comes first
 
 
 BOTH_CAMERAS = ("agentview", "robot0_eye_in_hand")
@@ -191,11 +192,20 @@ def test_pictures_are_drawn_only_for_who_looks() -> None:
     env = Camera()
     play(env, Chunks(env, 8), limit=16, needs=Needs(cameras=BOTH_CAMERAS, chunk=8, execute=8))
     assert env.drawn == {"agentview": 2, "robot0_eye_in_hand": 2}
-    shown: list[np.ndarray] = []
-    filmed = Camera()
-    needs = Needs(cameras=BOTH_CAMERAS, chunk=8, execute=8)
-    play(filmed, Chunks(filmed, 8), limit=16, needs=needs, on_frame=shown.append)
-    assert filmed.drawn == {"agentview": 16, "robot0_eye_in_hand": 2} and len(shown) == 16
+
+
+def test_a_film_is_of_every_step_and_is_drawn_once_it_is_wanted() -> None:
+    class Brightening(Camera):
+        def image(self, camera: str = "agentview") -> np.ndarray:
+            self.drawn[camera] += 1
+            return FakeEnv.image(self, camera)
+
+    env, moments = Brightening(), []
+    steady = np.tile([0.25, 0, 0, 0, 0, 0, 1.0], (8, 1))
+    play(env, lambda observation: steady, limit=4, needs=Needs(chunk=8, execute=8), moments=moments)
+    assert env.drawn["agentview"] == 1
+    frames, x = draw_film(env, moments), env.x
+    assert [int(frame[0, 0, 0]) for frame in frames] == [128, 153, 178, 203] and env.x == x == 1.0
 
 
 def test_the_wrist_goes_the_main_images_way_and_proprio_comes_as_measured() -> None:

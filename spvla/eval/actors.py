@@ -24,7 +24,7 @@ import ray
 
 from spvla.errors import InfrastructureError
 from spvla.eval.batcher import Batcher, BatchStats
-from spvla.eval.episode import Act, run_trial
+from spvla.eval.episode import Act, draw_film, run_trial
 from spvla.eval.messages import (
     ELSEWHERE,
     EXCEPTION,
@@ -206,22 +206,22 @@ class EnvWorker:
 
     def play(self, order: TrialOrder, act: Act) -> TrialReport:
         """Plays one trial with any `act`. Raises InfrastructureError."""
-        frames: list[np.ndarray] = []
-        trial = order.trial
+        trial, moments = order.trial, []
+        env = self._env_of(trial)
         outcome = run_trial(
-            self._env_of(trial),
+            env,
             act,
             trial,
             needs=order.needs,
             num_steps_wait=self.settings.num_steps_wait,
             center_crop=self.settings.center_crop,
             max_steps=order.max_steps,
-            on_frame=frames.append if order.film else None,
+            moments=moments if order.film else None,
         )
         video, no_video = None, ""
-        if outcome.status in order.film and frames:
+        if outcome.status in order.film and moments:
             try:
-                video = encode_mp4(frames)
+                video = encode_mp4(draw_film(env, moments))
             except Exception as e:  # no encoder on this machine, say: the outcome stands
                 no_video = f"{type(e).__name__}: {e}"
         return TrialReport(outcome=outcome, video=video, no_video=no_video, rss_bytes=resident_bytes())

@@ -6,7 +6,7 @@ and only then are pictures drawn. A policy of one step is the case K = n = 1.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from spvla.policies.openvla.actions import gripper_to_env
 from spvla.types import ACTION_DIM, Env, Needs, Observation, Outcome, Status, Trial
 
 WAIT_ACTION = np.array([0.0, 0, 0, 0, 0, 0, -1])  # stand still, gripper open
-FILM_CAMERA = "agentview"
 
 Act = Callable[[Observation], np.ndarray]  # observation -> (K, 7) actions, gripper 1 open
 
@@ -30,9 +29,9 @@ def run_trial(
     num_steps_wait: int,
     center_crop: bool,
     max_steps: int,
-    on_frame: Callable[[np.ndarray], None] | None = None,
+    moments: list[object] | None = None,
 ) -> Outcome:
-    """Plays one trial to its end. `on_frame` gets the frame before each action, (256, 256, 3) uint8, upright.
+    """Plays one trial to its end. `moments` gets the environment's before each action, for a film of it.
 
     A policy that answers with anything but K times seven finite numbers has failed the trial. Whatever else goes wrong
     is no verdict on the policy and raises InfrastructureError, which names the task, init state and step.
@@ -46,11 +45,10 @@ def run_trial(
             if step < 0:
                 env.step(WAIT_ACTION)  # objects fall before the policy acts; success does not count yet
                 continue
-            frames = CameraFrames(env)
-            if on_frame is not None:
-                on_frame(frames[FILM_CAMERA][::-1, ::-1])
+            if moments is not None:
+                moments.append(env.moment())
             if not queue:
-                chunk = act(observe(env, frames, needs, center_crop=center_crop))
+                chunk = act(observe(env, needs, center_crop=center_crop))
                 if note := fault_of_chunk(chunk, needs.chunk, step):
                     break
                 queue.extend(chunk[: needs.execute])
@@ -70,22 +68,16 @@ def run_trial(
     return Outcome(status=status, steps=taken, seconds=time.monotonic() - started, state_digest=digest, note=note)
 
 
-class CameraFrames(dict[str, np.ndarray]):
-    """What the cameras show at one moment, each drawn when it is first looked at: (256, 256, 3) uint8, not rotated."""
-
-    def __init__(self, env: Env) -> None:
-        self.env = env
-
-    def __missing__(self, camera: str) -> np.ndarray:
-        self[camera] = self.env.image(camera)
-        return self[camera]
+def draw_film(env: Env, moments: Sequence[object]) -> list[np.ndarray]:
+    """(256, 256, 3) uint8, upright: the main camera's picture of each moment."""
+    return [env.image_at(moment)[::-1, ::-1] for moment in moments]
 
 
-def observe(env: Env, frames: CameraFrames, needs: Needs, *, center_crop: bool) -> Observation:
+def observe(env: Env, needs: Needs, *, center_crop: bool) -> Observation:
     """What the policy sees now, and no more than it needs. The wrist's image goes the main image's way."""
     return Observation(
         images=tuple(
-            image_of(frames[camera], preprocessing=needs.preprocessing, center_crop=center_crop)
+            image_of(env.image(camera), preprocessing=needs.preprocessing, center_crop=center_crop)
             for camera in needs.cameras
         ),
         instruction=env.instruction,

@@ -138,6 +138,20 @@ def test_pictures_wait_until_someone_looks(env: LiberoEnv) -> None:
     assert env.state_digest() == unseen
 
 
+def test_a_moment_is_drawn_later_as_it_was_and_leaves_the_present_alone(env: LiberoEnv) -> None:
+    env.reset(2)
+    kept = []
+    for action in (WAIT, 0.8 * np.ones(7), -np.ones(7)):
+        env.step(action)
+        kept.append((env.moment(), env.image(), env.image("robot0_eye_in_hand")))
+    env.reset(3)
+    now, digest = env.image(), env.state_digest()
+    for moment, main, wrist in kept:
+        assert np.array_equal(env.image_at(moment), main)
+        assert np.array_equal(env.image_at(moment, "robot0_eye_in_hand"), wrist)
+    assert np.array_equal(env.image(), now) and env.state_digest() == digest
+
+
 def test_the_sensors_sample_just_before_a_control_step_ends() -> None:
     """By hand: 4 ms ahead after a reset, so period ends fall at substep 23 and the next sample at substep 24."""
     clock = SensorClock()

@@ -16,7 +16,7 @@ from spvla.benchmarks.libero.assets import AssetSet
 from spvla.benchmarks.libero.controller import Controller
 from spvla.benchmarks.libero.init_states import load_init_states, num_init_states
 from spvla.benchmarks.libero.placements import Placements, Start
-from spvla.benchmarks.libero.sampling import Sample, SensorClock
+from spvla.benchmarks.libero.sampling import Sample, SensorClock, View
 from spvla.benchmarks.libero.suites import SUITES, TaskInfo, task_info, tasks
 from spvla.benchmarks.libero.warmstart import HardReset, solve_again
 from spvla.errors import UserError
@@ -107,6 +107,17 @@ class LiberoEnv:
             self.renderer = Renderer(self.model, spare_gpu=self.spare_gpu)
         with self.sample.colours():
             return self.renderer.render(self.sample.data, camera)
+
+    def moment(self) -> View:
+        return self.sample.keep()
+
+    def image_at(self, moment: View, camera: str = "agentview") -> np.ndarray:
+        now = self.sample.keep()
+        self.sample.show(moment)
+        try:
+            return self.image(camera)
+        finally:
+            self.sample.show(now)
 
     def proprio(self) -> tuple[np.ndarray, np.ndarray]:
         robot, data = self.robot, self.sample.data
