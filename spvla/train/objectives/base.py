@@ -14,7 +14,7 @@ from torch import Tensor
 from spvla.config import StepConfig
 from spvla.train.family import Family
 from spvla.train.measures import Columns, Measures, imitation, regression
-from spvla.train.scoring import Inputs, ReferenceOutput
+from spvla.train.scoring import Inputs, ReferenceOutput, TokenSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,11 @@ class Objective(ABC):
 
     def __init__(self, config: StepConfig) -> None:
         self.config = config
+        self.sampler = TokenSampler(
+            temperature=config.opponent_temperature,
+            logit_scale=config.logit_scale,
+            logit_softcap=config.logit_softcap,
+        )
 
     @property
     def has_reference(self) -> bool:
@@ -46,8 +51,8 @@ class Objective(ABC):
         raise NotImplementedError
 
     def answer_key(self) -> tuple[object, ...]:
-        """The flags that `answer` depends on: equal ones give equal answers."""
-        raise NotImplementedError
+        """What `answer` depends on, beside reference policy and batch: equal keys, equal answers."""
+        return self.config.objective, self.sampler, self.config.seed
 
     def counts(self, inputs: Inputs, reference: ReferenceOutput | None) -> Tensor | None:
         """(B,) bool: pairs that count. None: all of them, known without asking the device."""

@@ -14,7 +14,7 @@ from spvla.train.family import Family
 from spvla.train.losses import reduce_tokens, spin_loss
 from spvla.train.measures import Columns, Measures, imitation
 from spvla.train.objectives.base import Losses, Objective
-from spvla.train.scoring import Inputs, ReferenceOutput, TokenSampler
+from spvla.train.scoring import Inputs, ReferenceOutput
 
 
 def collided(inputs: Inputs, reference: ReferenceOutput) -> Tensor:
@@ -25,36 +25,25 @@ def collided(inputs: Inputs, reference: ReferenceOutput) -> Tensor:
 class PairObjective(Objective):
     """Subclasses say what y' is, and how both models score it."""
 
-    name: str
-
     def __init__(self, config: StepConfig) -> None:
         super().__init__(config)
         if not config.use_lora:
             raise UserError(
-                f"--use_lora False with --objective {self.name}",
+                f"--use_lora False with --objective {config.objective}",
                 expected="LoRA, because opponent and policy are adapters on one base",
                 remedy="Drop --use_lora False, or use --objective sft.",
             )
         if config.loss_columns != "all":
             raise UserError(
-                f"--loss_columns {config.loss_columns} with --objective {self.name}",
+                f"--loss_columns {config.loss_columns} with --objective {config.objective}",
                 expected="all, for self-play",
                 remedy="Drop --loss_columns: the probabilities are the same.",
             )
-        self.label = f"{self.name}-beta{config.beta:g}-eta{config.eta:g}"
-        self.sampler = TokenSampler(
-            temperature=config.opponent_temperature,
-            logit_scale=config.logit_scale,
-            logit_softcap=config.logit_softcap,
-        )
+        self.label = f"{config.objective}-beta{config.beta:g}-eta{config.eta:g}"
 
     @property
     def has_reference(self) -> bool:
         return True
-
-    def answer_key(self) -> tuple[object, ...]:
-        c = self.config
-        return (self.name, c.opponent_temperature, c.logit_scale, c.logit_softcap, c.seed)
 
     def counts(self, inputs: Inputs, reference: ReferenceOutput | None) -> Tensor | None:
         assert reference is not None

@@ -12,8 +12,6 @@ from spvla.train.scoring import Inputs, ReferenceOutput
 
 
 class Spin(PairObjective):
-    name = "spin"
-
     def answer(self, family: Family, inputs: Inputs, uniforms: Tensor) -> ReferenceOutput:
         return family.propose(inputs, self.sampler, uniforms)
 

@@ -13,8 +13,6 @@ from spvla.train.scoring import Inputs, ReferenceOutput
 
 
 class Spvla(PairObjective):
-    name = "spvla"
-
     @torch.no_grad()
     def answer(self, family: Family, inputs: Inputs, uniforms: Tensor) -> ReferenceOutput:
         logits = family.score(inputs)[:, : inputs.real.shape[1]]
