@@ -13,6 +13,8 @@ from training_parts import quick_flags
 
 from spvla.config import StepConfig, TrainConfig
 from spvla.errors import UserError
+from spvla.model.kernels.compiled import training_kernels
+from spvla.model.llama import EAGER
 from spvla.policies.checkpoint import resolve, save_merged
 from spvla.policies.networks import load_network
 from spvla.policies.oft.form import OftForm
@@ -48,6 +50,19 @@ def test_training_passes_give_the_numbers_of_acting(chunks: Chunks) -> None:
         expected = chunks.model.logits(chunks.model.predict(seen))
         found = chunks.score(inputs)
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_compiled_halves_of_layers_pass_a_chunk_as_plain_ones() -> None:
+    """Traced whole, without and with gradient; the compiler behind it is left out."""
+    model, inputs = small_model(OftForm(cameras=2, proprio=True)), to_inputs(chunk_batch(2), "cpu")
+    found = []
+    for kernels in (EAGER, training_kernels("eager")):
+        family = family_of(Network(model=model.requires_grad_(), kernels=kernels))
+        logits = family.score(inputs)
+        (gradient,) = torch.autograd.grad(logits.logsumexp(-1).sum(), model.proprio_projector.fc1.weight)
+        found.append((logits.detach(), gradient))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-4)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-4 * found[0][1].abs().max().item())
 
 
 def test_the_originals_loss_comes_out_of_a_step(golden: Path) -> None:
