@@ -94,12 +94,12 @@ def require_same_sweep(config: SweepConfig, folder: Path) -> None:
 def _play(tuning: Tuning, config: SweepConfig, folder: Path, judge: Judge) -> None:
     try:
         with Progress("sweep", total=tuning.total, unit="trials") as progress:
-            while not tuning.loop.ended():
+            while not tuning.loop.done():
                 judge_new_checkpoints(folder, judge)
                 _show(progress, write_table(folder, config))
                 time.sleep(POLL_S)
             _show(progress, write_table(folder, config))
-        tuning.loop.raise_if_failed()
+        tuning.loop.result()
     except KeyboardInterrupt:
         print("sweep  stopping: the trials save their last step", file=sys.stderr, flush=True)
         tuning.interrupt()

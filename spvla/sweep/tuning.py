@@ -2,9 +2,8 @@
 
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +30,12 @@ from spvla.sweep.folder import (
 from spvla.sweep.judge import max_concurrent
 from spvla.train.prepare import locked
 from spvla.train.run import train
+from spvla.train.thread import in_thread
 from spvla.train.worker import STOP
 
 POLL_S = 0.5
 SAVE_PATIENCE_S, STOP_PATIENCE_S = 120.0, 15.0
 LEAVE, END = ".stop", ".end"  # in the sweep's folder: trials save and leave; Tune's loop ends
-
-
-class Background:
-    """A function in a daemon thread."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._call, args=(function,), daemon=True)
-        self.thread.start()
-
-    def ended(self) -> bool:
-        return not self.thread.is_alive()
-
-    def raise_if_failed(self) -> None:
-        if self.ended() and self.error is not None:
-            raise self.error
-
-    def _call(self, function: Callable[[], Any]) -> None:
-        try:
-            function()
-        except BaseException as e:
-            self.error = e
 
 
 class Tuning:
@@ -99,7 +77,7 @@ class Tuning:
                 scheduler=ASHAScheduler(time_attr="step", max_t=config.train.max_steps, grace_period=first),
             ),
         )
-        self.loop = Background(tuner.fit)
+        self.loop = in_thread(tuner.fit)
 
     def interrupt(self) -> None:
         """Lets the trials that are training save their last step; a second Ctrl-C does not wait."""
@@ -113,7 +91,7 @@ class Tuning:
     def close(self) -> None:
         """Ends Tune's loop, and with it every process of its trials."""
         (self.folder / END).touch()
-        self.loop.thread.join(STOP_PATIENCE_S)
+        wait([self.loop], timeout=STOP_PATIENCE_S)
 
 
 class AtEnd(tune.Stopper):
@@ -190,15 +168,15 @@ def play(parameters: Parameters, *, config: SweepConfig, folder: Path) -> None:
         for row in judged(run):
             tune.report(row)
         return
-    training = None if (folder / LEAVE).exists() else Background(lambda: train(mine))
+    training = None if (folder / LEAVE).exists() else in_thread(lambda: train(mine))
     told = 0
     while not (status_of(run, mine.max_steps) == "done" and told == len(judged(run))):
         for row in judged(run)[told:]:
             tune.report(row)
             told += 1
-        if training and not (folder / LEAVE).exists():
+        if training and training.done() and not (folder / LEAVE).exists():
             try:
-                training.raise_if_failed()
+                training.result()
             except SpvlaError as e:
                 (run / FAILED).write_text(str(e))
                 return

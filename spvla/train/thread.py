@@ -3,11 +3,14 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-def in_thread(function: Callable[[], None]) -> Future[None]:
+def in_thread(function: Callable[[], T]) -> Future[T]:
     """Runs in a daemon thread: unlike an executor's, it never keeps an interrupted command alive."""
-    future: Future[None] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
