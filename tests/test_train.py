@@ -125,8 +125,9 @@ def test_a_truncated_start_policy_is_named_before_ray_starts(data: Path, tmp_pat
         {"image_aug": True, "lora_dropout": 0.2, "opponent_temperature": 1.0},
         {"opponent_update": "ema", "ema_decay": 0.5, "lr_schedule": "cosine", "grad_accumulation_steps": 2},
         {"objective": "sft"},
+        {"objective": "sft", "use_lora": False, "loss_columns": "action", "weight_decay_on": "matrices"},
     ],
-    ids=["sampled opponent, augmentation, dropout", "moving opponent, schedule, accumulation", "sft"],
+    ids=["sampled opponent, augmentation, dropout", "moving opponent, schedule, accumulation", "sft", "from nothing"],
 )
 def test_two_steps_and_two_more_equal_four_bit_for_bit(data: Path, tmp_path: Path, flags: dict) -> None:
     straight = train_here(quick_flags(data, tmp_path, run_id="straight", **flags))

@@ -98,7 +98,8 @@ def flags_of(config: TrainConfig) -> list[str]:
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
     newest = runs.latest_checkpoint(run)
     assert newest is not None
-    return load_file(newest / "adapter_model.safetensors")
+    adapter = newest / "adapter_model.safetensors"
+    return load_file(adapter if adapter.exists() else newest / "model.safetensors")
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
