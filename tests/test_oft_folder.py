@@ -89,6 +89,10 @@ def test_tokens_alone_are_plain_openvla_until_a_flag_asks_for_chunks(copy: Path)
     assert form_of(copy, PolicyFlags(num_open_loop_steps=8)) == OftForm()
     assert form_of(copy, PolicyFlags(num_images_in_input=2)) == OftForm(cameras=2)
     assert form_to_train(copy, NO_FLAGS) is None
+    config = json.loads((copy / "config.json").read_text())
+    write_json(copy / "config.json", config | {"spvla": {"family": "oft", "action_tokens_only": True}})
+    assert form_of(copy) == OftForm(action_tokens_only=True)
+    write_json(copy / "config.json", config)
     assert form_to_train(copy, PolicyFlags(use_l1_regression=True, use_proprio=True)) == OftForm(
         proprio=True, head="l1"
     )

@@ -1,14 +1,19 @@
 """Chunks on a GPU: a recorded pass answers as a plain one, and no chunk depends on who shares its batch."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from oft_parts import create_oft, observations, write_oft_adapter
+from oft_parts import chunk_batch, create_oft, observations, write_oft_adapter
+from selfplay_parts import take_step, tiny_core
 
+from spvla.config import StepConfig
 from spvla.policies.oft.form import OftForm
+from spvla.policies.oft.network import OpenVLAOFT
 from spvla.policies.registry import load_policy
+from spvla.train.step import Learner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -65,3 +70,22 @@ def test_a_recorded_pass_reads_the_adapter_that_has_the_slot_now(folder: Path, t
     alone.add_adapter("new", adapters[2])
     assert np.array_equal(new, alone.act(asked, unnorm_key="suite", adapters=["new"] * 4))
     assert not np.array_equal(new, old)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("form", FORMS, ids=["discrete", "l1"])
+def test_steps_in_bfloat16_follow_a_cpu_in_float32_and_wait_for_nothing(form: OftForm, compiled: bool) -> None:
+    config = StepConfig(objective="sft", use_lora=False, learning_rate=1e-3, max_grad_norm=1.0)
+    batch = chunk_batch(4)
+    here, there = (OpenVLAOFT.around(tiny_core(), form) for _ in range(2))
+    on_cpu = Learner(here, config)
+    on_gpu = Learner(there.cuda().bfloat16(), replace(config, compile=compiled))
+    for _ in range(3):
+        wanted = take_step(on_cpu, batch)
+        (micro_batches,) = on_gpu.prepare([[batch]])
+        torch.cuda.set_sync_debug_mode("error" if on_gpu.steps else "default")  # the first step compiles
+        try:
+            pending = on_gpu.step(micro_batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert pending.read()["train_loss"] == pytest.approx(wanted["train_loss"], rel=3e-2)
