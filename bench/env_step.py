@@ -92,6 +92,7 @@ def measure(suite: str, task: int, rounds: int, steps: int, assets_folder: Path 
     build_s = time.perf_counter() - started
     ours_env.image()  # the context opens once in an environment's life
     stock.use_assets(assets.path)
+    stock.cache_files(stock.MUJOCO_CACHE)  # or its resets would take twice as long
     file = str(task_info(suite, task).bddl_file)
     stock_env = OffScreenRenderEnv(bddl_file_name=file, camera_heights=256, camera_widths=256)
     stock_env.seed(0)

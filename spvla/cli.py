@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -111,6 +111,7 @@ def parse(args: Sequence[str]) -> tuple[str, Any]:
     if name in POSITIONAL and rest and not rest[0].startswith("-"):
         rest[:1] = [f"--{POSITIONAL[name]}", rest[0]]
     words = [word for arg in rest for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    words = spelled_out(words, switches_of(name))
     if cls is config.SweepConfig:
         require_known(words, [*flags_of(config.SweepFlags), *flags_of(config.TrainConfig)])
         parsed = parse_sweep(words)
@@ -120,6 +121,20 @@ def parse(args: Sequence[str]) -> tuple[str, Any]:
         parsed = parse_flags(name, cls, words)
     parsed.check()
     return name, parsed
+
+
+def switches_of(name: str) -> set[str]:
+    """A command's flags that are true or false."""
+    kinds = (config.SweepFlags, config.TrainConfig) if name == "sweep" else (COMMANDS[name][0],)
+    return {f"--{f.name}" for kind in kinds for f in fields(kind) if f.type is bool}
+
+
+def spelled_out(words: Sequence[str], switches: Collection[str]) -> list[str]:
+    """["--world", "--quiet", "False"] -> ["--world", "True", "--quiet", "False"]."""
+    spelled: list[str] = []
+    for word, after in zip(words, [*words[1:], "--"], strict=False):
+        spelled += [word, "True"] if word in switches and after.startswith("--") else [word]
+    return spelled
 
 
 def require_known(words: Sequence[str], known: Sequence[str]) -> None:

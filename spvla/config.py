@@ -539,6 +539,8 @@ class DoctorConfig:
     """install a missing EGL library where that is possible (root on Debian or Ubuntu)"""
     quiet: bool = False
     """print only what is missing to render"""
+    world: bool = False
+    """settle and draw LIBERO's forty tasks, and compare with stock LIBERO: a minute or two"""
 
     def check(self) -> None:
         pass

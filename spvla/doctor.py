@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spvla.config import CleanConfig, DoctorConfig
-from spvla.errors import UserError
+from spvla.errors import InfrastructureError, UserError
 from spvla.files import cache_dir
+from spvla.progress import Progress
 from spvla.render.context import INSTALL_EGL, try_drawing
 
 MIN_FREE_GIB = 20  # one merged 7B checkpoint is 15 GB
@@ -37,9 +38,12 @@ class Finding:
 
 
 def doctor(config: DoctorConfig) -> None:
-    """Prints one line a subject; gaps carry their remedy. Never fails: it reports."""
+    """Prints one line a subject; gaps carry their remedy. Never fails: it reports. Only --world raises where this
+    machine's world is not LIBERO's."""
     if config.install_egl:
         install_egl()
+    if config.world:
+        return compare_world()
     if config.quiet:
         findings: Iterator[Finding] = (f for f in (egl_library(),) if f.remedy)
     else:
@@ -116,6 +120,31 @@ def cache() -> Finding:
     lasts = folder.parent != Path(tempfile.gettempdir()) or "SPVLA_CACHE" in os.environ
     remedy = "the user's own cannot be written: this one is lost with the temporary folder; name another in SPVLA_CACHE"
     return Finding("cache", str(folder), "" if lasts else remedy)
+
+
+def compare_world() -> None:
+    """One line for each of LIBERO's forty tasks that lies or looks otherwise here than in stock LIBERO, then the
+    likely causes with their remedies. Raises SpvlaError where there is any, or where this machine cannot tell."""
+    from spvla.benchmarks.libero.assets import resolve
+    from spvla.benchmarks.libero.versions import installed_mujoco
+    from spvla.benchmarks.libero.world_check import Machine, check
+
+    assets = resolve(None)
+    here = Machine(mujoco=installed_mujoco(), assets=assets.name, renderer=try_drawing())
+    print(f"MuJoCo {here.mujoco}, {here.assets} assets, {here.renderer}")
+    found = {}
+    with Progress("world", total=40, unit="tasks") as progress:
+        for place, difference in check(assets):
+            found[place] = difference
+            progress.update(len(found), differ=sum(d.moved or d.recoloured for d in found.values()))
+    causes = {place: here.cause(d) for place, d in sorted(found.items()) if d.moved or d.recoloured}
+    for (suite, task), cause in causes.items():
+        print(f"gap {suite} task {task}: {found[suite, task]}; likely {cause.what}")
+    for cause in dict.fromkeys(causes.values()):
+        print(f"{'':4}-> {cause.what}: {cause.remedy}")
+    if causes:
+        raise InfrastructureError(f"{len(causes)} of {len(found)} tasks are not as in stock LIBERO")
+    print(f"ok  all {len(found)} tasks lie and look as in stock LIBERO")
 
 
 def ray_cluster() -> Finding:

@@ -30,6 +30,7 @@ def stock_env(suite: str, task: int, assets: AssetSet, cameras: Sequence[str] = 
     from libero.libero.envs import OffScreenRenderEnv
 
     stock.use_assets(assets.path)
+    stock.cache_files(stock.MUJOCO_CACHE)  # its resets build the world again
     env = OffScreenRenderEnv(
         bddl_file_name=str(task_info(suite, task).bddl_file),
         camera_heights=256,

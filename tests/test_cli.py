@@ -148,3 +148,14 @@ def test_user_errors_survive_a_trip_through_a_pickle() -> None:
 def test_every_command_has_a_one_line_purpose() -> None:
     assert all(cli.doc_line(cls).endswith((".", "...`")) for cls, _ in cli.COMMANDS.values())
     assert config.TrainConfig().objective == "spin"
+
+
+@pytest.mark.parametrize("line", ["doctor --world", "doctor --world True", "doctor --quiet False --world"])
+def test_a_switch_alone_turns_itself_on(line: str) -> None:
+    parsed = cli.parse(line.split())[1]
+    assert (parsed.world, parsed.quiet, parsed.install_egl) == (True, False, False)
+
+
+def test_a_switch_alone_does_not_shift_what_a_sweep_varies() -> None:
+    parsed = cli.parse(["sweep", "--any_mujoco", "--image_aug", "--beta", "0.3,0.7"])[1]
+    assert parsed.any_mujoco and parsed.train.image_aug and parsed.space == {"beta": "0.3,0.7"}

@@ -52,21 +52,22 @@ def _configure_robosuite() -> None:
     sys.modules["robosuite.macros"] = macros
 
 
-def _keep_no_files() -> None:
-    """MuJoCo keeps the meshes and pictures of a model for the next one: 300 to 400 MB of a LIBERO task's.
+def cache_files(size_bytes: int) -> None:
+    """MuJoCo keeps so much of a model's meshes and pictures for the next one: 300 to 400 MB of a LIBERO task's, which
+    only a hard reset would read again.
 
-    Called before anything is built, since 3.3.2 crashes when it empties a cache that has been read from. The symbols
-    are exported, but not Python's; a MuJoCo without them keeps its cache.
+    Never less than before, once anything is built: 3.3.2 crashes where it empties a cache that has been read from. The
+    symbols are exported, but not Python's; a MuJoCo without them keeps its cache.
     """
     library = ctypes.CDLL(str(next(Path(mujoco.__file__).parent.glob("libmujoco.*"))))
     with contextlib.suppress(AttributeError):
         library.mj_globalCache.restype = ctypes.c_void_p
-        library.mj_setCacheSize(ctypes.c_void_p(library.mj_globalCache()), ctypes.c_size_t(0))
+        library.mj_setCacheSize(ctypes.c_void_p(library.mj_globalCache()), ctypes.c_size_t(size_bytes))
 
 
 _configure_libero()
 _configure_robosuite()
-_keep_no_files()
+cache_files(0)
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     import libero.libero
     from libero.libero.envs import TASK_MAPPING
@@ -115,6 +116,7 @@ def _resembling(name: str, like: type) -> type:
     return type("".join(word.capitalize() for word in name.split("_")), (like,), {"__init__": build})
 
 
+MUJOCO_CACHE = 500 * 2**20  # bytes: as MuJoCo has it, for comparison with LIBERO's own environment
 MAX_RESETS = 100  # LIBERO itself would try for ever to place a scene's objects
 
 
