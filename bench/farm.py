@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 taskset -c 0,1 python bench/farm.py --num_envs 3 --num_cpus 2 --cores_apart   # 4 minutes
     python bench/farm.py --preset 7b --num_envs 32   # one H200: OpenVLA's size, random weights
+    python bench/farm.py --preset 7b --num_envs 32 --oft_head l1   # OpenVLA-OFT's: two cameras, proprio, chunks of 8
 
 supply  policy steps a second of the environment workers, each answering itself at once
 demand  actions a second of the policy actors, every batch full
@@ -39,18 +40,22 @@ from spvla.config import FarmConfig
 from spvla.eval.actors import EnvWorker, PolicyServer
 from spvla.eval.batcher import BatchStats
 from spvla.eval.driver import Driver, EvaluationJob
+from spvla.eval.episode import Act
 from spvla.eval.farm import Farm, cluster_sizes
 from spvla.eval.ledger import Ledger
 from spvla.eval.messages import ActionRequest, PolicyVersion, ServerSettings, TrialOrder, WorkerSettings
 from spvla.eval.pool import ActorPool
 from spvla.eval.protocol import Protocol
 from spvla.eval.sizing import DECODER_CPUS, Sizes, decode_batch_size
-from spvla.types import Env, Observation, Trial
+from spvla.policies.oft.form import OftForm
+from spvla.policies.registry import Description
+from spvla.types import PROPRIO_DIM, Env, Observation, Trial
 
 VERSION = PolicyVersion(digest="random", name="random weights", path="random", base="random", is_adapter=False)
 STATISTICS = {
     "action": {"q01": [-0.9] * 6 + [0.0], "q99": [0.9] * 6 + [1.0], "mask": [True] * 6 + [False]}
-    | {"min": [-1.0] * 7, "max": [1.0] * 7, "mean": [0.0] * 7, "std": [1.0] * 7}
+    | {"min": [-1.0] * 7, "max": [1.0] * 7, "mean": [0.0] * 7, "std": [1.0] * 7},
+    "proprio": {"q01": [-1.0] * 8, "q99": [1.0] * 8, "min": [-1.0] * 8, "max": [1.0] * 8},
 }
 
 
@@ -73,6 +78,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("tiny", "7b"), default="tiny")
+    parser.add_argument("--oft_head", choices=("discrete", "l1"), default=None, help="OpenVLA-OFT's form")
     parser.add_argument("--task_suite_name", default="libero_spatial")
     parser.add_argument("--num_envs", type=int, default=0)
     parser.add_argument("--decoders", type=int, default=0, help="policy actors; 0: one for each GPU, or one")
@@ -117,13 +123,19 @@ def random_policy(version: PolicyVersion, settings: ServerSettings) -> Any:
     for name, parameter in model.named_parameters():
         plain = "norm" in name or name.endswith("scale_factor")
         parameter.data.fill_(1.0) if plain else parameter.data.normal_(0, 0.02, generator=generator)
-    return OpenVLAPolicy(
-        model=model,
-        tokenizer=build_tiny_tokenizer(),
-        norm_stats={suite: STATISTICS for suite in MAX_STEPS},
-        name=version.base,
-        decode_batch_size=settings.decode_batch_size,
-    )
+    rest = {
+        "tokenizer": build_tiny_tokenizer(),
+        "norm_stats": {suite: STATISTICS for suite in MAX_STEPS},
+        "name": version.base,
+        "decode_batch_size": settings.decode_batch_size,
+    }
+    if version.description.form is None:
+        return OpenVLAPolicy(model=model, **rest)
+    from spvla.policies.oft.network import OpenVLAOFT
+    from spvla.policies.oft.policy import OpenVLAOFTPolicy
+
+    whole = OpenVLAOFT.around(model, version.description.form).eval().requires_grad_(False)
+    return OpenVLAOFTPolicy(model=whole, **rest)
 
 
 class LiberoApart(Libero):
@@ -147,17 +159,18 @@ class SupplyWorker(EnvWorker):
 
     def supply(self, order: TrialOrder, seconds: float) -> tuple[int, float, float]:
         """(policy steps, seconds, CPU seconds) over whole trials, the first not counted: it opens the environment."""
-        self.play(order, self.answer)
+        self.play(order, self.answer(order))
         steps, start, cpu = 0, time.monotonic(), time.process_time()
         while (now := time.monotonic()) - start < seconds:
             trial = replace(order.trial, init_state=(order.trial.init_state + 1) % 50)
             order = replace(order, trial=trial)
-            steps += self.play(order, self.answer).outcome.steps
+            steps += self.play(order, self.answer(order)).outcome.steps
         return steps, now - start, time.process_time() - cpu
 
     @staticmethod
-    def answer(observation: Observation) -> np.ndarray:
-        return np.array([[0.1, 0, 0, 0, 0, 0, 1.0]])
+    def answer(order: TrialOrder) -> Act:
+        chunk = np.tile([0.1, 0, 0, 0, 0, 0, 1.0], (order.needs.chunk, 1))
+        return lambda observation: chunk
 
 
 class DemandServer(PolicyServer):
@@ -178,12 +191,18 @@ class DemandServer(PolicyServer):
     def _demand(self, suite: str, instruction: str, seconds: float) -> tuple[int, float]:
         rng = np.random.default_rng(0)
         image = rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)
-        observation = Observation(images=(image,), instruction=instruction)
+        (version,) = self.versions.values()
+        needs = version.needs
+        observation = Observation(
+            images=(image,) * len(needs.cameras),
+            instruction=instruction,
+            proprio=np.zeros(PROPRIO_DIM, np.float32) if needs.proprio else None,
+        )
         request = ActionRequest(version=VERSION.digest, observation=observation, unnorm_key=suite)
         batch = [request] * self.settings.max_batch
         actions, start = 0, time.monotonic()
         while (now := time.monotonic()) - start < seconds:
-            actions += len(self.act_now(batch))
+            actions += needs.execute * len(self.act_now(batch))
         return actions, now - start
 
 
@@ -219,6 +238,9 @@ class Bench:
             load=random_policy,
         )
         self.version = replace(VERSION, base=args.preset)
+        if args.oft_head:
+            form = OftForm(cameras=2, proprio=True, head=args.oft_head)
+            self.version = replace(self.version, description=Description(family="oft", needs=form.needs(), form=form))
         say(f"{self.sizes}, batches of {batch_size}, logs in {self.working.log_folder}")
 
     def supply(self) -> dict[str, float]:
@@ -230,7 +252,7 @@ class Bench:
         orders = [
             TrialOrder(
                 trial=self.trial(i % len(self.instructions), i % 50),
-                needs=VERSION.needs,
+                needs=self.version.needs,
                 unnorm_key=self.suite,
                 max_steps=self.args.max_steps,
                 film=frozenset(),
@@ -272,7 +294,7 @@ class Bench:
             job = EvaluationJob(
                 protocol=protocol,
                 trials=trials,
-                needs={VERSION.digest: VERSION.needs},
+                needs={VERSION.digest: self.version.needs},
                 unnorm_keys={(VERSION.digest, self.suite): self.suite},
                 instructions={(self.suite, i): text for i, text in enumerate(self.instructions)},
                 steps_limit={self.suite: self.args.max_steps},
@@ -391,6 +413,7 @@ def summary(args: argparse.Namespace, bench: Bench, rounds: list[dict[str, float
         "device": bench.device,
         "renderer": bench.renderer,
         "preset": args.preset,
+        "oft_head": args.oft_head,
         "sizes": asdict(bench.sizes),
         "batch_size": bench.serving.max_batch,
         "rounds": rounds,
