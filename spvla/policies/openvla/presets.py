@@ -34,7 +34,7 @@ TOWER_FILE = "tiny_vision.json"  # head counts of towers whose size was never pu
 _SEVEN_B_SIGLIP_MLP = 4304
 PRESETS = ("small", "tiny")  # those that can be made here
 # Every embedding's first number, and that of the rows of actions in the output head, which has no bias: actions thus
-# begin 8 above all other words. Otherwise a policy spends its first hundred steps on learning that it answers in them.
+# begin some 11 above all other words. Otherwise a policy's first hundred steps go into learning to answer in them.
 _CONSTANT = 3.0
 ACTION_IDS = slice(ACTION_TOKEN_BEGIN + 1, VOCAB_SIZE)  # rows of the vocabulary that stand for actions
 
