@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from spvla.policies import packed
 from spvla.policies.checkpoint import resolve
 from spvla.policies.openvla.prompt import known_ids, prompt_ids
 from spvla.policies.registry import load_policy
+from spvla.types import Observation
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +54,18 @@ def test_a_checkpoint_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tokenizer of its own"):
         packed.pack(tmp_path, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
+
+
+def test_the_shipped_policy_opens_by_name_and_answers_with_a_chunk() -> None:
+    policy = load_policy("spvla-small")
+    picture = np.full((224, 224, 3), 128, np.uint8)
+    seen = Observation(
+        images=(picture, picture), instruction="pick up the milk and place it in the basket", proprio=np.zeros(8, "f4")
+    )
+    actions = policy.act([seen], unnorm_key="libero_object_no_noops")
+    assert policy.needs.cameras == ("agentview", "robot0_eye_in_hand") and actions.shape == (1, 8, 7)
+    assert np.abs(actions[0, :, :6]).max() <= 1
+
+
+def test_what_ships_stays_small() -> None:
+    assert sum(f.stat().st_size for f in packed.shipped()["spvla-small"].iterdir()) < 24 << 20

@@ -117,6 +117,16 @@ def test_statistics_are_of_the_transformed_actions(store: FrameStore) -> None:
     assert store.action_stats.q99.tolist() == action["q99"]
 
 
+def test_a_policys_own_statistics_go_on_where_it_has_some_for_these_data(root: Path) -> None:
+    store = FrameStore.open(root / NAME / "index")
+    held = json.loads(json.dumps(store.statistics[NAME]))
+    held["action"]["q99"] = [2 * q + 1 for q in held["action"]["q99"]]
+    held["proprio"] = {key: [0.0] * 7 for key in held["proprio"]}  # a plain policy's: no states
+    store.adopt_statistics(held)
+    assert store.action_stats.q99.tolist() == held["action"]["q99"]
+    assert store.statistics[NAME]["proprio"] == FrameStore.open(store.folder).statistics[NAME]["proprio"]
+
+
 def test_columns_in_memory_are_those_of_the_frames(store: FrameStore) -> None:
     assert np.array_equal(store.actions, [store[i].action for i in range(70)])
     assert np.array_equal(store.proprio, [store[i].proprio for i in range(70)])

@@ -160,6 +160,14 @@ class FrameStore:
         """What dataset_statistics.json holds: {name: {"action": ..., "proprio": ..., "num_transitions": ...}}."""
         return json.loads((self.folder / STATISTICS).read_text())
 
+    def adopt_statistics(self, held: dict[str, Any]) -> None:
+        """Normalises from here on by what a policy already acts by: its tokens mean those numbers, whatever these data
+        would give. `held` is its entry for this data set; a plain policy's has no states."""
+        own = self.statistics[self.name]
+        real = any(np.any(values) for values in held.get("proprio", {}).values())
+        adopted = own | {"action": held["action"]} | ({"proprio": held["proprio"]} if real else {})
+        self.statistics = {self.name: adopted}
+
     @cached_property
     def action_stats(self) -> ActionStats:
         return ActionStats.from_json(self.statistics[self.name]["action"])

@@ -86,7 +86,7 @@ def unpacked(name: str) -> Path:
     packed = shipped()[name]
     with (packed / PACKED).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return create_once(cache_dir() / "presets" / f"{name}-{digest[:12]}", lambda folder: unpack(packed, folder))
+    return create_once(cache_dir() / "shipped" / digest[:12] / name, lambda folder: unpack(packed, folder))
 
 
 def _unused(shapes: dict[str, tuple[int, ...]]) -> set[str]:

@@ -25,7 +25,7 @@ from spvla.data.store import FrameStore, without_proprio
 from spvla.errors import DatasetError
 from spvla.model.lora_file import LoraFile, fresh_lora, read_lora
 from spvla.model.openvla import OpenVLA
-from spvla.policies.checkpoint import base_of
+from spvla.policies.checkpoint import base_of, norm_stats
 from spvla.policies.networks import load_network, save_beside_adapter, save_network
 from spvla.policies.openvla.prompt import load_tokenizer
 from spvla.policies.registry import flags_of
@@ -84,6 +84,7 @@ class Session:
         self.stores = [FrameStore.open(path) for _, path, _ in job.stores]
         self.data = digest([store.digest for store in self.stores], [weight for _, _, weight in job.stores])
         self.base, self.adapter = base_of(job.start)
+        self._adopt_statistics()
         self.tokenizer = load_tokenizer(self.base)
         options = {"device": str(place.device), "dtype": dtype_of(self.config, place.device)}
         flags, seed = flags_of(self.config), self.config.seed
@@ -150,6 +151,13 @@ class Session:
             sums = {name: total + means[name] * len(batch.samples) for name, total in sums.items()}
         *totals, samples = self.place.add([*sums.values(), count])
         return {f"val_{name}": total / samples for name, total in zip(sums, totals, strict=True)}
+
+    def _adopt_statistics(self) -> None:
+        """Of a data set that the start policy was trained on already, its own go on."""
+        held = norm_stats(self.base) | (norm_stats(self.adapter) if self.adapter else {})
+        for store in self.stores:
+            if "action" in held.get(store.name, {}):
+                store.adopt_statistics(held[store.name])
 
     def write(self, folder: Path) -> None:
         """A checkpoint: adapter (or whole model), action statistics, and everything that the next step depends on."""

@@ -16,10 +16,7 @@ from spvla.types import Episode
 
 
 class Recorder:
-    """Holds the environment of the last task, since opening one takes longer than resetting it.
-
-    Many record at once, and each draws 300 pictures a take: a GPU that they share is short before their cores are.
-    """
+    """Holds the environment of the last task, since opening one takes longer than resetting it."""
 
     def __init__(self, assets: AssetSet) -> None:
         self.assets = assets
@@ -40,7 +37,7 @@ class Recorder:
     def open(self, suite: str, task: int) -> LiberoEnv:
         if self.env is None or (self.env.suite, self.env.task) != (suite, task):
             self.close()
-            self.env = LiberoEnv(suite, task, self.assets, spare_gpu=True)
+            self.env = LiberoEnv(suite, task, self.assets)
         return self.env
 
     def close(self) -> None:
