@@ -13,7 +13,15 @@ MODULES = {
 # The rooms, from the ground up: a module imports its own room and those below it.
 FLOORS = (
     (
-        *("spvla.types", "spvla.errors", "spvla.config", "spvla.files", "spvla.progress", "spvla.statistics"),
+        *(
+            "spvla.types",
+            "spvla.errors",
+            "spvla.config",
+            "spvla.files",
+            "spvla.reading",
+            "spvla.progress",
+            "spvla.statistics",
+        ),
         *("spvla.runs", "spvla.tracking", "spvla.compiler"),
     ),
     ("spvla.cluster",),

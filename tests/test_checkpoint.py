@@ -284,10 +284,12 @@ def test_a_full_disk_is_an_error_of_the_disk(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_statistics_beside_a_checkpoint_come_over_those_in_its_config(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "norm_stats": {"a": 1, "suite": 2}}))
-    (copy / "dataset_statistics.json").write_text(json.dumps(STATS))
-    assert norm_stats(copy) == {"a": 1, **STATS}
-    assert spvla.load_policy(copy).norm_stats == {"a": 1, **STATS}
+    (entry,) = STATS.values()
+    beside = {"suite": {**entry, "starts": "test"}}
+    (copy / "config.json").write_text(json.dumps({**config, "norm_stats": {"a": entry, "suite": entry}}))
+    (copy / "dataset_statistics.json").write_text(json.dumps(beside))
+    assert norm_stats(copy) == {"a": entry, **beside}
+    assert spvla.load_policy(copy).norm_stats == {"a": entry, **beside}
 
 
 def test_old_rotary_buffers_in_a_checkpoint_are_passed_over(tiny: Path, copy: Path) -> None:

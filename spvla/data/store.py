@@ -29,6 +29,8 @@ from spvla.errors import DatasetError
 from spvla.files import write_json
 from spvla.policies.oft.proprio import ProprioStats
 from spvla.policies.openvla.actions import ActionStats, env_to_dataset, gripper_to_env
+from spvla.policies.statistics import require_statistics
+from spvla.reading import read_json
 from spvla.types import ACTION_DIM, PROPRIO_DIM, Episode, Frame
 
 FORMAT = 3  # raise when the files' meaning changes: older indices are then made again
@@ -158,7 +160,7 @@ class FrameStore:
     @cached_property
     def statistics(self) -> dict[str, Any]:
         """What dataset_statistics.json holds: {name: {"action": ..., "proprio": ..., "num_transitions": ...}}."""
-        return json.loads((self.folder / STATISTICS).read_text())
+        return read_statistics(self.folder, self.name)
 
     def adopt_statistics(self, held: dict[str, Any]) -> None:
         """Normalises from here on by what a policy already acts by: its tokens mean those numbers, whatever these data
@@ -200,6 +202,15 @@ class FrameStore:
         if own < len(self.batches) or not val_split_from_train:
             return own
         return round((1 - HELD_OUT) * own)  # TFDS's own rounding of train[:95%]
+
+
+def read_statistics(folder: Path, name: str) -> dict[str, Any]:
+    """Of an index of data set `name`. Raises DatasetError."""
+    path, how = folder / STATISTICS, {"remedy": "Run spvla index again.", "error": DatasetError}
+    stats = require_statistics(read_json(path, **how), str(path), **how)
+    if name not in stats:
+        raise DatasetError(f"{path} has statistics of {', '.join(stats)}", expected=name, remedy=how["remedy"])
+    return stats
 
 
 def read_recording(dataset: Path) -> dict[str, Any]:

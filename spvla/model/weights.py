@@ -4,7 +4,6 @@ Everything is checked from the files' headers before the first weight is read, s
 """
 
 import errno
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spvla import reading
 from spvla.errors import CheckpointError
 from spvla.files import write_json
 
@@ -127,15 +127,9 @@ def write_weights(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError naming the file."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} cannot be read ({e})", expected="a JSON object", remedy="Copy it again.") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}", expected="an object", remedy="Copy it again.")
-    return value
+def read_json(path: Path, form: Any = dict[str, Any]) -> Any:
+    """As `reading.read_json`. Raises CheckpointError."""
+    return reading.read_json(path, form, remedy="Copy it again from its source.", error=CheckpointError)
 
 
 def alone(t: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from spvla.model.weights import open_weights, read_json, require_shapes, torch_d
 from spvla.policies import packed
 from spvla.policies.openvla.presets import TOWER_FILE
 from spvla.policies.presets import PRESETS, create_preset
+from spvla.policies.statistics import require_statistics
 
 __all__ = [
     "base_of",
@@ -138,12 +139,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def norm_stats(folder: Path) -> dict[str, Any]:
-    """Action statistics by data set: config.json's norm_stats, and dataset_statistics.json over them."""
+    """Action statistics by data set: config.json's norm_stats, and dataset_statistics.json over them.
+
+    Raises CheckpointError for such as no policy can act by.
+    """
     stats: dict[str, Any] = {}
     if (folder / CONFIG).exists():
-        stats.update(read_config(folder).get("norm_stats") or {})
+        own = read_config(folder).get("norm_stats")
+        stats.update(require_statistics(own or {}, f"norm_stats of {folder / CONFIG}"))
     if (folder / STATISTICS).exists():
-        stats.update(read_json(folder / STATISTICS))
+        stats.update(require_statistics(read_json(folder / STATISTICS), str(folder / STATISTICS)))
     return stats
 
 

@@ -110,9 +110,11 @@ class ExternalKind(Protocol):
 
 def describe(path: str | Path, flags: PolicyFlags = NO_FLAGS) -> Description:
     """What the checkpoint or adapter at `path` is. Reads small files only. Raises UserError."""
-    from spvla.policies.checkpoint import base_of
+    from spvla.policies.checkpoint import base_of, norm_stats
 
     base, adapter = base_of(path)
+    for folder in filter(None, (base, adapter)):
+        norm_stats(folder)  # refuses what no policy can act by
     found = (family(name).describe(base, adapter, flags) for name in FAMILIES)
     return next(description for description in found if description is not None)
 
