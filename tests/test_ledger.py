@@ -148,7 +148,7 @@ def test_another_protocol_is_refused_naming_the_difference(tmp_path: Path) -> No
     with planned(tmp_path) as ledger, pytest.raises(LedgerError, match="center_crop: True -> False"):
         ledger.add_protocol(replace(PROTOCOL, center_crop=False))
     with planned(tmp_path) as ledger, pytest.raises(LedgerError, match="assets: primitives -> libero"):
-        ledger.add_protocol(replace(PROTOCOL, assets="libero"))
+        ledger.add_protocol(replace(PROTOCOL, world={**PROTOCOL.world, "assets": "libero"}))
 
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:

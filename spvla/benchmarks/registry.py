@@ -7,10 +7,10 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from spvla.errors import UserError
-from spvla.types import Benchmark
+from spvla.types import Benchmark, Env
 
 BENCHMARKS = {
     "libero": "spvla.benchmarks.libero.benchmark:Libero",
@@ -56,6 +56,18 @@ def find(task_suite_name: str, flags: BenchmarkFlags) -> Benchmark:
             remedy="Evaluate each benchmark by itself, in a --local_log_dir of its own.",
         )
     return load(every[wanted[0]])(flags)
+
+
+def open_env(suite: str, task: int, **flags: Any) -> Env:
+    """A task's world: `reset(init_state)`, then `image()`, `proprio()` and `step(action)` until that says True.
+
+    flags: those of `BenchmarkFlags`, such as libero_assets=Path("primitives"). The caller closes it. Raises UserError.
+    """
+    benchmark = find(suite, BenchmarkFlags(**flags))
+    if not 0 <= task < (count := len(benchmark.instructions(suite))):
+        raise UserError(f"task {task} of {suite}", expected=f"0 to {count - 1}", remedy="Correct the number.")
+    benchmark.require([(suite, task)])
+    return benchmark.open_env(suite, task)
 
 
 def perturbed(task_suite_name: str, perturb: str) -> str:

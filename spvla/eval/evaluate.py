@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from spvla.benchmarks.registry import perturbed
 from spvla.config import EvaluateConfig
@@ -23,6 +24,19 @@ def evaluate(config: EvaluateConfig) -> None:
         return follow(config)
     checkpoints = [path for path in config.pretrained_checkpoint.split(",") if path]
     print(table(run_evaluation(config, checkpoints=checkpoints)))
+
+
+def evaluate_policies(*checkpoints: str | Path, **flags: Any) -> list[Summary]:
+    """`spvla evaluate` from Python: every trial exactly once, on a Ray cluster that is joined or started.
+
+    checkpoints: folders or names; none with `policy_server` or `policy` among the flags. flags: those of the command
+    (`EvaluateConfig`), such as task_suite_name="libero_object", tasks=(0, 3), local_log_dir=Path("logs").
+    Returns a line for each task and one (`task` None) for each suite, by checkpoint. Raises UserError before any long
+    work; InfrastructureError if no worker is left, and then the same call goes on where it stopped.
+    """
+    config = EvaluateConfig(pretrained_checkpoint=",".join(map(str, checkpoints)), **flags)
+    config.check()
+    return run_evaluation(config, checkpoints=checkpoints)
 
 
 def run_evaluation(config: EvaluateConfig, *, checkpoints: Sequence[str | Path]) -> list[Summary]:

@@ -101,7 +101,9 @@ class Ledger:
         self._driver: str | None = None
 
     @classmethod
-    def open(cls, path: Path) -> "Ledger":
+    def open(cls, path: str | Path) -> "Ledger":
+        """A ledger that is there. Raises LedgerError for none, one of another schema, or a damaged one."""
+        path = Path(path)
         if not path.is_file():
             raise LedgerError(
                 f"no ledger at {path}",
