@@ -18,6 +18,7 @@ from typing import Any, get_args, get_origin
 
 from spvla import __version__, config
 from spvla.errors import SpvlaError, UserError
+from spvla.render.context import try_drawing
 
 # command -> (config class, "module:function" taking that config)
 COMMANDS: dict[str, tuple[type, str]] = {
@@ -38,6 +39,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
 }
 # Ray would print each dead worker into stdout's table; the farm says who fell in its own words, and why.
 RAY_KEEPS_QUIET = ("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed")
+SIMULATING = ("collect", "regenerate", "demo")  # import MuJoCo at once, which fails where it cannot draw
 POSITIONAL = {"report": "run", "status": "run"}
 
 
@@ -60,6 +62,8 @@ def run(args: list[str]) -> int:
         if not verbose:
             hush_warnings()
             os.environ.setdefault(*RAY_KEEPS_QUIET)  # Ray reads it when it is imported
+        if name in SIMULATING:
+            try_drawing()
         entry_point(name)(parsed)
     except UserError as e:
         print(f"spvla: {e}", file=sys.stderr)

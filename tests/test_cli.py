@@ -159,3 +159,14 @@ def test_a_switch_alone_turns_itself_on(line: str) -> None:
 def test_a_switch_alone_does_not_shift_what_a_sweep_varies() -> None:
     parsed = cli.parse(["sweep", "--any_mujoco", "--image_aug", "--beta", "0.3,0.7"])[1]
     assert parsed.any_mujoco and parsed.train.image_aug and parsed.space == {"beta": "0.3,0.7"}
+
+
+@pytest.mark.parametrize("line", ["collect", "demo", "regenerate --demos ."])
+def test_a_command_that_simulates_says_in_one_line_that_this_machine_cannot_draw(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    assert cli.run(line.split()) == 2
+    assert (
+        capsys.readouterr().err == "spvla: MUJOCO_GL=glfw; expected egl or osmesa. Correct it, or unset it for egl.\n"
+    )

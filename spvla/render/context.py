@@ -55,7 +55,7 @@ def draw_on_gpu(number: int) -> None:
 
 def backend() -> str:
     """What MUJOCO_GL asks for. Raises UserError for what does not draw off screen."""
-    asked = os.environ.setdefault("MUJOCO_GL", "egl")
+    asked = os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "").strip().lower() or BACKENDS[0]
     if asked not in BACKENDS:
         raise UserError(f"MUJOCO_GL={asked}", expected=" or ".join(BACKENDS), remedy="Correct it, or unset it for egl.")
     return asked

@@ -70,6 +70,18 @@ def test_a_damaged_ledger_is_refused_and_kept(tiny: Path, tmp_path: Path, capsys
     assert (tmp_path / "ledger.sqlite").read_bytes() == b"x" * 5000
 
 
+def test_a_renderer_that_does_not_work_is_told_before_ray_starts(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    with (
+        patch.object(farm_session, "connection", side_effect=AssertionError("Ray was started")),
+        pytest.raises(UserError, match="MUJOCO_GL=nonsense; expected egl or osmesa"),
+    ):
+        run_evaluation(config(tiny, tmp_path), checkpoints=[tiny])
+
+
 def test_several_checkpoints_and_suites_make_one_plan(tiny: Path, tmp_path: Path) -> None:
     adapter = adapter_of(tiny, tmp_path / "run/checkpoints/step_000300", seed=1)
     config = EvaluateConfig(
