@@ -19,7 +19,7 @@ from spvla.config import StepConfig
 from spvla.model.attention import Packing, attend_new, attend_prompts, rotary
 from spvla.model.kernels.compiled import quack_version
 from spvla.model.openvla import OpenVLA
-from spvla.model.vision import Block, TowerConfig
+from spvla.model.vision import TowerConfig, VisionBlock
 from spvla.policies.openvla.policy import OpenVLAPolicy
 from spvla.policies.openvla.presets import initialise, preset
 from spvla.policies.openvla.prompt import build_tiny_tokenizer
@@ -156,7 +156,7 @@ def test_a_gate_finished_in_its_product_is_the_gate_of_a_products_result(hopper:
 def test_a_towers_block_is_the_same_fused(hopper: ModuleType, layer_scale: bool) -> None:
     torch.manual_seed(0)
     config = TowerConfig(width=72, depth=1, num_heads=2, mlp_hidden=200, layer_scale=layer_scale)
-    block = Block(config).requires_grad_(False).cuda()
+    block = VisionBlock(config).requires_grad_(False).cuda()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(5, 261, 72).cuda()

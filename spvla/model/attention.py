@@ -82,9 +82,9 @@ def attend_prompts(
     """
     keep_prompts(k, v, rope, keys, values, packing)
     if on_gpu(q):
-        from spvla.model.kernels import attention as attend_gpu
+        from spvla.model.kernels import attention as gpu
 
-        return attend_gpu.attend_prompts(q, rope, keys, values, packing.starts)
+        return gpu.attend_prompts(q, rope, keys, values, packing.starts)
     padded = torch.zeros_like(keys)
     _tokens(padded)[packing.places] = rotate(q, _angles(rope, keys, packing))
     return _tokens(F.scaled_dot_product_attention(padded, keys, values, is_causal=True))[packing.places]
@@ -93,9 +93,9 @@ def attend_prompts(
 def keep_prompts(k: Tensor, v: Tensor, rope: Rope, keys: Tensor, values: Tensor, packing: Packing) -> None:
     """Writes packed k (N, H, K), rotated, and v to keys and values (B, H, S, K)."""
     if on_gpu(k):
-        from spvla.model.kernels import attention as attend_gpu
+        from spvla.model.kernels import attention as gpu
 
-        attend_gpu.keep_prompts(k, v, rope, keys, values, packing.places)
+        gpu.keep_prompts(k, v, rope, keys, values, packing.places)
         return
     _tokens(keys)[packing.places] = rotate(k, _angles(rope, keys, packing))
     _tokens(values)[packing.places] = v
@@ -116,9 +116,9 @@ def attend_new(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at
     """Writes k and v (B, H, 1, K) to slot `at` (B,) of keys and values (B, H, S, K), and attends from q to the slots
     up to there: (B, H, 1, K)."""
     if on_gpu(q):
-        from spvla.model.kernels import attention as attend_gpu
+        from spvla.model.kernels import attention as gpu
 
-        return attend_gpu.attend_new(q, k, v, keys, values, at)
+        return gpu.attend_new(q, k, v, keys, values, at)
     rows = torch.arange(len(at), device=at.device)
     keys[rows, :, at] = k[:, :, 0]
     values[rows, :, at] = v[:, :, 0]
@@ -135,7 +135,7 @@ def rotary(positions: Tensor, width: int, theta: float) -> Rope:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """(B, T, H, K) -> same, each pair (i, i + K / 2) turned by its position's angle, in float32."""
+    """(B, T, H, K) -> same, each pair (i, i + K / 2) rotated by its position's angle, in float32."""
     cos, sin = rope
     left, right = x.chunk(2, -1)
     return (x * cos + torch.cat((-right, left), -1) * sin).to(x.dtype)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from spvla.model.attention import Attend, Packing, Rope, attend_new, attend_prompts, keep_prompts, rotary, rotate
 from spvla.model.kernels import lora as fused
 from spvla.model.linear import FusedLinear, Linear, add_to, keep_names
-from spvla.model.vision import Block, Projector
+from spvla.model.vision import Projector, VisionBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class LlamaLayer(nn.Module):
 class Kernels:
     """The steps of a pass, each of which may be replaced by a compiled one."""
 
-    run_block: Callable[[Block, Tensor], Tensor] = Block.forward
+    run_block: Callable[[VisionBlock, Tensor], Tensor] = VisionBlock.forward
     project: Callable[[Projector, Tensor], Tensor] = Projector.forward
     heads: Callable[[LlamaLayer, Tensor, bool], list[Tensor]] = LlamaLayer.heads
     qkv: Callable[[LlamaLayer, Tensor, Rope], tuple[Tensor, Tensor, Tensor]] = LlamaLayer.qkv

@@ -38,7 +38,7 @@ class RowSlots:
 
 
 @dataclass(kw_only=True)
-class Columns:
+class ColumnBlock:
     """Resident adapters of one map, side by side: W columns, of which each adapter has its rank."""
 
     a: list[Tensor]  # of each joined map, (W, in)
@@ -55,7 +55,7 @@ class LoraColumns:
     """
 
     outs: tuple[int, ...]  # outputs of each joined map
-    blocks: list[Columns]
+    blocks: list[ColumnBlock]
     slots: RowSlots
 
     def add(self, x: Tensor, y: Tensor, first: int = 0) -> Tensor:
@@ -140,7 +140,7 @@ class LoraBank:
             blocks = [] if module.lora is None else module.lora.blocks
             module.lora = LoraColumns(
                 outs=tuple(named.outputs for named in maps),
-                blocks=[*blocks, Columns(a=a, b=b, owners=owners)],
+                blocks=[*blocks, ColumnBlock(a=a, b=b, owners=owners)],
                 slots=self.slots,
             )
         self.owners.append(owners)

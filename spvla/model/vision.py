@@ -68,7 +68,7 @@ class LayerScale(nn.Module):
         return x * self.scale_factor
 
 
-class Block(nn.Module):
+class VisionBlock(nn.Module):
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         scale = (lambda: LayerScale(config.width)) if config.layer_scale else nn.Identity
@@ -108,7 +108,7 @@ class AttentionPool(nn.Module):
         self.mlp = Mlp(width, hidden)
 
 
-RunBlock = Callable[[Block, Tensor], Tensor]
+RunBlock = Callable[[VisionBlock, Tensor], Tensor]
 
 
 class VisionTower(nn.Module):
@@ -120,11 +120,11 @@ class VisionTower(nn.Module):
         registers = config.num_registers
         self.reg_token = nn.Parameter(torch.zeros(1, registers, config.width)) if registers else None
         self.pos_embed = nn.Parameter(torch.zeros(1, NUM_PATCHES, config.width))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=EPS)
         self.attn_pool = AttentionPool(config.width, config.mlp_hidden) if config.pool else None
 
-    def forward(self, pixels: Tensor, run_block: RunBlock = Block.__call__) -> Tensor:
+    def forward(self, pixels: Tensor, run_block: RunBlock = VisionBlock.__call__) -> Tensor:
         """(B, 3, 224, 224) -> (B, P, D). `run_block` may be a compiled form of a block's forward."""
         x = self.patch_embed(pixels) + self.pos_embed  # class token and registers have no position
         prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
@@ -142,7 +142,7 @@ class VisionBackbone(nn.Module):
         self.featurizer = VisionTower(dino)
         self.fused_featurizer = VisionTower(siglip)
 
-    def forward(self, pixel_values: Tensor, run_block: RunBlock = Block.__call__) -> Tensor:
+    def forward(self, pixel_values: Tensor, run_block: RunBlock = VisionBlock.__call__) -> Tensor:
         """(B, 6, 224, 224), DINOv2's channels first -> (B, P, dino + siglip)."""
         dino, siglip = pixel_values.split(3, 1)
         return torch.cat((self.featurizer(dino, run_block), self.fused_featurizer(siglip, run_block)), -1)

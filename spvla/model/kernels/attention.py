@@ -1,8 +1,9 @@
-"""attend.py's kernels for a GPU, in Triton: one program reads what a tile of queries of one row and head attends to.
+"""Attention's kernels for a GPU, in Triton: one program reads what a tile of queries of one row and head attends to.
 
-The softmax is taken on the way (arxiv.org/abs/1805.02867). On an H200, a new token for each of 64 rows, with 32 heads
-and 293 slots of 128, takes 79 us; reading that much at the rate of a plain copy would take 74. 64 prompts of 282 tokens
-take 281 us, where cuDNN takes 233 for 64 of 289 and leaves turning the queries and packing its output to others.
+What they compute is said in model/attention.py. The softmax is taken on the way (arxiv.org/abs/1805.02867). On an H200,
+a new token for each of 64 rows, with 32 heads and 293 slots of 128, takes 79 us; reading that much at the rate of a
+plain copy would take 74. 64 prompts of 282 tokens take 281 us, where cuDNN takes 233 for 64 of 289 and leaves rotating
+the queries and packing its output to others.
 """
 
 import math
@@ -56,7 +57,7 @@ def _attend_new(
 
 
 def attend_new(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Tensor:
-    """As attend.attend_new, on a GPU. Head widths are powers of two; the last dimension of everything is dense."""
+    """As attention.attend_new, on a GPU. Head widths are powers of two; the last dimension of everything is dense."""
     batch, heads, _, width = q.shape
     assert keys.stride() == values.stride() and keys.stride(3) == 1
     out = torch.empty(batch, heads, 1, width, dtype=q.dtype, device=q.device)
@@ -167,7 +168,7 @@ def _attend_prompts(
 
 
 def attend_prompts(q: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
-    """As attend.attend_prompts once keys and values are kept. Head widths are powers of two, from 32 on."""
+    """As attention.attend_prompts once keys and values are kept. Head widths are powers of two, from 32 on."""
     tokens, heads, width = q.shape
     slots = keys.shape[2]
     assert q.stride()[1:] == (width, 1)
@@ -184,7 +185,7 @@ def attend_prompts(q: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values:
 def keep_prompts(
     k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, places: Tensor
 ) -> None:
-    """As attend.keep_prompts, on a GPU. A token's heads lie together."""
+    """As attention.keep_prompts, on a GPU. A token's heads lie together."""
     tokens, heads, width = k.shape
     slots = keys.shape[2]
     assert all(t.stride()[1:] == (width, 1) for t in (k, v))

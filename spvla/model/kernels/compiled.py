@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from spvla.model.llama import Kernels, LlamaLayer
-from spvla.model.vision import Block, Projector
+from spvla.model.vision import Projector, VisionBlock
 from spvla.model.weights import torch_dtype
 
 
@@ -17,7 +17,7 @@ def training_kernels(backend: str = "inductor") -> Kernels:
     _expect(64)
     options = {"fullgraph": True, "dynamic": False, "backend": backend}
     return Kernels(
-        run_block=torch.compile(Block.forward, **options),
+        run_block=torch.compile(VisionBlock.forward, **options),
         project=torch.compile(Projector.forward, **options),
         qkv=torch.compile(LlamaLayer.qkv, **options),
         attention=torch.compile(LlamaLayer.attention, **options),
@@ -37,7 +37,7 @@ def decoding_kernels(backend: str = "inductor") -> Kernels:
     if backend == "inductor":
         options["options"] = {"deterministic": True}
     return Kernels(
-        run_block=torch.compile(Block.forward, dynamic=False, **options),
+        run_block=torch.compile(VisionBlock.forward, dynamic=False, **options),
         qkv=torch.compile(LlamaLayer.qkv, dynamic=False, **options),
         heads=torch.compile(LlamaLayer.heads, dynamic=True, **options),
         gate_up=torch.compile(LlamaLayer.gate_up, dynamic=True, **options),

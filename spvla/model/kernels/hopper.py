@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from spvla.model.linear import Linear
 from spvla.model.llama import Kernels, LlamaLayer, RmsNorm
 from spvla.model.lora_bank import LoraColumns
-from spvla.model.vision import Block, LayerScale
+from spvla.model.vision import LayerScale, VisionBlock
 
 LEAST = 1024  # rows; with fewer, the reading of the weights takes the time
 
@@ -75,7 +75,7 @@ def gated(x: Tensor, gate_up: Tensor) -> Tensor:
     return _gate(x, gate_up.T, store_d=False, concat_layout=("B",), config=TILES[0], tuned=False)["out"]
 
 
-def run_block(block: Block, x: Tensor) -> Tensor:
+def run_block(block: VisionBlock, x: Tensor) -> Tensor:
     """A tower's block, (B, T, D) -> (B, T, D)."""
     attn, mlp = block.attn, block.mlp
     rows = x.reshape(-1, x.shape[-1])  # (N, D)
@@ -125,7 +125,7 @@ def fused(compiled: Kernels) -> Kernels:
     """The steps, fused where that pays and as `compiled` elsewhere."""
     norm = torch.compile(RmsNorm.forward, dynamic=True, fullgraph=True)
 
-    def tower(block: Block, x: Tensor) -> Tensor:
+    def tower(block: VisionBlock, x: Tensor) -> Tensor:
         maps = [block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2]
         if not _fits(x, maps):
             return compiled.run_block(block, x)

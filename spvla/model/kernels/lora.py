@@ -127,9 +127,9 @@ def gate_back(d_act: Tensor, narrow: Tensor, a: Tensor, gate_up: Tensor) -> tupl
         return lora_gpu.gate_back(d_act, narrow, a, gate_up)
     d = d_act + narrow @ a
     left, right = gate_up.chunk(2, -1)
-    opened = left.sigmoid()
-    silu = left * opened
-    return torch.cat((d * right * (opened + silu * (1 - opened)), d * silu), -1), silu * right
+    sigmoid = left.sigmoid()
+    silu = left * sigmoid
+    return torch.cat((d * right * (sigmoid + silu * (1 - sigmoid)), d * silu), -1), silu * right
 
 
 @gate_back.register_fake

@@ -69,10 +69,10 @@ def _gate_back(
     gate = _tile(gate_up, rows, columns, 2 * hidden, there).to(tl.float32)
     up = _tile(gate_up + hidden, rows, columns, 2 * hidden, there).to(tl.float32)
     kind = d_act.dtype.element_ty
-    open_ = tl.sigmoid(gate)
-    silu = gate * open_
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
     _put(act, rows, columns, hidden, (silu * up).to(kind), there)
-    _put(d_gate_up, rows, columns, 2 * hidden, (d * up * (open_ + silu * (1 - open_))).to(kind), there)
+    _put(d_gate_up, rows, columns, 2 * hidden, (d * up * (sigmoid + silu * (1 - sigmoid))).to(kind), there)
     _put(d_gate_up + hidden, rows, columns, 2 * hidden, (d * silu).to(kind), there)
 
 
