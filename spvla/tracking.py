@@ -1,5 +1,6 @@
 """A Weights & Biases run, begun in the same way by every command that has one."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,10 @@ class WandbRun:
 
 
 def _start(config: TrainConfig | EvaluateConfig, *, name: str, folder: Path, **more: Any) -> "Run":
-    """`more` goes to wandb.init. The key stays where `wandb login` put it."""
+    """`more` goes to wandb.init. The key stays where `wandb login` put it.
+
+    WANDB_MODE decides unless a flag does. W&B itself reads it at its first start in a process only, so it is read here.
+    """
     import wandb
     from draccus import encode
 
@@ -41,7 +45,7 @@ def _start(config: TrainConfig | EvaluateConfig, *, name: str, folder: Path, **m
         return wandb.init(
             project=config.wandb_project,
             entity=config.wandb_entity,
-            mode=None if config.wandb_mode == "online" else config.wandb_mode,  # None: WANDB_MODE decides
+            mode=(os.environ.get("WANDB_MODE") or None) if config.wandb_mode == "online" else config.wandb_mode,
             name=name,
             dir=folder,
             config=encode(config),

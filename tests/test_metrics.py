@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import wandb
 
 from spvla import runs
 from spvla.config import TrainConfig
@@ -54,6 +55,7 @@ def test_a_line_torn_by_a_kill_costs_that_line_only(tmp_path: Path) -> None:
 def test_wandb_offline_keeps_curves_in_the_run_and_no_key_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wandb.setup()  # W&B reads its variables here, as if an earlier run of this process had started it
     key = "0123456789abcdef0123456789abcdef01234567"
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_MODE", "offline")
