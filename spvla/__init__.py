@@ -9,7 +9,8 @@
     rows = spvla.Ledger.open("experiments/logs/ledger.sqlite").trials()           # what it found
     frames = spvla.FrameStore.open("datasets/libero_spatial_no_noops/index")  # what training reads
 
-Importing does nothing; each name brings in what it needs when it is first used.
+Importing does nothing; each name brings in what it needs when it is first used. Acting takes the package alone,
+`open_env` and `evaluate` its extra [sim], `FrameStore` its extra [train].
 """
 
 import importlib

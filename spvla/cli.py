@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 from spvla import __version__, config
 from spvla.errors import SpvlaError, UserError
@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
 # Ray would print each dead worker into stdout's table; the farm says who fell in its own words, and why.
 RAY_KEEPS_QUIET = ("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed")
 SIMULATING = ("collect", "regenerate", "demo")  # import MuJoCo at once, which fails where it cannot draw
+EXTRAS = "spvla[sim,train]"  # what every command but `serve` takes, together
 POSITIONAL = {"report": "run", "status": "run"}
 
 
@@ -99,7 +100,14 @@ def doc_line(cls: type) -> str:
 def entry_point(name: str) -> Callable[[Any], None]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported anywhere: no banners
     module, function = COMMANDS[name][1].split(":")
-    return getattr(importlib.import_module(module), function)
+    try:
+        return cast(Callable[[Any], None], getattr(importlib.import_module(module), function))
+    except ModuleNotFoundError as e:
+        raise UserError(
+            f"spvla {name} without the package {e.name}",
+            expected=f"an installation with {EXTRAS}",
+            remedy=f"pip install '{EXTRAS}', and then what the README says under Installing.",
+        ) from e
 
 
 def parse(args: Sequence[str]) -> tuple[str, Any]:

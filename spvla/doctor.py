@@ -69,7 +69,7 @@ def found_by(look: Callable[[], Finding]) -> Finding:
 
 
 def packages() -> Finding:
-    names = ("torch", "transformers", "ray", "mujoco", "robosuite", "hf-libero", "tensorflow")
+    names = ("torch", "ray", "mujoco", "robosuite", "hf-libero", "tensorflow")
     missing, found = [], [f"python {sys.version.split()[0]}"]
     for name in names:
         try:
