@@ -115,7 +115,7 @@ def test_a_farm_asks_for_all_it_wants_at_once_and_takes_back_what_it_needs_no_mo
 def test_a_farm_that_gets_no_machine_says_so_at_last(
     promised: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, seconds in (("MACHINE_WAIT_S", 3.0), ("TELL_AFTER_S", 0.5), ("RESIZE_EVERY_S", 0.2)):
+    for name, seconds in (("MACHINE_WAIT_S", 3.0), ("SAY_AFTER_S", 0.5), ("RESIZE_EVERY_S", 0.2)):
         monkeypatch.setattr(farm_module, name, seconds)
     with fake_farm(tmp_path, FarmConfig(num_envs=2), start=False) as (farm, said):
         with pytest.raises(InfrastructureError, match="no machine took in any policy actor within 3 s; `ray status`"):
