@@ -6,14 +6,26 @@ may be there. Numbers and texts are not converted into each other.
 """
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # typing's own serves pydantic from Python 3.12 on
+    get_type_hints,
+)
+
+from annotated_types import Ge, Gt, Lt
+from typing_extensions import TypedDict
 
 from spvla.errors import UserError
 
 SHOWN = 80  # characters of what was found
+Count = Annotated[int, Ge(0), Lt(2**63)]
+Number = Annotated[float, Gt(-math.inf), Lt(math.inf)]  # no NaN either
 
 
 def read_json(path: Path, form: Any = dict[str, Any], *, remedy: str, error: type[UserError] = UserError) -> Any:
@@ -66,6 +78,15 @@ def require_form(value: Any, form: Any, place: str, *, remedy: str, error: type[
             got = f"{place} has no {where}"
         raise error(got, expected=_expected(first["msg"]), remedy=remedy) from None
     return value
+
+
+def form_of(kind: type) -> Any:
+    """The form of an object that holds the fields of a dataclass."""
+    hints = get_type_hints(kind, include_extras=True)
+    optional = {f.name for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING}
+    form = TypedDict(kind.__name__, {k: NotRequired[v] if k in optional else v for k, v in hints.items()})
+    form.__pydantic_config__ = {"extra": "forbid"}
+    return form
 
 
 def _cut_short(line: bytes) -> bool:

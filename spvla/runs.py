@@ -11,14 +11,16 @@ RUN/trials/, RUN/trials.json   a sweep's trials, each a run folder itself, and t
 RUN/report.html
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from spvla.errors import UserError
 from spvla.files import write_json
+from spvla.reading import Count, Number, read_json, read_rows, require_form
 
 CONFIG, METRICS, LEDGER, HISTORY, SWEEP, REPORT = (
     "config.json",
@@ -28,8 +30,58 @@ CONFIG, METRICS, LEDGER, HISTORY, SWEEP, REPORT = (
     "trials.json",
     "report.html",
 )
+DAMAGED = "Restore the file from a copy, or delete it: the report then goes without."
 CHECKPOINTS, MERGED, VIDEOS = "checkpoints", "merged", "videos"
 _STEP, _ITERATION = re.compile(r"step_(\d+)"), re.compile(r"it-(\d+)")
+
+
+class Written(TypedDict):
+    """config.json."""
+
+    command: str
+    config: dict[str, Any]
+
+
+class Step(TypedDict):
+    """What every line of metrics.jsonl has."""
+
+    step: Count
+
+
+class HistoryRow(TypedDict):
+    """A line of history.jsonl: one policy, against the one that it was trained against."""
+
+    name: str  # "start", "it-0", "it-1", ...
+    checkpoint: str
+    policy: str  # digest
+    opponent: str
+    successes: Count
+    trials: Count
+    difference: NotRequired[Number | None]
+    low: NotRequired[Number | None]
+    high: NotRequired[Number | None]
+    p_value: NotRequired[Number | None]
+    verdict: str
+    best: str
+
+
+class SweepRow(TypedDict):
+    """A trial of trials.json."""
+
+    name: str
+    parameters: dict[str, bool | int | float | str | None]
+    status: str
+    objective: Number | None
+    step: Count
+    checkpoint: str
+    error: str
+
+
+class SweepTable(TypedDict):
+    """trials.json."""
+
+    metric: str
+    trials: list[SweepRow]
 
 
 def checkpoint_name(step: int) -> str:
@@ -70,17 +122,28 @@ def read_config(run: Path) -> dict[str, Any]:
             expected="a folder written by spvla train, evaluate, selfplay or sweep",
             remedy="Give the run's own folder.",
         )
-    return json.loads(path.read_text())
+    return read_json(path, Written, remedy="Restore it from a copy, or start a run in another folder.")
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
-    """Every logged step, in order. A step logged again after a resume replaces the earlier; a torn line is dropped."""
-    path = run / METRICS
+    """Every logged step, in order. A step logged again after a resume replaces the earlier; a torn line is dropped.
+
+    Raises UserError for any other damage.
+    """
     rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the process was killed while writing this line
+    for row in read_rows(run / METRICS, dict[str, Number | None], remedy=DAMAGED):
+        require_form(row, Step, f"a line of {run / METRICS}", remedy=DAMAGED)
         rows[row["step"]] = row
     yield from (rows[step] for step in sorted(rows))
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """The iterations of a self-play run; none where it is another run."""
+    return list(read_rows(run / HISTORY, HistoryRow, remedy="Restore the file from a copy."))
+
+
+def read_sweep(run: Path) -> dict[str, Any] | None:
+    """A sweep's table, best first; None where the run is none."""
+    path = run / SWEEP
+    remedy = "Delete it: the sweep's command, typed again, writes it anew."
+    return read_json(path, SweepTable, remedy=remedy) if path.exists() else None

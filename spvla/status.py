@@ -1,6 +1,5 @@
 """`spvla status RUN`: where a run stands, told from its folder alone, whether or not it is running."""
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,8 @@ def describe(run: Path) -> Iterator[str]:
     written = runs.read_config(run)
     yield f"{run.resolve()}  (spvla {written['command']})"
     flags = written["config"]
-    max_steps = flags.get("train", flags).get("max_steps")  # a sweep's are under "train"
+    train = flags.get("train", flags)  # a sweep's are there
+    max_steps = train.get("max_steps") if isinstance(train, dict) else None
     for folder in (run, *runs.iterations(run), *sorted(run.glob("trials/*/"))):
         if rows := list(runs.read_metrics(folder)):
             yield training_line(folder, rows[-1], max_steps)
@@ -53,19 +53,14 @@ def evaluation_lines(path: Path) -> Iterator[str]:
 
 
 def iteration_rows(run: Path) -> Iterator[str]:
-    path = run / runs.HISTORY
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
+    for row in runs.read_history(run):
         yield f"iteration  {row['name']}  {row['successes']}/{row['trials']}  {row['verdict']}"
 
 
 def sweep_rows(run: Path) -> Iterator[str]:
     """As the sweep's last table has them, best first."""
-    path = run / runs.SWEEP
-    if not path.exists():
-        return
-    told = json.loads(path.read_text())
-    for row in told["trials"]:
+    told = runs.read_sweep(run)
+    for row in told["trials"] if told else ():
         objective = "-" if row["objective"] is None else f"{row['objective']:.4f}"
         status = f"{row['status']}: {row['error']}" if row["error"] else row["status"]
         yield f"trial  {row['name']}  {told['metric']} {objective} at step {row['step']}  {status}"

@@ -21,7 +21,7 @@ class WandbRun:
 
     def __init__(self, config: TrainConfig | EvaluateConfig, *, name: str, folder: Path, resume: bool = False) -> None:
         kept = folder / "wandb" / "id"
-        known = kept.read_text().strip() if resume and kept.exists() else None
+        known = kept.read_text(errors="replace").strip() if resume and kept.exists() else None
         self.run = _start(config, name=name, folder=folder, id=known, resume="allow" if resume else None)
         if resume and known is None:
             write_text(kept, self.run.id)

@@ -3,11 +3,10 @@
 TensorFlow is imported in the tasks only. On a cluster the data root must be a folder that all machines share.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import ray
 from spvla.cluster.connect import connection
 from spvla.cluster.machines import cpus_to_use
 from spvla.config import IndexConfig
-from spvla.data import layout, lerobot
+from spvla.data import layout, lerobot, store
 from spvla.data.layout import Layout, Part, Shard
 from spvla.data.store import (
     FORMAT,
@@ -27,9 +26,10 @@ from spvla.data.store import (
     read_recording,
     write_batches,
 )
-from spvla.errors import DatasetError, SpvlaError
+from spvla.errors import DatasetError, SpvlaError, UserError
 from spvla.files import safe_name, write_json
 from spvla.progress import Progress
+from spvla.reading import read_json
 from spvla.types import Episode
 
 FOLDER = "index"
@@ -124,15 +124,11 @@ def matches(folder: Path, source: Layout[Any]) -> bool:
 
 def is_recorded(folder: Path) -> bool:
     """Whether the index was written without shards. Raises DatasetError for one in a form of the past."""
-    try:
-        found = json.loads((folder / INDEX).read_text())
-    except (OSError, ValueError):
+    if not _glance(folder / INDEX).get("recorded"):
         return False
-    if not found.get("recorded"):
-        return False
-    if found["format"] != FORMAT:
+    if (found := format_of(folder)) != FORMAT:
         raise DatasetError(
-            f"{folder} was recorded in format {found['format']}",
+            f"{folder} was recorded in format {found}",
             expected=f"format {FORMAT}",
             remedy="Record it again with spvla collect or spvla regenerate.",
         )
@@ -141,22 +137,35 @@ def is_recorded(folder: Path) -> bool:
 
 def format_of(folder: Path) -> int | None:
     """Of the index that is there; None where there is none."""
-    try:
-        return json.loads((folder / INDEX).read_text()).get("format")
-    except (OSError, ValueError, AttributeError):
-        return None
+    return _glance(folder / INDEX).get("format")
+
+
+def _glance(path: Path) -> dict[str, Any]:
+    """What is there; nothing where there is no file, or it is damaged: it is then made again."""
+    with suppress(UserError):
+        return read_json(path, remedy="")
+    return {}
 
 
 def file_name(shard: Part) -> str:
     return f"{shard.name}.arrow"
 
 
+class Entry(store.Shard):
+    """What is noted of a shard, beside its file."""
+
+    format: int
+    skipped: list[str]
+    sha256: str
+    source: Any
+
+
 def read_entry(folder: Path, shard: Part) -> dict[str, Any] | None:
     """What was noted when the shard had been indexed; None if it never was, or its file has gone or changed."""
     try:
-        entry = json.loads((folder / f"{file_name(shard)}.json").read_text())
+        entry = read_json(folder / f"{file_name(shard)}.json", Entry, remedy="")
         whole = (folder / entry["file"]).stat().st_size == entry["bytes"] and entry["format"] == FORMAT
-    except (OSError, KeyError, json.JSONDecodeError):
+    except (OSError, UserError):
         return None
     return entry if whole else None
 

@@ -6,15 +6,19 @@ DATA_ROOT/libero_10_no_noops/1.0.0/dataset_info.json     splits, and how many re
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Annotated, Any, Generic, NotRequired, Protocol, TypeVar
 
+from annotated_types import Predicate
+from typing_extensions import TypedDict
+
+from spvla import reading
 from spvla.errors import DatasetError
 from spvla.files import safe_name
+from spvla.reading import Count
 from spvla.types import ACTION_DIM, CAMERA_SIZE, PROPRIO_DIM
 
 SPLITS = ("train", "val")
@@ -80,11 +84,25 @@ class Layout(Generic[P]):
     shards: tuple[P, ...]  # the train split's first, each split in order
 
 
+class Split(TypedDict):
+    """Of dataset_info.json; TFDS writes numbers as texts of digits."""
+
+    name: str
+    shardLengths: NotRequired[list[Annotated[str, Predicate(str.isdecimal)] | Count]]
+
+
+class Info(TypedDict, total=False):
+    """dataset_info.json, as far as it is read."""
+
+    fileFormat: str
+    splits: list[Split]
+
+
 def find(data_root_dir: Path, dataset_name: str) -> Layout[Shard]:
     """The newest version of a data set, its features and shards checked. Raises DatasetError."""
     folder = newest_version(data_root_dir, dataset_name)
     check_features(folder)
-    info = read_json(folder / "dataset_info.json")
+    info = read_json(folder / "dataset_info.json", Info)
     if info.get("fileFormat", "tfrecord") != "tfrecord":
         raise DatasetError(
             f"{folder} holds {info['fileFormat']} files", expected="tfrecord", remedy="Convert it with tfds."
@@ -128,7 +146,16 @@ def versions(folder: Path) -> Iterator[Path]:
 
 def check_features(folder: Path) -> None:
     """Names and shapes as in the LIBERO data sets that OpenVLA trains on; wrist images and states may be missing."""
-    found = dict(flatten(read_json(folder / "features.json")))
+    try:
+        found = dict(flatten(read_json(folder / "features.json")))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
+        if isinstance(e, DatasetError):
+            raise
+        raise DatasetError(
+            f"{folder}/features.json is damaged ({type(e).__name__}: {e})",
+            expected="features as TFDS describes them",
+            remedy="Download it again, whole, or make it again.",
+        ) from e
     if missing := [name for name in FEATURES if name not in found]:
         raise DatasetError(
             f"{folder}/features.json lacks {', '.join(missing)} (it has {', '.join(sorted(found))})",
@@ -169,10 +196,5 @@ def shards_of(folder: Path, split: str, sizes: list[int]) -> Iterator[Shard]:
         yield Shard(path=fitting[0], split=split, records=records)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise DatasetError(
-            f"{path} cannot be read ({e})", expected="a JSON file written by TFDS", remedy="Download it again."
-        ) from e
+def read_json(path: Path, form: Any = dict[str, Any]) -> Any:
+    return reading.read_json(path, form, remedy="Download it again, whole, or make it again.", error=DatasetError)

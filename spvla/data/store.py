@@ -14,23 +14,25 @@ is one slice away. Nothing of an episode is lost, so that a data set can be writ
 """
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+from annotated_types import Predicate
+from typing_extensions import TypedDict
 
 from spvla.errors import DatasetError
 from spvla.files import write_json
 from spvla.policies.oft.proprio import ProprioStats
 from spvla.policies.openvla.actions import ActionStats, env_to_dataset, gripper_to_env
 from spvla.policies.statistics import require_statistics
-from spvla.reading import read_json
+from spvla.reading import Count, read_json, require_form
 from spvla.types import ACTION_DIM, PROPRIO_DIM, Episode, Frame
 
 FORMAT = 3  # raise when the files' meaning changes: older indices are then made again
@@ -204,6 +206,27 @@ class FrameStore:
         return round((1 - HELD_OUT) * own)  # TFDS's own rounding of train[:95%]
 
 
+class Shard(TypedDict):
+    """A file of the index."""
+
+    file: Annotated[str, Predicate(lambda name: Path(name).name == name)]
+    bytes: Count
+    split: str
+    episodes: Count
+    frames: Count
+
+
+class IndexForm(TypedDict):
+    """index.json, of this FORMAT."""
+
+    dataset_name: str
+    digest: str
+    episodes: Count
+    frames: Count
+    skipped: list[str]
+    shards: list[Shard]
+
+
 def read_statistics(folder: Path, name: str) -> dict[str, Any]:
     """Of an index of data set `name`. Raises DatasetError."""
     path, how = folder / STATISTICS, {"remedy": "Run spvla index again.", "error": DatasetError}
@@ -215,11 +238,9 @@ def read_statistics(folder: Path, name: str) -> dict[str, Any]:
 
 def read_recording(dataset: Path) -> dict[str, Any]:
     """What the recording of a data set says of itself; nothing where there is none."""
-    try:
-        note = json.loads((dataset / RECORDING).read_text())
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) else {}
+    with suppress(DatasetError):
+        return read_json(dataset / RECORDING, remedy="", error=DatasetError)
+    return {}
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -228,15 +249,12 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise DatasetError(
             f"{folder} holds no whole index", expected=f"a folder with {INDEX}", remedy="Run spvla index again."
         )
-    try:
-        index = json.loads(path.read_text())
-    except ValueError:
-        index = {}
+    index = read_json(path, remedy="Run spvla index again.", error=DatasetError)
     if index.get("format") != FORMAT:
         raise DatasetError(
             f"{path} has format {index.get('format')}", expected=f"{FORMAT}", remedy="Run spvla index again."
         )
-    return index
+    return require_form(index, IndexForm, str(path), remedy="Run spvla index again.", error=DatasetError)
 
 
 def read_batches(path: Path, size_bytes: int) -> list[pa.RecordBatch]:
@@ -246,11 +264,22 @@ def read_batches(path: Path, size_bytes: int) -> list[pa.RecordBatch]:
         if found != size_bytes:
             raise pa.ArrowInvalid(f"it has {found} bytes instead of {size_bytes}")
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    except (OSError, pa.ArrowInvalid) as e:
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        for batch in batches:
+            _require_sound(batch)
+        return batches
+    except (OSError, pa.ArrowException) as e:
         raise DatasetError(
             f"{path} is damaged ({e})", expected="the file that spvla index wrote", remedy="Run spvla index again."
         ) from e
+
+
+def _require_sound(batch: pa.RecordBatch) -> None:
+    """Raises ArrowInvalid for an episode whose lengths and offsets do not fit the file: reading it could end the
+    process. What the pictures hold is not looked at."""
+    batch.validate(full=True)
+    if not batch.schema.equals(SCHEMA) or not batch.num_rows:
+        raise pa.ArrowInvalid(f"it has {batch.num_rows} rows of {', '.join(batch.schema.names)}")
 
 
 def write_batches(path: Path, episodes: Iterable[Episode]) -> list[int]:

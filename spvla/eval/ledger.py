@@ -6,7 +6,6 @@ any moment nor two drivers on one ledger can lose an outcome or write two. A dea
 its process can be looked up, else when its heartbeat stops. Errors of the infrastructure are kept beside the trials.
 """
 
-import json
 import os
 import socket
 import sqlite3
@@ -15,10 +14,13 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from spvla.errors import LedgerError
 from spvla.eval.protocol import Protocol, require_same
+from spvla.reading import form_of, require_form
 from spvla.types import Outcome, Trial
 
 SCHEMA = 1
@@ -40,6 +42,8 @@ CREATE TABLE errors (
   id INTEGER PRIMARY KEY, policy TEXT, protocol TEXT, suite TEXT, task INTEGER, init_state INTEGER,
   kind TEXT NOT NULL, message TEXT NOT NULL, traceback TEXT NOT NULL, worker TEXT NOT NULL, at REAL NOT NULL);
 """
+RESTORE = "The file is damaged: put a backup in its place, or move it away and run again."
+_Row = TypeVar("_Row")
 _KEY = "policy = ? AND protocol = ? AND suite = ? AND task = ? AND init_state = ?"
 
 
@@ -61,7 +65,7 @@ class TrialRow:
     task: int
     init_state: int
     instruction: str
-    status: str | None
+    status: Literal["success", "failure"] | None
     steps: int | None
     seconds: float | None
     state_digest: str | None
@@ -202,6 +206,12 @@ class Ledger:
         with _explained(self.path):
             return self._db.execute(query, values).fetchall()
 
+    def _objects(self, kind: type[_Row], rows: list[sqlite3.Row]) -> list[_Row]:
+        """Raises LedgerError: SQLite lets a column hold anything."""
+        found = [dict(row) for row in rows]
+        require_form(found, _form(kind), str(self.path), remedy=RESTORE, error=LedgerError)
+        return [kind(**row) for row in found]
+
     # --- what is to be done
 
     def protocol(self) -> Protocol | None:
@@ -314,7 +324,7 @@ class Ledger:
             " LEFT JOIN tasks k ON k.suite = t.suite AND k.task = t.task"
             " ORDER BY p.made_at, t.suite, t.task, t.init_state"
         )
-        return [TrialRow(**dict(row)) for row in rows]
+        return self._objects(TrialRow, rows)
 
     def outcomes(self) -> list[TrialRow]:
         """The trials that have an outcome."""
@@ -325,22 +335,27 @@ class Ledger:
             "SELECT e.policy, p.name AS policy_name, e.protocol, e.suite, e.task, e.init_state, e.kind, e.message,"
             " e.traceback, e.worker, e.at FROM errors e JOIN policies p ON p.digest = e.policy ORDER BY e.id"
         )
-        return [ErrorRow(**dict(row)) for row in rows]
+        return self._objects(ErrorRow, rows)
 
     def policies(self) -> list[PolicyRow]:
-        return [PolicyRow(**dict(r)) for r in self._rows("SELECT digest, name, path FROM policies ORDER BY made_at")]
+        return self._objects(PolicyRow, self._rows("SELECT digest, name, path FROM policies ORDER BY made_at"))
 
     def protocols(self) -> list[Protocol]:
         """At most one, unless the file was written by something else."""
         rows = self._rows("SELECT manifest FROM protocols ORDER BY made_at")
         try:
             return [Protocol.from_json(row["manifest"]) for row in rows]
-        except (TypeError, json.JSONDecodeError) as e:
+        except (TypeError, ValueError, AttributeError, RecursionError) as e:
             raise LedgerError(
                 f"{self.path} describes a protocol that this spvla does not know ({e})",
                 expected="the fields of spvla.eval.protocol.Protocol",
                 remedy="Use the spvla that wrote it, or give another --local_log_dir.",
             ) from e
+
+
+@cache
+def _form(kind: type) -> Any:
+    return list[form_of(kind)]
 
 
 def _key(protocol: str, trial: Trial) -> tuple[str, str, str, int, int]:
@@ -354,7 +369,7 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except sqlite3.ProgrammingError:
         raise  # ours
-    except sqlite3.DatabaseError as e:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as e:  # the latter where its own message quotes the damage
         text = str(e)
         if "locked" in text or "busy" in text:
             remedy = "Another process holds it: wait for that one, or give another --local_log_dir."
@@ -363,7 +378,7 @@ def _explained(path: Path) -> Iterator[None]:
         elif "readonly" in text or "unable to open" in text:
             remedy = "Give a --local_log_dir on a local disk that can be written."
         else:
-            remedy = "The file is damaged: put a backup in its place, or move it away and run again."
+            remedy = RESTORE
         raise LedgerError(f"{path} cannot be used ({text})", expected="a sound ledger", remedy=remedy) from e
 
 

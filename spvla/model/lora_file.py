@@ -12,15 +12,18 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from spvla.errors import CheckpointError
 from spvla.files import new_file, write_json
 from spvla.model.linear import PatchLinear, named_maps
 from spvla.model.weights import alone, read_headers, read_json, refuse_pickles, write_tensors
+from spvla.reading import Count, Number
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG, STATISTICS = (
     "adapter_model.safetensors",
@@ -179,16 +182,22 @@ def read_lora(folder: Path) -> LoraFile:
     return LoraFile(rank=config["r"], alpha=config["lora_alpha"], factors=factors, base=base, path=path)
 
 
+class _Config(TypedDict):
+    """adapter_config.json, as far as it is read."""
+
+    peft_type: str
+    r: Annotated[Count, Ge(1)]
+    lora_alpha: Number
+    base_model_name_or_path: NotRequired[str | None]
+
+
 def read_lora_config(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_CONFIG
-    config = read_json(path)
-    try:
-        unsupported = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(k)]
-        if config["peft_type"] == "LORA" and not unsupported and config["r"] > 0 and config["lora_alpha"]:
-            return config
-        got = f"{path} of type {config['peft_type']} {' '.join(unsupported)}".strip()
-    except (KeyError, TypeError) as e:
-        got = f"{path} without a plain {e}"
+    config = read_json(path, _Config)
+    unsupported = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(k)]
+    if config["peft_type"] == "LORA" and not unsupported and config["lora_alpha"]:
+        return config
+    got = f"{path} of type {config['peft_type']} {' '.join(unsupported)}".strip()
     raise CheckpointError(got, expected="a plain LoRA adapter, as peft saves it", remedy="Give an adapter folder.")
 
 

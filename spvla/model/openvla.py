@@ -165,10 +165,17 @@ def _widen(x: Tensor, fill: int) -> Tensor:
 def _tower(shapes: Mapping[str, Sequence[int]], name: str, num_heads: int | None) -> TowerConfig:
     width = _shape(shapes, f"{name}.pos_embed")[2]
     registers = f"{name}.reg_token"
+    num_heads = num_heads or _HEADS_OF_WIDTH.get(width, max(1, width // _HEAD_WIDTH))
+    if width % num_heads:
+        raise CheckpointError(
+            f"{name} of width {width} with {num_heads} heads",
+            expected="a number of heads that divides the width",
+            remedy="Take the file of its heads that was written with the checkpoint.",
+        )
     return TowerConfig(
         width=width,
         depth=_depth(shapes, f"{name}.blocks"),
-        num_heads=num_heads or _HEADS_OF_WIDTH.get(width, max(1, width // _HEAD_WIDTH)),
+        num_heads=num_heads,
         mlp_hidden=_shape(shapes, f"{name}.blocks.0.mlp.fc1.weight")[0],
         num_registers=shapes[registers][1] if registers in shapes else 0,
         class_token=f"{name}.cls_token" in shapes,

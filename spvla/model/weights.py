@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from spvla import reading
 from spvla.errors import CheckpointError
@@ -152,8 +153,12 @@ def refuse_pickles(folder: Path) -> None:
         )
 
 
+class _Index(TypedDict):
+    weight_map: dict[str, str]  # tensor -> file
+
+
 def _indexed_files(folder: Path) -> list[Path]:
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX, _Index)["weight_map"]
     if not weight_map:
         raise CheckpointError(f"{folder / INDEX} has no weight_map", expected="tensor: shard", remedy="Copy it again.")
     names = sorted(set(weight_map.values()))

@@ -11,9 +11,11 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Le, Len
+from typing_extensions import TypedDict
 
 from spvla.errors import CheckpointError, UserError
 from spvla.files import cache_dir, create_once, new_folder, remembered, write_json
@@ -26,6 +28,7 @@ from spvla.policies import packed
 from spvla.policies.openvla.presets import TOWER_FILE
 from spvla.policies.presets import PRESETS, create_preset
 from spvla.policies.statistics import require_statistics
+from spvla.reading import Number
 
 __all__ = [
     "base_of",
@@ -40,6 +43,7 @@ MARKER = "spvla"  # entry of CONFIG (of an adapter: of ADAPTER_CONFIG) in which 
 PARTS = "*_checkpoint.pt"  # a family's own weights beside OpenVLA's
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # written by old versions of transformers; computed here
 _COPIED = ("*.json", "*.model", "*.py")  # tokenizer, processor, and the original's code (never run here)
+Heads = Annotated[int, Ge(1), Le(1024)]
 _PRESETS_VERSION = 3  # raised when a preset's bytes change
 
 
@@ -127,8 +131,28 @@ def base_of(path: str | Path) -> tuple[Path, Path | None]:
     return next((p.resolve() for p in places if p.is_dir()), None) or resolve(name), folder
 
 
+class _Text(TypedDict, total=False):
+    num_attention_heads: Heads
+    num_key_value_heads: Heads | None
+    rms_norm_eps: Number
+    rope_theta: Number
+
+
+class _Config(TypedDict, total=False):
+    """config.json, as far as it is read."""
+
+    model_type: str
+    timm_model_ids: Annotated[list[str], Len(2, 2)]
+    text_config: _Text | None
+    norm_stats: dict[str, Any] | None
+
+
+class _Tower(TypedDict):
+    num_heads: Heads
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG, _Config)
     if config.get("model_type") != "openvla":
         raise CheckpointError(
             f"{folder / CONFIG} of model type {config.get('model_type')!r}",
@@ -227,7 +251,7 @@ def _tower_heads(folder: Path) -> dict[str, int]:
     path = folder / TOWER_FILE
     if not path.exists():
         return {}
-    return {name: tower["num_heads"] for name, tower in read_json(path).items()}
+    return {name: tower["num_heads"] for name, tower in read_json(path, dict[str, _Tower]).items()}
 
 
 def _copy_companions(source: Path, new: Path, stats: Mapping[str, Any] | None) -> None:

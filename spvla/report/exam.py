@@ -1,12 +1,14 @@
 """Whether a policy learnt from demonstrations that begin where it is evaluated: its statistics say how they began."""
 
-import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from spvla.errors import UserError
 from spvla.eval.ledger import PolicyRow
 from spvla.eval.summary import Summary
+from spvla.reading import read_json
 
 STATISTICS = "dataset_statistics.json"  # in every checkpoint
 
@@ -27,8 +29,7 @@ def exams_seen(policies: Sequence[PolicyRow], tables: Sequence[Sequence[Summary]
 
 
 def read_statistics(checkpoint: Path) -> dict[str, Any]:
-    """Nothing where the checkpoint has gone since, or never had any."""
-    try:
-        return json.loads((checkpoint / STATISTICS).read_text())
-    except (OSError, ValueError):
-        return {}
+    """Nothing where the checkpoint has gone since, is damaged, or never had any."""
+    with suppress(UserError):
+        return read_json(checkpoint / STATISTICS, dict[str, dict[str, Any]], remedy="")
+    return {}

@@ -272,8 +272,6 @@ def series_of(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[float, fl
 
 
 def history(run: Path) -> list[IterationRow]:
-    path = run / runs.HISTORY
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [
         IterationRow(
             name=row["name"],
@@ -282,7 +280,7 @@ def history(run: Path) -> list[IterationRow]:
             p_value=f"{row['p_value']:.3f}" if row.get("p_value") is not None else "",
             verdict=row["verdict"],
         )
-        for row in lines
+        for row in runs.read_history(run)
     ]
 
 
@@ -292,12 +290,11 @@ def shown(value: Any) -> str:
 
 def sweep_section(run: Path) -> SweepSection | None:
     """From {"metric": name, "trials": [{"parameters": {...}, "objective": x, "status": ..., "error": ...}]}."""
-    path = run / runs.SWEEP
-    if not path.exists():
+    sweep = runs.read_sweep(run)
+    if sweep is None:
         return None
-    sweep = json.loads(path.read_text())
     trials = sorted(sweep["trials"], key=lambda t: -(t["objective"] if t["objective"] is not None else -1))
-    names = list(trials[0]["parameters"]) if trials else []
+    names = [n for n in trials[0]["parameters"] if all(n in t["parameters"] for t in trials)] if trials else []
     rows = [
         [*(shown(t["parameters"][n]) for n in names), "-" if t["objective"] is None else f"{t['objective']:.4f}"]
         + [f"{t['status']}: {t['error']}" if t["error"] else t["status"], t["checkpoint"]]

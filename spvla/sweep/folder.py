@@ -6,15 +6,17 @@ SWEEP/trials/NAME/stopped, failed   marks: ASHA stopped it; why it failed for go
 SWEEP/trials.json                   the table, best first
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from spvla import runs
 from spvla.config import SweepConfig, TrainConfig
 from spvla.files import readable_name, safe_name, write_json
+from spvla.reading import Count, Number, read_json, read_rows
 from spvla.train.prepare import run_id
 
 TRIALS, JUDGED, PARAMETERS = "trials", "judged.jsonl", "parameters.json"
@@ -35,6 +37,14 @@ class SweepTrial:
     step: int
     checkpoint: str
     error: str  # of a failed one
+
+
+class Verdict(TypedDict):
+    """A line of judged.jsonl."""
+
+    step: Count
+    objective: Number
+    checkpoint_path: str
 
 
 def sweep_id(config: SweepConfig) -> str:
@@ -73,8 +83,9 @@ def trial_folders(folder: Path) -> list[Path]:
 
 
 def judged(run: Path) -> list[dict[str, Any]]:
-    path = run / JUDGED
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The verdicts on its checkpoints, in their order. Raises UserError."""
+    remedy = "Delete it: the sweep's command, typed again, judges the trial's checkpoints anew."
+    return list(read_rows(run / JUDGED, Verdict, remedy=remedy))
 
 
 def status_of(run: Path, max_steps: int) -> str:
@@ -97,12 +108,12 @@ def sweep_trial(run: Path, max_steps: int) -> SweepTrial:
     last = (judged(run) or [{}])[-1]
     return SweepTrial(
         name=run.name,
-        parameters=json.loads((run / PARAMETERS).read_text()),
+        parameters=read_json(run / PARAMETERS, remedy="Delete the trial's folder: the sweep makes it again."),
         status=status_of(run, max_steps),
         objective=last.get("objective"),
         step=last.get("step", 0),
         checkpoint=last.get("checkpoint_path", ""),
-        error=(run / FAILED).read_text() if (run / FAILED).exists() else "",
+        error=(run / FAILED).read_text(errors="replace") if (run / FAILED).exists() else "",
     )
 
 

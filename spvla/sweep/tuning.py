@@ -138,7 +138,7 @@ class Marks(TrialProgressCallback):
 
 
 def last_line(error_file: str | None) -> str:
-    text = Path(error_file).read_text().strip() if error_file else ""
+    text = Path(error_file).read_text(errors="replace").strip() if error_file else ""
     return text.splitlines()[-1] if text else "its process died"
 
 

@@ -123,5 +123,5 @@ class Follower:
         whole = data.rfind(b"\n") + 1
         self.offset += whole
         for line in data[:whole].splitlines():
-            with suppress(json.JSONDecodeError):  # torn by a kill
+            with suppress(ValueError):  # torn by a kill
                 yield json.loads(line)

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from spvla import runs
 from spvla.cluster.machines import require_resources, total, unbounded
@@ -23,6 +26,7 @@ from spvla.policies.checkpoint import base_of, policy_digest
 from spvla.policies.oft.folder import form_to_train
 from spvla.policies.presets import PRESETS, create_preset
 from spvla.policies.registry import flags_of
+from spvla.reading import read_json
 from spvla.train.objectives import objective_of
 
 # Flags that change how a run is carried out, not what it learns: they may differ when it goes on. The start policy and
@@ -176,13 +180,20 @@ def require_tokens(config: TrainConfig, *, regresses: bool) -> None:
         )
 
 
+class Inputs(TypedDict):
+    """inputs.json: what a run began with."""
+
+    flags: dict[str, Any]
+    start: str  # digest
+
+
 def require_same_run(config: TrainConfig, run: Path, start: str) -> None:
     """Notes the flags and the start policy at first; later raises UserError if one of them is another."""
     now = {"flags": json.loads(json.dumps(_learned(config), default=str)), "start": policy_digest(start)}
     path = run / "inputs.json"
     if not path.exists():
         write_json(path, now)
-    before = json.loads(path.read_text())
+    before = read_json(path, Inputs, remedy="Restore it from a copy, or give another --run_id.")
     changed = [k for k in now["flags"] if before["flags"].get(k) != now["flags"][k]]
     if changed or before["start"] != now["start"]:
         what = f"--{changed[0]} {now['flags'][changed[0]]}" if changed else f"--vla_path {config.vla_path}"

@@ -4,12 +4,16 @@ A frozen opponent answers a sample alike in every epoch, provided that the image
 augmentation. Each worker has a file of its own; a record counts once its flag is set, which is written last.
 """
 
-import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from spvla.errors import UserError
+from spvla.files import write_json
+from spvla.reading import read_json
 from spvla.train.scoring import ReferenceOutput
 from spvla.types import ACTION_DIM
 
@@ -22,18 +26,25 @@ def record(tokens: int) -> np.dtype:
     return np.dtype([("known", "u1"), *numbers])
 
 
+def _read(note: Path) -> Any:
+    """None where it is missing or damaged: the answers are then asked for again."""
+    with suppress(UserError):
+        return read_json(note, remedy="")
+    return None
+
+
 class ReferenceStore:
     """Answers by sample number. A file made for another `key` (opponent, flags, data) is emptied."""
 
     def __init__(self, path: Path, *, num_samples: int, key: str, tokens: int = ACTION_DIM) -> None:
         self.path, note = path, path.with_suffix(".json")
         meaning = {"key": key, "num_samples": num_samples, "tokens": tokens}
-        fresh = not path.exists() or not note.exists() or json.loads(note.read_text()) != meaning
+        fresh = not path.exists() or _read(note) != meaning
         if fresh:
             note.unlink(missing_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             np.memmap(path, record(tokens), mode="w+", shape=(num_samples,)).flush()
-            note.write_text(json.dumps(meaning))
+            write_json(note, meaning)
         self.records = np.memmap(path, record(tokens), mode="r+", shape=(num_samples,))
 
     def get(self, samples: np.ndarray, device: torch.device | str) -> ReferenceOutput | None:

@@ -34,15 +34,15 @@ def save_state(folder: Path, state: Any) -> None:
 def load_state(folder: Path) -> Any:
     """Inverse of `save_state`, with tensors on the CPU. Raises CheckpointError."""
     try:
-        packed = json.loads((folder / f"{STATE}.json").read_text())
+        packed = json.loads((folder / f"{STATE}.json").read_bytes())
         tensors = load_file(folder / f"{STATE}.safetensors")
-    except (OSError, ValueError, SafetensorError) as e:
+        return _unpack(packed, tensors)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as e:
         raise CheckpointError(
             f"{folder} has no whole {STATE} ({e})",
             expected="a checkpoint written by spvla train",
             remedy="Delete this folder; the run then goes on from the checkpoint before it, or starts anew.",
         ) from e
-    return _unpack(packed, tensors)
 
 
 def commit(run: Path, step: int, write: Callable[[Path], None], *, only_latest: bool) -> Path:

@@ -11,7 +11,7 @@ trials exist cost only a look. So it may be killed anywhere.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from spvla import runs
@@ -82,8 +82,8 @@ def selfplay_id(config: SelfplayConfig) -> str:
 
 
 def read_history(run: Path) -> list[Iteration]:
-    path = run / runs.HISTORY
-    return [Iteration(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    known = {f.name for f in fields(Iteration)}
+    return [Iteration(**{k: v for k, v in row.items() if k in known}) for row in runs.read_history(run)]
 
 
 def standing(earlier: Sequence[Iteration], name: str, policy: str, opponent: str) -> Iteration | None:

@@ -3,18 +3,21 @@
 `loop` knows no Ray: it also runs in-process. `work`, below it, is what Ray runs.
 """
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import ray.train
 import ray.train.torch
 import torch
+from annotated_types import Len
+from typing_extensions import TypedDict
 
 from spvla import runs
 from spvla.errors import SpvlaError, TrainingError, UserError
 from spvla.files import write_json
+from spvla.reading import read_json
 from spvla.train.metrics import MetricsFile, Row
 from spvla.train.prepare import Job
 from spvla.train.resume import commit
@@ -100,12 +103,19 @@ def _note_failure(run: Path, error: SpvlaError) -> None:
     write_json(run / FAILURE, {"message": str(error), "parts": parts})
 
 
+class Failure(TypedDict):
+    """An error of ours, noted: `parts` are a UserError's got, expected and remedy."""
+
+    message: str
+    parts: Annotated[list[str], Len(3, 3)] | Annotated[list[str], Len(0, 0)]
+
+
 def failure_of(run: Path) -> SpvlaError | None:
     """What the workers found that no restart can mend."""
     path = run / FAILURE
     if not path.exists():
         return None
-    note = json.loads(path.read_text())
+    note = read_json(path, Failure, remedy=f"Delete {path}, and run the same command again.")
     if not note["parts"]:
         return TrainingError(note["message"])
     got, expected, remedy = note["parts"]
