@@ -18,8 +18,8 @@ WAIT_STEPS = 10
 WAIT = np.array([0.0, 0, 0, 0, 0, 0, -1])
 SIDE = 16  # of a reference's frame: each of its pixels is the mean of 16 x 16
 
-# Below these is what other CPUs' kernels and other drivers' rounding do (four tasks under MuJoCo 3.2.7: 1e-10 mm, 3 levels); a
-# bowl that rests elsewhere is 20 mm off, and a darker floor 60 levels.
+# Below these is what other CPUs' kernels and other drivers' rounding do (four tasks under MuJoCo 3.2.7: 1e-10 mm and 3
+# levels); a bowl that rests elsewhere is 20 mm off, and a darker floor 60 levels.
 SAME_MM = 0.1
 SAME_LEVELS = 6
 
