@@ -15,6 +15,7 @@ from spvla.config import StepConfig, TrainConfig
 from spvla.errors import UserError
 from spvla.model.kernels.compiled import training_kernels
 from spvla.model.llama import EAGER
+from spvla.model.lora_file import read_lora_config
 from spvla.policies.checkpoint import resolve, save_merged
 from spvla.policies.networks import load_network
 from spvla.policies.oft.form import OftForm
@@ -150,6 +151,7 @@ def test_an_adapter_is_written_with_its_projector_and_acts_and_goes_on(tmp_path:
     session = Session(job, Place())
     session.advance()
     session.write(tmp_path / "adapter")
+    assert "spvla" not in read_lora_config(tmp_path / "adapter")  # an entry that peft does not know
     policy = load_policy(tmp_path / "adapter")
     assert policy.act(observations(2), unnorm_key="toy_no_noops").shape == (2, 8, 7)
     state = torch.load(tmp_path / "adapter/proprio_projector--latest_checkpoint.pt", weights_only=True)

@@ -30,6 +30,7 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG, STATISTICS = (
     "adapter_config.json",
     "dataset_statistics.json",
 )
+MARKER_FILE = "spvla.json"  # what a policy's family says of an adapter: peft refuses a config with entries of others
 _PREFIX = "base_model.model."
 _FACTORS = {".lora_A.weight": 0, ".lora_B.weight": 1}
 

@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 from spvla.errors import CheckpointError, UserError
 from spvla.files import cache_dir, create_once, new_folder, remembered, write_json
 from spvla.model.loading import read_into
-from spvla.model.lora_file import ADAPTER_CONFIG, STATISTICS, map_shapes, read_lora, read_lora_config
+from spvla.model.lora_file import ADAPTER_CONFIG, MARKER_FILE, STATISTICS, map_shapes, read_lora, read_lora_config
 from spvla.model.openvla import OpenVLA, OpenVLAConfig
 from spvla.model.quantized import quantise, require_quantiser
 from spvla.model.weights import open_weights, read_json, require_shapes, torch_dtype, write_weights
@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 CONFIG = "config.json"
-MARKER = "spvla"  # entry of CONFIG (of an adapter: of ADAPTER_CONFIG) in which a family says what its files do not show
 PARTS = "*_checkpoint.pt"  # a family's own weights beside OpenVLA's
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # written by old versions of transformers; computed here
 _COPIED = ("*.json", "*.model", "*.py")  # tokenizer, processor, and the original's code (never run here)
@@ -215,8 +214,8 @@ def _copy_parts(adapter: Path, new: Path) -> None:
     """What an adapter's folder holds of a family's own beside LoRA: files trained in full, and its marker."""
     for f in adapter.glob(PARTS):
         shutil.copyfile(f, new / f.name)
-    if marker := read_lora_config(adapter).get(MARKER):
-        write_json(new / CONFIG, {**read_json(new / CONFIG), MARKER: marker})
+    if (adapter / MARKER_FILE).exists():
+        write_json(new / CONFIG, {**read_json(new / CONFIG), **read_json(adapter / MARKER_FILE)})
 
 
 def policy_digest(path: str | Path) -> str:
@@ -225,7 +224,7 @@ def policy_digest(path: str | Path) -> str:
     Remembered in the cache folder for as long as no file changes its size or time of change.
     """
     folders = [p for p in base_of(path) if p is not None]
-    patterns = ("*.safetensors", PARTS, CONFIG, TOWER_FILE, ADAPTER_CONFIG, "tokenizer.json", STATISTICS)
+    patterns = ("*.safetensors", PARTS, CONFIG, MARKER_FILE, TOWER_FILE, ADAPTER_CONFIG, "tokenizer.json", STATISTICS)
     found = [f for folder in folders for f in sorted({f for pattern in patterns for f in folder.glob(pattern)})]
     files = [f for f in found if not f.name.startswith("training_state")]  # the optimiser's
     return remembered("policy", files, lambda: _digest_of(files))
@@ -242,7 +241,7 @@ def _file_digest(path: Path) -> str:
     """Of an adapter's config only what acts: where its base lies is no part of the policy."""
     if path.name == ADAPTER_CONFIG:
         config = read_lora_config(path.parent)
-        return json.dumps([config["r"], config["lora_alpha"], *filter(None, [config.get(MARKER)])])
+        return json.dumps([config["r"], config["lora_alpha"]])
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

@@ -5,7 +5,7 @@ CHECKPOINT/  as plain OpenVLA's, and beside it action_head--N_checkpoint.pt (L1)
 ADAPTER/     an adapter over a base, with the same .pt files, trained in full beside it
 
 Nothing in the original's config tells this family from plain OpenVLA, nor how many images it sees. Folders that this
-project writes carry their form as entry "spvla" of config.json (an adapter: of adapter_config.json).
+project writes carry their form as entry "spvla" of config.json (an adapter: of spvla.json).
 """
 
 from pathlib import Path

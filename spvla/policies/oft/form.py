@@ -41,7 +41,7 @@ class OftForm:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The marker: `config.json`'s (or an adapter config's) entry "spvla"."""
+        """The marker: `config.json`'s (or an adapter's spvla.json's) entry "spvla"."""
         return {"family": FAMILY, **asdict(self)}
 
     @classmethod

@@ -16,24 +16,28 @@ from torch import Tensor, nn
 
 from spvla.errors import CheckpointError
 from spvla.files import new_file, write_json
-from spvla.model.lora_file import ADAPTER_CONFIG
+from spvla.model.lora_file import ADAPTER_CONFIG, MARKER_FILE
 from spvla.model.weights import alone, read_json
 from spvla.policies.oft.form import FAMILY, OftForm
 
-CONFIG, MARKER = "config.json", "spvla"
+CONFIG, MARKER = "config.json", "spvla"  # the file, and its entry; of an adapter it is MARKER_FILE's
 _WRAPPER = "module."
 
 
 def marker(folder: Path) -> OftForm | None:
     """The form that a folder of this project's own says it has."""
-    name = ADAPTER_CONFIG if (folder / ADAPTER_CONFIG).exists() else CONFIG
-    marked = read_json(folder / name).get(MARKER) if (folder / name).exists() else None
+    path = _marked(folder)
+    marked = read_json(path).get(MARKER) if path.exists() else None
     return OftForm.from_json(marked) if isinstance(marked, dict) and marked.get("family") == FAMILY else None
 
 
 def mark(folder: Path, form: OftForm) -> None:
-    name = ADAPTER_CONFIG if (folder / ADAPTER_CONFIG).exists() else CONFIG
-    write_json(folder / name, {**read_json(folder / name), MARKER: form.to_json()})
+    path = _marked(folder)
+    write_json(path, {**(read_json(path) if path.exists() else {}), MARKER: form.to_json()})
+
+
+def _marked(folder: Path) -> Path:
+    return folder / (MARKER_FILE if (folder / ADAPTER_CONFIG).exists() else CONFIG)
 
 
 def find_part(folder: Path, part: str) -> Path | None:
