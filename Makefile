@@ -24,6 +24,7 @@ test-slow: setup
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 setup: $(VENV)/.installed $(VENV)/.installed-$(ASSETS)
 	@$(PY) -m spvla.cli doctor --install_egl True --quiet True

@@ -251,8 +251,8 @@ def flags_of(cls: type) -> list[str]:
     return [f.name for f in fields(cls)]
 
 
-def did_you_mean(word: str, known: Sequence[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(word, known, n=1)
+def did_you_mean(word: str, known: Collection[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
     return f"Did you mean {prefix}{near[0]}?" if near else ""
 
 

@@ -98,18 +98,18 @@ def record(
 ) -> None:
     """Makes every data set that is not there yet, all of them at once; `spare`: takes beyond the wanted number."""
     root = require_writable(data_root_dir, flag="--data_root_dir")
-    spools = {}
+    folders: dict[str, Path] = {}
     for request in requests:
         waiting = root / f".{request.name}.{request.digest}.takes"
         print(f"{request.name}  {sum(request.wanted.values())} episodes, assets {request.assets.name}")
         if is_done(root / request.name, request, waiting):
             print(f"{request.name}  already recorded in {root / request.name}")
         else:
-            spools[request.suite] = waiting
-    pending = {request.suite: request for request in requests if request.suite in spools}
+            folders[request.suite] = waiting
+    pending = {request.suite: request for request in requests if request.suite in folders}
     if not pending:
         return
-    spools = {suite: Spool(waiting) for suite, waiting in spools.items()}
+    spools = {suite: Spool(waiting) for suite, waiting in folders.items()}
     wanted = {(suite, task): count for suite, r in pending.items() for task, count in r.wanted.items()}
     done = {((suite, task), k): solved for suite, s in spools.items() for (task, k), solved in s.takes().items()}
     tally = Tally(wanted, {task: count + spare(count) for task, count in wanted.items()}, done)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spvla.config import CleanConfig, DoctorConfig
 from spvla.errors import InfrastructureError, UserError
@@ -180,7 +181,7 @@ def install_egl() -> None:
     if egl_library().remedy == "" or os.geteuid() != 0 or shutil.which("apt-get") is None:
         return
     print(f"installing EGL: {INSTALL_EGL}")
-    quiet = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}}
     subprocess.run(["apt-get", "-qq", "update"], check=False, **quiet)
     subprocess.run(INSTALL_EGL.split(), check=False, **quiet)
 

@@ -4,6 +4,8 @@
 forgives: the trial goes back to pending and is never counted as the policy's failure.
 """
 
+from typing import Any
+
 
 class SpvlaError(Exception):
     """Anything this project raises on purpose."""
@@ -16,7 +18,7 @@ class UserError(SpvlaError, ValueError):
         super().__init__(f"{got}; expected {expected}. {remedy}")
         self.got, self.expected, self.remedy = got, expected, remedy
 
-    def __reduce__(self) -> tuple:  # keyword arguments must survive a trip through Ray
+    def __reduce__(self) -> tuple[Any, ...]:  # keyword arguments must survive a trip through Ray
         return _rebuild, (type(self), self.got, self.expected, self.remedy)
 
 

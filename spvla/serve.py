@@ -12,7 +12,7 @@ import asyncio
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,9 +20,10 @@ from http import HTTPStatus
 from typing import Any
 
 import numpy as np
-from websockets.asyncio.server import Request, Response, Server, ServerConnection
+from websockets.asyncio.server import Server, ServerConnection
 from websockets.asyncio.server import serve as listen
 from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
 
 from spvla.benchmarks import registry
 from spvla.benchmarks.registry import BenchmarkFlags
@@ -174,7 +175,7 @@ class Service:
             return evaluation_image(image[::-1, ::-1], center_crop=self.center_crop)
         return crop_center(image) if self.center_crop else image
 
-    async def _decode(self, observations: list[Observation]) -> Sequence[np.ndarray]:
+    async def _decode(self, observations: list[Observation]) -> np.ndarray:
         return await asyncio.get_running_loop().run_in_executor(self.thread, self._act, observations)
 
     def _act(self, observations: list[Observation]) -> np.ndarray:

@@ -174,7 +174,8 @@ def index_shards(shards: list[Part], folder: Path, source: Layout[Any], skip_cor
     """Runs the tasks, `num_workers` at a time, and shows how far they are. The first error cancels the rest."""
     task = ray.remote(num_cpus=1, max_retries=2, max_calls=1)(index_shard)  # no process with TensorFlow is used again
     limit = num_workers or cpus_to_use()
-    waiting, running = list(reversed(shards)), []
+    waiting = list(reversed(shards))
+    running: list[Any] = []
     finished = len(source.shards) - len(shards)
     with Progress(f"index {source.name}", total=len(source.shards), unit="shards") as progress:
         progress.update(finished)

@@ -179,7 +179,7 @@ def flatten(feature: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, tu
         for name, inner in feature["featuresDict"]["features"].items():
             yield from flatten(inner, f"{prefix}/{name}" if prefix else name)
     else:
-        kind = next((feature[k] for k in ("tensor", "image", "text") if k in feature), {})
+        kind: dict[str, Any] = next((feature[k] for k in ("tensor", "image", "text") if k in feature), {})
         yield prefix, tuple(int(n) for n in kind.get("shape", {}).get("dimensions", ()))
 
 

@@ -95,11 +95,11 @@ def is_lerobot(folder: Path) -> bool:
     return (folder / INFO).is_file()
 
 
-def find(folder: Path, name: str) -> Layout:
+def find(folder: Path, name: str) -> Layout[Any]:
     """Its version, features and files checked, without reading a frame. Raises DatasetError."""
     info = read_info(folder)
     rows = read_rows(folder, info)
-    blocks = []
+    blocks: list[Any] = []
     for split, chosen in splits_of(info, rows):
         for _, same in groupby(chosen, key=lambda row: list(files_of(folder, info, row).values())):
             group = list(same)

@@ -11,7 +11,7 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -125,18 +125,18 @@ def to_episode(record: bytes) -> Episode:
     )
 
 
-def optional_floats(features: dict, name: str, steps: int, width: int) -> np.ndarray:
+def optional_floats(features: dict[str, Any], name: str, steps: int, width: int) -> np.ndarray:
     """(T, width) float32; (0, width) where the data set lacks it."""
     return floats(features, name, steps, width) if name in features else np.zeros((0, width), np.float32)
 
 
-def floats(features: dict, name: str, steps: int, width: int) -> np.ndarray:
+def floats(features: dict[str, Any], name: str, steps: int, width: int) -> np.ndarray:
     """(T, width) float32."""
     values = np.array(features[name].float_list.value if name in features else (), np.float32)
     check(values.size == steps * width, f"{name} has {values.size} values for {steps} steps", f"{width} a step")
     rows = values.reshape(steps, width)
     finite = np.isfinite(rows).all(axis=1)
-    check(finite.all(), f"{name} is NaN or infinite at step {int(np.argmin(finite))}", "finite numbers")
+    check(bool(finite.all()), f"{name} is NaN or infinite at step {int(np.argmin(finite))}", "finite numbers")
     return rows
 
 

@@ -78,7 +78,7 @@ class FrameStore:
         """`path` is the index folder. Raises DatasetError if the index is missing, half-written or damaged."""
         return cls(Path(path))
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return FrameStore, (self.folder,)
 
     def __len__(self) -> int:
@@ -229,7 +229,8 @@ class IndexForm(TypedDict):
 
 def read_statistics(folder: Path, name: str) -> dict[str, Any]:
     """Of an index of data set `name`. Raises DatasetError."""
-    path, how = folder / STATISTICS, {"remedy": "Run spvla index again.", "error": DatasetError}
+    path = folder / STATISTICS
+    how: dict[str, Any] = {"remedy": "Run spvla index again.", "error": DatasetError}
     stats = require_statistics(read_json(path, **how), str(path), **how)
     if name not in stats:
         raise DatasetError(f"{path} has statistics of {', '.join(stats)}", expected=name, remedy=how["remedy"])

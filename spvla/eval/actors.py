@@ -206,7 +206,8 @@ class EnvWorker:
 
     def play(self, order: TrialOrder, act: Act) -> TrialReport:
         """Plays one trial with any `act`. Raises InfrastructureError."""
-        trial, moments = order.trial, []
+        trial = order.trial
+        moments: list[object] = []
         env = self._env_of(trial)
         outcome = run_trial(
             env,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -102,7 +102,7 @@ class _Request(Generic[Item]):
     item: Item
     client: str
     arrived_at_s: float
-    answer: asyncio.Future
+    answer: asyncio.Future[Any]
 
 
 class Batcher(Generic[Item, Answer]):
@@ -129,11 +129,11 @@ class Batcher(Generic[Item, Answer]):
         self._cost = Cost(fixed=fixed_cost)
         self._clients: dict[str, Client] = {}
         self._queue: list[_Request[Item]] = []
-        self._under_way: dict[asyncio.Task, list[_Request[Item]]] = {}
+        self._under_way: dict[asyncio.Task[None], list[_Request[Item]]] = {}
         self._free_at_s = 0.0  # when the last batch was done
         self._arrived = asyncio.Event()
         self._totals = BatchStats()
-        self._task: asyncio.Task | None = None
+        self._task: asyncio.Task[None] | None = None
 
     async def submit(self, item: Item, *, client: str) -> Answer:
         if self._task is None:
@@ -177,7 +177,7 @@ class Batcher(Generic[Item, Answer]):
             self._under_way[task] = batch
             task.add_done_callback(self._ended)
 
-    def _ended(self, task: asyncio.Task) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
         del self._under_way[task]
         self._arrived.set()
 

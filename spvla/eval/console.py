@@ -4,7 +4,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Any, TextIO
 
 from spvla.eval.batcher import BatchStats
 from spvla.progress import format_seconds
@@ -69,7 +69,7 @@ class EvaluationConsole:
     def __init__(self, out: TextIO | None = None) -> None:
         self.out = out or sys.stderr
         self.shown_s = -float("inf")
-        self.live = None
+        self.live: Any = None
         self.view: ProgressView | None = None
 
     def __enter__(self) -> "EvaluationConsole":
@@ -115,6 +115,6 @@ def rich_table(view: ProgressView) -> object:
         table.add_column(name, justify="right", no_wrap=True)
     for (suite, task), t in sorted(view.task_counts.items()):
         # no_wrap of the text, not of its column: rich narrows those that may wrap, and leaves the counts whole
-        name = Text(f"{suite} {task} {t.instruction}", no_wrap=True, overflow="ellipsis")
-        table.add_row(name, f"{t.done}/{t.planned}", str(t.successes), str(t.errors))
+        label = Text(f"{suite} {task} {t.instruction}", no_wrap=True, overflow="ellipsis")
+        table.add_row(label, f"{t.done}/{t.planned}", str(t.successes), str(t.errors))
     return Group(Text(view.headline()), table)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -147,7 +148,7 @@ class Driver:
             elif report.outcome is not None:
                 self._done(slot, report, report.outcome)
 
-    def _done(self, slot: ActorSlot, report: TrialReport, outcome: Outcome) -> None:
+    def _done(self, slot: ActorSlot[Any], report: TrialReport, outcome: Outcome) -> None:
         running = self.running.pop(slot.name)
         trial = self.scheduler.done(slot.name)
         video = self._keep_video(trial, outcome.status, report.video) if report.video else ""
@@ -166,7 +167,7 @@ class Driver:
             self.farm.workers.retire(slot)
             self.scheduler.task_of.pop(slot.name, None)
 
-    def _worker_died(self, slot: ActorSlot, *, kind: str, message: str) -> None:
+    def _worker_died(self, slot: ActorSlot[Any], *, kind: str, message: str) -> None:
         """A worker died, or hangs and is ended."""
         log = self.farm.logs.get(slot.name)
         message = cause_of_death(log) or first_line(message)
@@ -251,7 +252,7 @@ class Driver:
                 self.reports = {r: n for r, n in self.reports.items() if n != name}
                 self._worker_died(self._worker(name), kind="hang", message=f"no request for {quiet_s:.0f} s")
 
-    def _fault_of_server(self, slot: ActorSlot, now: float) -> str:
+    def _fault_of_server(self, slot: ActorSlot[Any], now: float) -> str:
         """Takes the server's last answer and asks anew. Returns what is wrong with it, if anything."""
         watch, limit_s = self._health_of(slot), self.farm.config.call_timeout_s
         if watch.asked is not None and ray.wait([watch.asked], timeout=0)[0]:
@@ -270,7 +271,7 @@ class Driver:
             return f"a batch has taken {watch.stats.oldest_wait_s:.0f} s"
         return ""
 
-    def _health_of(self, slot: ActorSlot) -> ServerHealth:
+    def _health_of(self, slot: ActorSlot[Any]) -> ServerHealth:
         return self.health.setdefault(slot.name, ServerHealth())
 
     def _note_requests(self, server: str, stats: BatchStats, now: float) -> None:
@@ -279,7 +280,7 @@ class Driver:
                 running = self.running[name]
                 running.quiet_since_s = max(running.quiet_since_s, now - quiet_s)
 
-    def _server_died(self, slot: ActorSlot, why: str) -> None:
+    def _server_died(self, slot: ActorSlot[Any], why: str) -> None:
         """Its workers notice by themselves, and report their trials back."""
         self.farm.say(f"{slot.name} failed ({why}): started again")
         self.past = total([self.past, self.health.pop(slot.name, ServerHealth()).stats])
@@ -292,7 +293,7 @@ class Driver:
             self.ledger.release(self.job.protocol, running.order.trial)
         self.running.clear()
 
-    def _worker(self, name: str) -> ActorSlot:
+    def _worker(self, name: str) -> ActorSlot[Any]:
         return next(s for s in self.farm.workers.slots if s.name == name)
 
 

@@ -105,7 +105,7 @@ class Farm:
             )
         self.said_waiting = waiting
 
-    def _admit(self, pool: ActorPool, slot: ActorSlot) -> None:
+    def _admit(self, pool: ActorPool[Any], slot: ActorSlot[Any]) -> None:
         """Only an actor that would give the same results may join."""
         if pool is self.workers:
             self.logs[slot.name] = Path(slot.facts.log)

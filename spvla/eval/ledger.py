@@ -202,7 +202,7 @@ class Ledger:
                 raise
             self._db.execute("COMMIT")
 
-    def _rows(self, query: str, values: tuple = ()) -> list[sqlite3.Row]:
+    def _rows(self, query: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
         with _explained(self.path):
             return self._db.execute(query, values).fetchall()
 

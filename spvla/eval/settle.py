@@ -27,7 +27,7 @@ class Pairs:
 def pairs_of(rows: Sequence[TrialRow], a: str, b: str) -> Pairs:
     """`a` and `b` are digests of policies; a pair is an equal suite, task and init state."""
     won = {(r.policy, r.suite, r.task, r.init_state): r.status == "success" for r in rows if r.status is not None}
-    places = [place for policy, *place in won if policy == a and (b, *place) in won]
+    places = [(suite, task, k) for policy, suite, task, k in won if policy == a and (b, suite, task, k) in won]
     return Pairs(
         both=len(places),
         only_a=sum(won[(a, *p)] and not won[(b, *p)] for p in places),

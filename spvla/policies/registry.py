@@ -113,10 +113,12 @@ def describe(path: str | Path, flags: PolicyFlags = NO_FLAGS) -> Description:
     from spvla.policies.checkpoint import base_of, norm_stats
 
     base, adapter = base_of(path)
-    for folder in filter(None, (base, adapter)):
-        norm_stats(folder)  # refuses what no policy can act by
     found = (family(name).describe(base, adapter, flags) for name in FAMILIES)
-    return next(description for description in found if description is not None)
+    description = next(description for description in found if description is not None)
+    if description.has_statistics:
+        for folder in filter(None, (base, adapter)):
+            norm_stats(folder)  # refuses what no policy can act by
+    return description
 
 
 def family(name: str) -> PolicyFamily:

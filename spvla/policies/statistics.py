@@ -56,7 +56,7 @@ def require_statistics(
     return stats
 
 
-def _wrong(action: Mapping[str, list]) -> tuple[str, str] | None:
+def _wrong(action: Mapping[str, list[Any]]) -> tuple[str, str] | None:
     """(what is there, what was expected), or None."""
     low, high = np.array(action["q01"], float), np.array(action["q99"], float)
     mask = np.array(action.get("mask", [True] * ACTION_DIM))

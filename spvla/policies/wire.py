@@ -46,7 +46,7 @@ def _packed(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no place in a message")
 
 
-def _unpacked(value: dict) -> Any:
+def _unpacked(value: dict[Any, Any]) -> Any:
     if b"__ndarray__" in value:
         dtype, shape, data = _dtype(value), value.get(b"shape"), value.get(b"data")
         whole = isinstance(shape, list | tuple) and all(isinstance(n, int) and n >= 0 for n in shape)
@@ -58,7 +58,7 @@ def _unpacked(value: dict) -> Any:
     return value
 
 
-def _dtype(value: dict) -> np.dtype:
+def _dtype(value: dict[Any, Any]) -> np.dtype:
     dtype = np.dtype(value.get(b"dtype"))
     if dtype.kind not in NUMBERS:
         raise _refused(f"an array of {dtype}")

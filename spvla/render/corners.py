@@ -61,4 +61,4 @@ def face_normals(triangles: np.ndarray) -> np.ndarray:
     length = np.sqrt(x * x + y * y + z * z)
     thin = length < np.float32(1e-10)
     scale = np.float32(1) / np.where(thin, np.float32(1), length)
-    return np.where(thin[:, None], np.float32([0, 0, 1]), np.stack([x * scale, y * scale, z * scale], axis=1))
+    return np.where(thin[:, None], np.array([0, 0, 1], np.float32), np.stack([x * scale, y * scale, z * scale], axis=1))

@@ -82,7 +82,7 @@ class FineMesh:
     texture: int | None  # the renderer's
     room: np.ndarray  # (F, 3), for the faces that a picture needs
     kept: np.ndarray | None = None  # (K, 3) those that the last one needed
-    seen: tuple = ()  # how it stood before the camera then
+    seen: tuple[object, ...] = ()  # how it stood before the camera then
 
 
 class FineMeshes:
@@ -129,8 +129,12 @@ class FineMeshes:
         later[len(fine) - len(seen_through) :] = False  # MuJoCo draws it last as well
         shapes = [
             Shape(
-                **{"geom": geoms[i], "mesh": own.mesh, "buffer": own.buffer, "texture": own.texture},
-                **{"kept": kept, "contested": boxes.contested(i, own.mesh, kept, after)},
+                geom=geoms[i],
+                mesh=own.mesh,
+                buffer=own.buffer,
+                texture=own.texture,
+                kept=kept,
+                contested=boxes.contested(i, own.mesh, kept, after),
             )
             for i, own, kept, after in zip(fine, meshes, found, later, strict=True)
         ]

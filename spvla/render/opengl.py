@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 _INT, _UINT, _FLOAT, _BYTES = ctypes.c_int, ctypes.c_uint, ctypes.c_float, ctypes.c_void_p
 _FLAG = ctypes.c_ubyte
@@ -48,7 +49,7 @@ class OpenGL:
         for name, types in _CALLS.items():
             setattr(self, name, ctypes.CFUNCTYPE(None, *types)((name, platform.PLATFORM.GL)))
 
-    def __getattr__(self, name: str) -> int:
+    def __getattr__(self, name: str) -> Any:
         """TRIANGLES is GL_TRIANGLES, and so on."""
         value = int(getattr(self.constants, f"GL_{name}"))
         setattr(self, name, value)

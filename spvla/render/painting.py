@@ -62,7 +62,7 @@ class Painter:
         gl.glMaterialfv(gl.FRONT_AND_BACK, gl.EMISSION, glow.tobytes())
         gl.glColor4fv(rgba.tobytes())
         gl.glMaterialf(gl.FRONT_AND_BACK, gl.SHININESS, geom.shininess * 128)
-        gl.glMaterialfv(gl.FRONT_AND_BACK, gl.SPECULAR, np.float32([geom.specular] * 3 + [1]).tobytes())
+        gl.glMaterialfv(gl.FRONT_AND_BACK, gl.SPECULAR, np.array([geom.specular] * 3 + [1], np.float32).tobytes())
 
     def _blend(self, shape: Shape, faces: np.ndarray) -> None:
         """Over what is drawn. MuJoCo draws what is translucent front to back, and then again back to front."""

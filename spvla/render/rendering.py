@@ -101,4 +101,9 @@ _OPEN: WeakSet[Renderer] = WeakSet()
 @cache
 def _close_at_exit() -> None:
     """Registered after MuJoCo's own exit function, which ends the display, and therefore called before it."""
-    atexit.register(lambda: [renderer.close() for renderer in list(_OPEN)])
+    atexit.register(_close_all)
+
+
+def _close_all() -> None:
+    for renderer in list(_OPEN):
+        renderer.close()

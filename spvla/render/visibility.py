@@ -24,7 +24,7 @@ class Visibility:
         self.geoms = np.flatnonzero(np.isin(model.geom_group, SHOWN) & (model.geom_rbound > 0))
         self.groups = model.geom_group[self.geoms].copy()
         self.radii = model.geom_rbound[self.geoms] * MARGIN
-        self.mirrors = [g for g in np.flatnonzero(np.isin(model.geom_group, SHOWN)) if _is_mirror(model, g)]
+        self.mirrors = [int(g) for g in np.flatnonzero(np.isin(model.geom_group, SHOWN)) if _is_mirror(model, int(g))]
         # A shadow may fall into the picture from outside; no camera or site of LIBERO's is of the other kinds.
         casts_shadow = bool((model.light_castshadow & model.light_active).any())
         odd_camera = any(getattr(model, name).any() for name in ODD_CAMERA if hasattr(model, name))

@@ -323,7 +323,7 @@ def videos(run: Path, trials: Sequence[TrialRow]) -> Iterator[Video]:
     order += successes[len(failures) :] + failures[len(successes) :]
     room = MAX_VIDEO_BYTES
     for t in order[:MAX_VIDEOS]:
-        data = (run / t.video).read_bytes()
+        data = (run / str(t.video)).read_bytes()
         room -= len(data)
         if room < 0:
             return

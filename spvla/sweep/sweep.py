@@ -12,13 +12,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from draccus import encode
 
 from spvla import runs
 from spvla.cluster.connect import connection
-from spvla.config import SweepConfig, SweepFlags, TrainConfig
+from spvla.config import SweepConfig, TrainConfig
 from spvla.errors import TrainingError, UserError
 from spvla.files import require_writable
 from spvla.progress import Progress
@@ -37,7 +37,7 @@ from spvla.sweep.tuning import POLL_S, Tuning
 from spvla.train.prepare import locked, require_datasets, require_flags, require_startable, start_policy
 
 _JUDGING = ("metric", "space", "task_suite_name", "tasks", "num_trials_per_task", "max_trial_steps")
-_Flags = TypeVar("_Flags", SweepFlags, TrainConfig)
+_Flags = TypeVar("_Flags", SweepConfig, TrainConfig)
 
 
 def sweep(config: SweepConfig) -> list[SweepTrial]:
@@ -72,7 +72,9 @@ def sweep(config: SweepConfig) -> list[SweepTrial]:
 
 def absolute(flags: _Flags) -> _Flags:
     """With every path absolute, because a trial's process has a working folder of Tune's."""
-    paths = {name: value.expanduser().resolve() for name, value in vars(flags).items() if isinstance(value, Path)}
+    paths: dict[str, Any] = {
+        name: value.expanduser().resolve() for name, value in vars(flags).items() if isinstance(value, Path)
+    }
     return replace(flags, **paths)
 
 

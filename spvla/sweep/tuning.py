@@ -119,12 +119,12 @@ class Marks(TrialProgressCallback):
     def on_trial_result(self, *_: Any, **__: Any) -> None:
         pass
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         run, max_steps = self._of(trial)
         if status_of(run, max_steps) == "running" and not self._interrupted():
             (run / STOPPED).touch()
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         if not self._interrupted():
             (self._of(trial)[0] / FAILED).write_text(last_line(trial.error_file))
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
@@ -164,7 +165,7 @@ class Trainer(TorchTrainer):
     run. A group whose controller really died goes with it all the same.
     """
 
-    def _create_default_callbacks(self) -> list:
+    def _create_default_callbacks(self) -> list[Any]:
         every = super()._create_default_callbacks()
         return [c for c in every if type(c).__name__ != "PlacementGroupCleanerCallback"]
 

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ class StepTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.marks: dict[str, list[tuple]] = defaultdict(list)
+        self.marks: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:

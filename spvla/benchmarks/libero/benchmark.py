@@ -4,7 +4,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from spvla.benchmarks.libero import assets, versions
 from spvla.benchmarks.libero.genuine import TASKS_DIGEST
@@ -26,7 +26,7 @@ class Libero:
     def __init__(self, flags: BenchmarkFlags) -> None:
         self.flags = flags
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Travels as its flags: every process finds its assets by itself, and facts tell whether they are the same."""
         return Libero, (replace(self.flags, libero_assets=assets.for_other_processes(self.flags.libero_assets)),)
 

@@ -111,7 +111,8 @@ class LiberoEnv:
     def moment(self) -> View:
         return self.sample.keep()
 
-    def image_at(self, moment: View, camera: str = "agentview") -> np.ndarray:
+    def image_at(self, moment: object, camera: str = "agentview") -> np.ndarray:
+        assert isinstance(moment, View)
         now = self.sample.keep()
         self.sample.show(moment)
         try:

@@ -81,4 +81,4 @@ def strayed(env: LiberoEnv, start: Start) -> bool:
     drawn = start.state[1 : 1 + env.model.nq]
     at = [env.model.joint(thing.joints[-1]).qposadr[0] for thing in env.env.objects_dict.values()]
     shifts = [np.linalg.norm(env.data.qpos[i : i + 2] - drawn[i : i + 2]) for i in at]
-    return max(shifts) > STRAYED
+    return bool(max(shifts) > STRAYED)

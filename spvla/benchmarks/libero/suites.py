@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from spvla.benchmarks.libero.genuine import require_libero
 from spvla.errors import UserError
@@ -53,7 +54,7 @@ def tasks(suite: str) -> list[TaskInfo]:
     """Every task of a suite, in LIBERO's order."""
     if suite not in SUITES:
         raise UserError(f"suite {suite}", expected=f"one of {', '.join(SUITES)}", remedy="Correct the name.")
-    same = {"suite": suite, "max_steps": MAX_STEPS[suite], "folder": package("libero") / "libero"}
+    same: dict[str, Any] = {"suite": suite, "max_steps": MAX_STEPS[suite], "folder": package("libero") / "libero"}
     return [
         TaskInfo(id=i, name=name, instruction=_instruction(name), **same) for i, name in enumerate(_task_map()[suite])
     ]

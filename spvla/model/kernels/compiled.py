@@ -2,6 +2,7 @@
 
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ def training_kernels(backend: str = "inductor") -> Kernels:
     """For passes over whole sequences: half a layer at once, compiled anew for each shape, with and without gradient,
     with and without adapter."""
     _expect(64)
-    options = {"fullgraph": True, "dynamic": False, "backend": backend}
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
     return Kernels(
         run_block=torch.compile(VisionBlock.forward, **options),
         project=torch.compile(Projector.forward, **options),
@@ -33,7 +34,7 @@ def decoding_kernels(backend: str = "inductor") -> Kernels:
     times padded products against plain ones, for a bucket that is no multiple of 8, and chooses otherwise now and then.
     """
     _expect(64)
-    options = {"fullgraph": True, "backend": backend}
+    options: dict[str, Any] = {"fullgraph": True, "backend": backend}
     if backend == "inductor":
         options["options"] = {"deterministic": True}
     return Kernels(

@@ -1,6 +1,7 @@
 """OpenVLA-OFT in the registry of families."""
 
 from pathlib import Path
+from typing import Any
 
 from spvla.errors import UserError
 from spvla.policies.checkpoint import norm_stats
@@ -23,7 +24,7 @@ def describe(base: Path, adapter: Path | None, flags: PolicyFlags) -> Descriptio
     return Description(family="oft", needs=form.needs(flags.num_open_loop_steps), form=form)
 
 
-def require_proprio(stats: dict[str, dict], folder: Path) -> None:
+def require_proprio(stats: dict[str, dict[str, Any]], folder: Path) -> None:
     """Raises UserError where no data set's statistics have proprio."""
     errors = []
     for name, entry in stats.items():

@@ -104,7 +104,8 @@ def generate(
     last = inputs.lengths + NUM_PATCHES - 1  # (B,) in the cache
     packed = x.flatten(0, 1).index_select(0, row * x.shape[1] + at)[None]  # (1, N, D)
     hidden = llama.read(packed, packing, last, cache, kernels)  # (B, 1, D)
-    ids, every = [], []
+    ids: list[Tensor] = []
+    every: list[Tensor] = []
     for step in range(ACTION_DIM):
         if step:
             hidden = llama.step(model.embed(ids[-1][:, None]), last + step, cache.layers, kernels)

@@ -43,7 +43,7 @@ def encode_jpeg(image: np.ndarray) -> bytes:
     return cv2.imencode(".jpg", image[..., ::-1], _JPEG_FLAGS)[1].tobytes()
 
 
-def decode_jpeg(data: bytes) -> np.ndarray:
+def decode_jpeg(data: bytes | memoryview) -> np.ndarray:
     """JPEG -> (H, W, 3) uint8. Raises UserError if `data` is no whole JPEG."""
     simplejpeg = _simplejpeg()
     try:

@@ -191,8 +191,13 @@ def towers_json(config: OpenVLAConfig) -> dict[str, Any]:
 
 def _dino(*, width: int, depth: int, num_heads: int, mlp_hidden: int) -> TowerConfig:
     return TowerConfig(
-        **{"width": width, "depth": depth, "num_heads": num_heads, "mlp_hidden": mlp_hidden},
-        **{"num_registers": 4, "class_token": True, "layer_scale": True},
+        width=width,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_hidden=mlp_hidden,
+        num_registers=4,
+        class_token=True,
+        layer_scale=True,
     )
 
 

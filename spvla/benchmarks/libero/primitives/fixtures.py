@@ -4,6 +4,7 @@ Joint names, axes, ranges, damping and inertia are those that LIBERO's `is_open`
 """
 
 import math
+from typing import Any
 
 from spvla.benchmarks.libero.primitives.mjcf import (
     Asset,
@@ -107,7 +108,7 @@ def microwave() -> Asset:
             for z in (0.06, 0.11)
         ),
     )
-    bar = {"shape": "capsule", "colour": STEEL}
+    bar: dict[str, Any] = {"shape": "capsule", "colour": STEEL}
     across = about("x", math.pi / 2)
     door = (
         box((0.1295, -0.013, 0), (0.1295, 0.012, 0.0925), DARK),

@@ -7,6 +7,7 @@ since MuJoCo gives a box resting on a box four contacts and a cylinder only one.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 Vec = tuple[float, ...]
 UPRIGHT: Vec = (1.0, 0.0, 0.0, 0.0)
@@ -74,11 +75,11 @@ class Asset:
     radius: float = 0.025
 
 
-def box(pos: Vec, half: Vec, colour: Vec, **rest) -> Part:
+def box(pos: Vec, half: Vec, colour: Vec, **rest: Any) -> Part:
     return Part(shape="box", size=half, pos=pos, colour=colour, **rest)
 
 
-def cylinder(pos: Vec, radius: float, half: float, colour: Vec, **rest) -> Part:
+def cylinder(pos: Vec, radius: float, half: float, colour: Vec, **rest: Any) -> Part:
     return Part(shape="cylinder", size=(radius, half), pos=pos, colour=colour, **rest)
 
 
@@ -93,7 +94,9 @@ def round_bar(pos: Vec, radius: float, half: float, colour: Vec, *, sides: int =
     return (*prism, cylinder(pos, radius, half, colour, solid=False))
 
 
-def ring(low: Vec, high: Vec, thickness: float, colour: Vec, *, centre: Vec = (0.0, 0.0), count: int = 16):
+def ring(
+    low: Vec, high: Vec, thickness: float, colour: Vec, *, centre: Vec = (0.0, 0.0), count: int = 16
+) -> tuple[Part, ...]:
     """A wall of slats from (radius, z) `low` to `high`, outer faces on those radii: bowls, mugs, pans."""
     (r0, z0), (r1, z1) = low, high
     tilt, length = math.atan2(r1 - r0, z1 - z0), math.hypot(r1 - r0, z1 - z0)

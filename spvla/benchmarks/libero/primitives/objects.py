@@ -4,6 +4,7 @@ Groceries that LIBERO keeps with y up are drawn standing (z up) and turned by `y
 """
 
 import math
+from typing import Any
 
 from spvla.benchmarks.libero.primitives.mjcf import (
     Asset,
@@ -26,7 +27,9 @@ BROWN, CREAM, WOOD = (0.30, 0.14, 0.07), (0.90, 0.85, 0.70), (0.66, 0.47, 0.28)
 CREAM_CHEESE, PORCELAIN = (0.80, 0.86, 0.95), (0.92, 0.90, 0.85)
 
 
-def item(folder: str, name: str, mass: float, parts: tuple[Part, ...], sites: tuple[Site, ...] = (), **ends) -> Asset:
+def item(
+    folder: str, name: str, mass: float, parts: tuple[Part, ...], sites: tuple[Site, ...] = (), **ends: Any
+) -> Asset:
     body = Body(name="object", mass=mass, parts=parts, sites=sites)
     return Asset(path=f"{folder}/{name}/{name}.xml", body=body, **ends)
 
