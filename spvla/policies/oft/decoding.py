@@ -7,7 +7,7 @@ CUDA graph with static buffers, its steps compiled as plain OpenVLA's are.
 Legend: B bucket, C cameras, T text tokens, S slots (chunk x 7), A action dims (7), K chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +37,12 @@ def answer(model: OpenVLAOFT, inputs: OftInputs, kernels: Kernels = EAGER) -> Te
     return model.token_logits(hidden).argmax(-1) + model.first_token
 
 
+@torch.inference_mode()
+def probabilities(model: OpenVLAOFT, inputs: OftInputs, kernels: Kernels = EAGER) -> Tensor:
+    """Of the tokens that compete in each slot: (B, S, V') float32. Discrete form only."""
+    return model.token_logits(model.predict(inputs, kernels)[:, :-1]).float().softmax(-1)
+
+
 def acting_kernels(steps: Kernels) -> Kernels:
     """A decoder's compiled steps, for whole sequences. Without gradients."""
 
@@ -58,7 +64,9 @@ class ChunkDecoder:
         max_prompt: int,
         row_slots: RowSlots,
         cuda_graphs: bool | None = None,
+        answer: Callable[[OpenVLAOFT, OftInputs, Kernels], Tensor] = answer,
     ) -> None:
+        self.answer = answer
         self.model, self.batch_size, self.max_prompt, self.row_slots = model, batch_size, max_prompt, row_slots
         self.width = max_prompt + model.form.slots + 1  # text tokens
         self.images, self.inputs, self.slots = self._buffers()
@@ -112,7 +120,7 @@ class ChunkDecoder:
     def _run(self) -> Tensor:
         self.row_slots.slots = self.slots
         pixels = to_pixel_values(self.images.flatten(0, 1)).unflatten(0, self.images.shape[:2])
-        return answer(self.model, self.inputs._replace(pixels=pixels), self.kernels)
+        return self.answer(self.model, self.inputs._replace(pixels=pixels), self.kernels)
 
     def _buffers(self) -> tuple[Tensor, OftInputs, Tensor]:
         b, form, device = self.batch_size, self.model.form, self.model.device

@@ -3,7 +3,8 @@
 Legend: B batch, C cameras, K chunk, A action dims (7), S slots (K A).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -18,15 +19,15 @@ from spvla.model.lora_file import STATISTICS, read_lora
 from spvla.model.weights import read_json
 from spvla.policies.observations import check_length, check_observations
 from spvla.policies.oft.chunks import decode_chunk, unnormalise
-from spvla.policies.oft.decoding import ChunkDecoder
+from spvla.policies.oft.decoding import ChunkDecoder, probabilities
 from spvla.policies.oft.folder import form_of
 from spvla.policies.oft.heads import make_added
-from spvla.policies.oft.network import OpenVLAOFT
+from spvla.policies.oft.network import FIRST_ACTION, OpenVLAOFT
 from spvla.policies.oft.parts import read_added
 from spvla.policies.oft.proprio import ProprioStats
-from spvla.policies.openvla.actions import ActionStats
+from spvla.policies.openvla.actions import NUM_BINS, ActionStats
 from spvla.policies.openvla.prompt import prompt_ids
-from spvla.types import Needs, Observation
+from spvla.types import ACTION_DIM, Needs, Observation
 
 PROMPT_MULTIPLE = 8  # a fixed bucket whose prompts turn out longer grows in these steps
 
@@ -92,14 +93,38 @@ class OpenVLAOFTPolicy:
         """As `act`, giving what the network answers: ids (B, S) int64, or normalised actions (B, K, A) float32."""
         count = len(observations)
         check_observations(observations, self.needs)
-        prompts = [prompt_ids(self.tokenizer, o.instruction) for o in observations]
-        names = self._adapter_names(adapters, count)
         keys = [unnorm_key] * count if isinstance(unnorm_key, str) else list(unnorm_key)
+        return self._passes(observations, keys, self._adapter_names(adapters, count), self._decoder_for)
+
+    def probabilities(self, observations: Sequence[Observation], *, unnorm_key: str) -> np.ndarray:
+        """(B, K, A, 256) float32: how likely each bin of each action dimension is, from +1 down to -1.
+
+        For looking at; `act` takes the most likely. Raises UserError where actions are regressed.
+        """
+        check_observations(observations, self.needs)
+        if self.model.action_head is not None:
+            raise UserError("a policy that regresses its actions", expected="a discrete one", remedy="Use act.")
+        names = self._adapter_names(None, len(observations))
+        make = partial(self._make, cuda_graphs=False, answer=probabilities)
+        found = self._passes(observations, [unnorm_key] * len(observations), names, make)
+        columns = slice(FIRST_ACTION - self.model.first_token, FIRST_ACTION - self.model.first_token + NUM_BINS)
+        return found[..., columns].reshape(len(found), self.needs.chunk, ACTION_DIM, NUM_BINS)
+
+    def _passes(
+        self,
+        observations: Sequence[Observation],
+        keys: Sequence[str],
+        names: Sequence[str | None],
+        decoder_for: Callable[[int, int], ChunkDecoder],
+    ) -> np.ndarray:
+        """What `decoder_for(rows, longest prompt)` answers, in as many passes as its bucket needs."""
+        count = len(observations)
+        prompts = [prompt_ids(self.tokenizer, o.instruction) for o in observations]
         images = np.stack([np.stack(o.images) for o in observations])
         proprio = self._proprio(observations, keys, names) if self.needs.proprio else None
         with self._starting:
             slots = self.bank.slots_of(names)
-            decoder = self._decoder_for(count, max(map(len, prompts)))
+            decoder = decoder_for(count, max(map(len, prompts)))
             parts = [slice(start, start + decoder.batch_size) for start in range(0, count, decoder.batch_size)]
             under_way = [
                 decoder.start(
@@ -110,7 +135,7 @@ class OpenVLAOFTPolicy:
                 )
                 for part in parts
             ]
-        return np.concatenate([landing.read()[0].numpy() for landing in under_way])
+        return np.concatenate([copy.read()[0].numpy() for copy in under_way])
 
     def prepare(self, instructions: Sequence[str] = (), *, max_prompt: int = 0) -> None:
         """Makes a fixed bucket's decoder ahead of time, for the longest of these instructions or `max_prompt` tokens.
@@ -190,9 +215,10 @@ class OpenVLAOFTPolicy:
         self._decoder, self._recorded = self._make(self.decode_batch_size, max_prompt), resident
         return self._decoder
 
-    def _make(self, batch_size: int, max_prompt: int, cuda_graphs: bool | None = None) -> ChunkDecoder:
-        kind = {"row_slots": self.bank.slots, "cuda_graphs": cuda_graphs}
-        return ChunkDecoder(self.model, batch_size=batch_size, max_prompt=max_prompt, **kind)
+    def _make(self, batch_size: int, max_prompt: int, **options: Any) -> ChunkDecoder:
+        return ChunkDecoder(
+            self.model, batch_size=batch_size, max_prompt=max_prompt, row_slots=self.bank.slots, **options
+        )
 
     def _adapter_names(self, adapters: Sequence[str | None] | None, count: int) -> list[str | None]:
         names = [self.default_adapter] * count if adapters is None else list(adapters)
