@@ -18,7 +18,7 @@ def display(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("IPython.display")
     module.Video = lambda name, embed: (name, embed)
     outer = ModuleType("IPython")
-    outer.get_ipython = lambda: None  # matplotlib asks whether it draws for one
+    outer.get_ipython, outer.version_info = (lambda: None), (9, 0)  # matplotlib asks whether it draws for one
     monkeypatch.setitem(sys.modules, "IPython", outer)
     monkeypatch.setitem(sys.modules, "IPython.display", module)
     return module
