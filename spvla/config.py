@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from spvla.errors import UserError
+from spvla.files import paths_in
 
 # Named, because draccus misses the text below a field whose annotation holds quotation marks.
 Objective = Literal["spin", "spvla", "sft"]
@@ -414,7 +415,7 @@ class EvaluateConfig(FarmConfig):
             remedy="Give the checkpoint to evaluate, the training run to follow, or where another policy is.",
         )
         require(
-            not self.stop_when_settled or self.pretrained_checkpoint.count(",") == 1,
+            not self.stop_when_settled or len(paths_in(self.pretrained_checkpoint)) == 2,
             f"--stop_when_settled True with --pretrained_checkpoint {self.pretrained_checkpoint or '(none)'}",
             expected="two checkpoints to compare, separated by a comma",
             remedy="Name both, or leave --stop_when_settled out.",

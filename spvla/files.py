@@ -39,6 +39,26 @@ def readable_name(text: str, *, exact: str) -> str:
     return f"{safe[:180]}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}".lstrip("-")
 
 
+def paths_in(text: str) -> list[str]:
+    """The paths of a comma-separated list. A comma inside a path belongs to it, if only so there is such a folder, as
+    Ray Tune makes them; the longest wins."""
+    words, found = text.split(","), []
+    while words:
+        joined = (",".join(words[:n]) for n in range(len(words), 1, -1))
+        path = next((p for p in joined if is_folder(Path(p).expanduser())), words[0])
+        found.append(path)
+        words = words[path.count(",") + 1 :]
+    return [path for path in found if path]
+
+
+def is_folder(path: Path) -> bool:
+    """As `Path.is_dir`; False, too, for what can be no path: a name that is too long, another user's closed folder."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` that takes its name when the block ends well, and vanishes when it does not: a reader

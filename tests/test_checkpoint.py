@@ -27,6 +27,7 @@ from spvla.policies.checkpoint import (
     base_of,
     load_model,
     norm_stats,
+    note_base,
     policy_digest,
     resolve,
     save_merged,
@@ -240,6 +241,38 @@ def test_a_base_is_found_absolute_and_relative_to_a_moved_run(tiny: Path, adapte
     (step / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "base"}))
     assert base_of(step) == ((run / "base").resolve(), step.resolve())
     assert policy_digest(step) == policy_digest(adapter)  # where the base lies is no part of the policy
+
+
+def test_an_adapter_knows_its_base_wherever_that_lies(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(adapter, tmp_path / "moved/adapter"))
+    note_base(moved, tiny)
+    assert base_of(moved) == (tiny, moved)
+    config = json.loads((moved / "adapter_config.json").read_text())
+    for elsewhere in ("/home/somebody/base", "base", "x" * 5000, "~nosuch/base"):
+        (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": elsewhere}))
+        refused(moved, "no checkpoint at", str(moved / "adapter_config.json"))
+    shutil.copytree(tiny, tmp_path / "moved/x")
+    (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "x"}))
+    assert base_of(moved) == (tmp_path / "moved/x", moved)  # a copy is the same base
+
+
+def test_another_base_of_the_same_shapes_is_refused(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
+    note_base(moved, tiny)
+    other = Path(shutil.copytree(tiny, tmp_path / "other"))
+    weights = load_file(other / SINGLE)
+    weights["projector.fc1.weight"][0, 0] += 1
+    save_file(weights, other / SINGLE)
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(other)}))
+    refused(moved, f"{other} is another base", "adapter_config.json")
+
+
+def test_a_base_from_the_hubs_cache_is_noted_by_its_name(tiny: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--openvla--openvla-7b/snapshots/0a1b"
+    shutil.copytree(tiny, snapshot)
+    note_base(tmp_path, snapshot)
+    assert json.loads((tmp_path / "base.json").read_text())["hub_name"] == "openvla/openvla-7b"
 
 
 def test_the_digest_follows_everything_that_decides_behaviour(

@@ -12,6 +12,7 @@ from spvla.benchmarks.registry import perturbed
 from spvla.config import EvaluateConfig
 from spvla.eval.session import session
 from spvla.eval.summary import Summary, table
+from spvla.files import paths_in
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -22,8 +23,7 @@ def evaluate(config: EvaluateConfig) -> None:
         from spvla.eval.follow import follow
 
         return follow(config)
-    checkpoints = [path for path in config.pretrained_checkpoint.split(",") if path]
-    print(table(run_evaluation(config, checkpoints=checkpoints)))
+    print(table(run_evaluation(config, checkpoints=paths_in(config.pretrained_checkpoint))))
 
 
 def evaluate_policies(*checkpoints: str | Path, **flags: Any) -> list[Summary]:

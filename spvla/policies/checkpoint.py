@@ -2,14 +2,16 @@
 
 CHECKPOINT/   config.json, model*.safetensors [+ index], tokenizer.json, preprocessor_config.json,
               dataset_statistics.json (or norm_stats in config.json)
-ADAPTER/      adapter_config.json (names its base), adapter_model.safetensors, dataset_statistics.json
+ADAPTER/      adapter_config.json (names its base), adapter_model.safetensors, dataset_statistics.json,
+              base.json (which base that is, wherever it lies now)
 """
 
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,12 +20,12 @@ from annotated_types import Ge, Le, Len
 from typing_extensions import TypedDict
 
 from spvla.errors import CheckpointError, UserError
-from spvla.files import cache_dir, create_once, new_folder, remembered, write_json
+from spvla.files import cache_dir, create_once, is_folder, new_folder, remembered, write_json
 from spvla.model.loading import read_into
 from spvla.model.lora_file import ADAPTER_CONFIG, MARKER_FILE, STATISTICS, map_shapes, read_lora, read_lora_config
 from spvla.model.openvla import OpenVLA, OpenVLAConfig
 from spvla.model.quantized import quantise, require_quantiser
-from spvla.model.weights import open_weights, read_json, require_shapes, torch_dtype, write_weights
+from spvla.model.weights import fingerprint, open_weights, read_json, require_shapes, torch_dtype, write_weights
 from spvla.policies import packed
 from spvla.policies.openvla.presets import TOWER_FILE
 from spvla.policies.presets import PRESETS, create_preset
@@ -38,7 +40,7 @@ __all__ = [
     "save_model",
 ]
 
-CONFIG = "config.json"
+CONFIG, BASE_NOTE = "config.json", "base.json"
 PARTS = "*_checkpoint.pt"  # a family's own weights beside OpenVLA's
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # written by old versions of transformers; computed here
 _COPIED = ("*.json", "*.model", "*.py")  # tokenizer, processor, and the original's code (never run here)
@@ -91,8 +93,10 @@ def resolve(path: str | Path) -> Path:
     if str(path) in PRESETS:
         folder = cache_dir() / "presets" / f"{path}-{_PRESETS_VERSION}"
         return create_once(folder, lambda new: create_preset(new, str(path)))
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    folder = Path(path)
+    with suppress(RuntimeError):  # there is no such user: a folder of that name, at most
+        folder = folder.expanduser()
+    if is_folder(folder):
         return folder.resolve()
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         from huggingface_hub import snapshot_download
@@ -111,10 +115,18 @@ def resolve(path: str | Path) -> Path:
     )
 
 
+class BaseNote(TypedDict):
+    """base.json beside an adapter; empty texts where nothing is known."""
+
+    hub_name: str
+    fingerprint: str
+
+
 def base_of(path: str | Path) -> tuple[Path, Path | None]:
     """(base, adapter) of an adapter folder, (base, None) of a whole checkpoint.
 
-    A base that is not where the adapter's config says is looked for relative to the adapter's folder and its parents.
+    A base that is not where the adapter's config says is looked for relative to the adapter's folder and its parents,
+    and under the Hub's name that ADAPTER/base.json has. Raises CheckpointError for another base than the adapter's.
     """
     folder = resolve(path)
     if not (folder / ADAPTER_CONFIG).exists():
@@ -126,8 +138,46 @@ def base_of(path: str | Path) -> tuple[Path, Path | None]:
             expected="base_model_name_or_path",
             remedy="Write the base checkpoint's path there.",
         )
-    places = [parent / name for parent in (folder, *folder.parents)]
-    return next((p.resolve() for p in places if p.is_dir()), None) or resolve(name), folder
+    path = folder / BASE_NOTE
+    note = read_json(path, BaseNote) if path.exists() else BaseNote(hub_name="", fingerprint="")
+    return _find_base(folder, name, note), folder
+
+
+def _find_base(folder: Path, name: str, note: BaseNote) -> Path:
+    """The first of the places that holds the adapter's own base; `name` is what its config says."""
+    places = [str(parent / name) for parent in (folder, *folder.parents)]
+    there = list(_resolved([*places, name, *filter(None, [note["hub_name"]])]))
+    wanted = note["fingerprint"]
+    if base := next((p for p in there if not wanted or base_fingerprint(p) == wanted), None):
+        return base
+    hub_name = note["hub_name"]
+    raise CheckpointError(
+        f"{there[0]} is another base than that of {folder}" if there else f"no checkpoint at {name}, base of {folder}",
+        expected="the checkpoint that the adapter was trained on" + f", {hub_name}" * bool(hub_name),
+        remedy=f"Write where it lies as base_model_name_or_path into {folder / ADAPTER_CONFIG}"
+        + f", or run: hf download {hub_name}" * bool(hub_name),
+    )
+
+
+def _resolved(places: Sequence[str]) -> Iterator[Path]:
+    for place in places:
+        if Path(place).is_absolute() and not is_folder(Path(place)):
+            continue
+        with suppress(CheckpointError):
+            yield resolve(place)
+
+
+def base_fingerprint(base: Path) -> str:
+    """Of a checkpoint's weights; remembered for as long as its files do not change."""
+    weights = open_weights(base)
+    return remembered("fingerprint", list(weights.files), lambda: fingerprint(weights))
+
+
+def note_base(folder: Path, base: Path) -> None:
+    """Writes beside an adapter which base it belongs to, wherever that lies."""
+    snapshot = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$", str(base))
+    hub_name = f"{snapshot[1]}/{snapshot[2]}" if snapshot else ""
+    write_json(folder / BASE_NOTE, BaseNote(hub_name=hub_name, fingerprint=base_fingerprint(base)))
 
 
 class _Text(TypedDict, total=False):

@@ -9,6 +9,7 @@ from ray import tune
 
 from spvla.config import TrainConfig
 from spvla.errors import UserError
+from spvla.files import paths_in
 from spvla.train.prepare import require_flags
 
 # Where things lie, and what the sweep itself plans with: one value for all trials.
@@ -44,7 +45,7 @@ def domain(flag: str, text: str, train: TrainConfig) -> Any:
         if not low < high or (match[1] == "loguniform" and low <= 0):
             raise UserError(f"--{flag} {text}", expected="a low end below the high end", remedy="Swap or correct them.")
         return getattr(tune, match[1])(low, high)
-    values = [parsed(flag, word.strip(), train) for word in text.split(",")]
+    values = [parsed(flag, word.strip(), train) for word in paths_in(text)]
     return tune.grid_search(list(dict.fromkeys(values)))  # equal trials would share a folder
 
 

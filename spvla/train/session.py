@@ -25,7 +25,7 @@ from spvla.data.store import FrameStore, without_proprio
 from spvla.errors import DatasetError
 from spvla.model.lora_file import LoraFile, fresh_lora, read_lora
 from spvla.model.openvla import OpenVLA
-from spvla.policies.checkpoint import base_of, norm_stats
+from spvla.policies.checkpoint import base_of, norm_stats, note_base
 from spvla.policies.networks import load_network, save_beside_adapter, save_network
 from spvla.policies.openvla.prompt import load_tokenizer
 from spvla.policies.registry import flags_of
@@ -166,6 +166,7 @@ class Session:
         stats = {store.name: keep(store.statistics[store.name]) for store in self.stores}
         if isinstance(self.learner.policy, FlatLora):
             self.learner.policy.to_file().write(folder, base=str(self.base), norm_stats=stats)
+            note_base(folder, self.base)
             with self.learner.policy.exact():
                 save_beside_adapter(self.model, folder)
         else:

@@ -1,0 +1,25 @@
+"""Lists of paths, and what can be no path."""
+
+from pathlib import Path
+
+from spvla.config import EvaluateConfig
+from spvla.files import is_folder, paths_in
+
+
+def test_a_comma_in_a_folders_name_belongs_to_it(tmp_path: Path) -> None:
+    tuned = tmp_path / "trial_lr=0.1,rank=8,seed=1"
+    (tuned / "checkpoints").mkdir(parents=True)
+    plain = tmp_path / "plain"
+    assert paths_in(f"{tuned}/checkpoints,{plain}") == [f"{tuned}/checkpoints", str(plain)]
+    assert paths_in(f"{plain},{tuned},{tuned}/checkpoints") == [str(plain), str(tuned), f"{tuned}/checkpoints"]
+    assert paths_in("a/b,c/d,") == ["a/b", "c/d"] and paths_in("") == []
+
+
+def test_a_comparison_needs_two_paths_and_not_one_comma(tmp_path: Path) -> None:
+    (two := tmp_path / "a,b").mkdir()
+    EvaluateConfig(pretrained_checkpoint=f"{two},openvla/openvla-7b", stop_when_settled=True).check()
+
+
+def test_what_can_be_no_path_is_no_folder(tmp_path: Path) -> None:
+    assert is_folder(tmp_path)
+    assert not any(map(is_folder, (Path("x" * 5000), Path("a\0b"), tmp_path / "none")))
