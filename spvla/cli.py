@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr), 130 interrupted.
 """
 
+import argparse
 import difflib
 import importlib
 import json
@@ -41,6 +42,26 @@ COMMANDS: dict[str, tuple[type, str]] = {
 RAY_KEEPS_QUIET = ("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed")
 SIMULATING = ("collect", "regenerate", "demo")  # import MuJoCo at once, which fails where it cannot draw
 EXTRAS = "spvla[sim,train]"  # what every command but `serve` takes, together
+# command -> (how it is typed, the flags that one needs first); --help begins with both
+NEEDED = {
+    "train": (
+        "--vla_path openvla/openvla-7b --data_root_dir datasets --dataset_name libero_spatial_no_noops",
+        "vla_path data_root_dir dataset_name run_root_dir objective batch_size learning_rate max_steps num_workers",
+    ),
+    "evaluate": (
+        "--pretrained_checkpoint CHECKPOINT --task_suite_name libero_spatial --center_crop True",
+        "pretrained_checkpoint task_suite_name center_crop num_trials_per_task local_log_dir",
+    ),
+    "selfplay": (
+        "--vla_path CHECKPOINT --iterations 2 --max_steps 1000",
+        "vla_path data_root_dir dataset_name run_root_dir iterations max_steps batch_size task_suite_name num_workers",
+    ),
+}
+# Flags of OpenVLA's finetune.py that change nothing here -> what happens instead
+ACCEPTED = {
+    "shuffle_buffer_size": "there is no buffer: every epoch is a permutation of all frames",
+    "use_quantization": "training is in bf16 or float32; --load_in_4bit quantises in spvla evaluate",
+}
 POSITIONAL = {"report": "run", "status": "run"}
 
 
@@ -120,6 +141,8 @@ def parse(args: Sequence[str]) -> tuple[str, Any]:
             remedy=did_you_mean(name, COMMANDS) or "See spvla --help.",
         )
     cls = COMMANDS[name][0]
+    if issubclass(cls, config.TrainConfig):
+        rest = without_accepted(rest)
     if name in POSITIONAL and rest and not rest[0].startswith("-"):
         rest[:1] = [f"--{POSITIONAL[name]}", rest[0]]
     words = [word for arg in rest for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
@@ -147,6 +170,22 @@ def spelled_out(words: Sequence[str], switches: Collection[str]) -> list[str]:
     for word, after in zip(words, [*words[1:], "--"], strict=False):
         spelled += [word, "True"] if word in switches and after.startswith("--") else [word]
     return spelled
+
+
+def without_accepted(args: Sequence[str]) -> list[str]:
+    """Without the flags of ACCEPTED and their values; a line on stderr says what happens instead."""
+    kept: list[str] = []
+    value = False  # whether the next word may be the value of a flag that was left out
+    for arg in args:
+        flag = arg.removeprefix("--").split("=")[0]
+        if arg.startswith("--") and flag in ACCEPTED:
+            print(f"--{flag} does nothing here: {ACCEPTED[flag]}", file=sys.stderr)
+            value = "=" not in arg
+            continue
+        if not value or arg.startswith("--"):
+            kept.append(arg)
+        value = False
+    return kept
 
 
 def require_known(words: Sequence[str], known: Sequence[str]) -> None:
@@ -181,6 +220,8 @@ def parse_flags(name: str, cls: type, words: Sequence[str]) -> Any:
 
     parser = draccus.argparsing.ArgumentParser(config_class=cls, prog=f"spvla {name}")
     quiet(parser)
+    if name in NEEDED and {"-h", "--help"} & set(words):
+        arrange(parser.parser, *NEEDED[name], name=name, cls=cls)
     try:
         return parser.parse_args(joined(cls, words))
     except (DraccusException, yaml.YAMLError, OSError) as e:
@@ -221,6 +262,23 @@ def quiet(parser: Any) -> None:
         action.help = re.sub(r"%(?!\()", "%%", (action.help or "").strip()) or "(default: %(default)s)"
         if get_origin(action.type) is tuple:
             action.metavar = "int,int,..."
+
+
+def arrange(parser: argparse.ArgumentParser, example: str, needed: str, *, name: str, cls: type) -> None:
+    """--help begins with an example and the flags in `needed`; the rest is grouped by the class that declares it."""
+    homes = {field: base for base in cls.__mro__ for field in vars(base).get("__annotations__", ())}
+    flags = {action.dest: action for action in parser._actions if action.dest in homes}
+    parser._action_groups[:] = [parser._optionals]
+    first = parser.add_argument_group("what one needs")
+    first._group_actions.extend(flags.pop(flag) for flag in needed.split())
+    for base in cls.__mro__[:-1]:
+        own = [action for flag, action in flags.items() if homes[flag] is base]
+        if own:
+            parser.add_argument_group(doc_line(base).rstrip("."))._group_actions.extend(own)
+    parser._action_groups.append(parser._action_groups.pop(0))  # --help itself comes last
+    listing = parser.format_help()[len(parser.format_usage()) :]
+    text = f"example: spvla {name} {example}\n\nusage: spvla {name} [-h] [--flag value ...]\n{listing}"
+    parser.format_help = lambda: text  # type: ignore[method-assign]
 
 
 def parse_sweep(words: Sequence[str]) -> config.SweepConfig:

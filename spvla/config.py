@@ -355,6 +355,7 @@ class EvaluateConfig(FarmConfig):
     """Roll a policy out on LIBERO, every trial exactly once, in parallel."""
 
     model_family: ModelFamily = "openvla"
+    """does nothing: the family is found from the checkpoint's folder"""
     pretrained_checkpoint: str = ""
     """checkpoint or adapter folder, several separated by commas, or a Hugging Face name in the local cache"""
     task_suite_name: str = "libero_spatial"

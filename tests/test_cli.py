@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 import time
@@ -48,6 +49,27 @@ def test_each_command_lists_its_flags_with_their_texts_and_defaults(
     unwrapped = "".join(printed.split())
     assert [f for f, text in texts(own).items() if "".join(text.split()) not in unwrapped] == []
     assert unwrapped.count("(default:") >= len(cli.flags_of(own))
+
+
+@pytest.mark.parametrize("command", cli.NEEDED)
+def test_help_begins_with_an_example_and_the_flags_that_one_needs(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.run([command, "--help"])
+    printed = capsys.readouterr().out
+    example, needed = cli.NEEDED[command]
+    assert printed.startswith(f"example: spvla {command} {example}\n")
+    assert re.findall(r"^  --(\w+)", printed, re.MULTILINE)[: len(needed.split())] == needed.split()
+    assert 5 <= len(needed.split()) <= 10
+    assert cli.parse([command, *example.split()])[0] == command  # and it can be typed
+
+
+def test_flags_of_the_original_that_do_nothing_are_accepted_and_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "train --shuffle_buffer_size 100000 --use_quantization=False --max_steps 10"
+    assert cli.parse(line.split())[1].max_steps == 10
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in told] == ["--shuffle_buffer_size", "--use_quantization"]
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
