@@ -71,7 +71,7 @@ class LoraColumns:
 
 class LoraBank:
     def __init__(self, model: OpenVLA) -> None:
-        self.model = model
+        self.model, self.maps = model, named_maps(model)
         self.slots = RowSlots()
         self.resident: dict[str, int] = {}  # name -> slot
         self.owners: list[Tensor] = []  # of each block, (W,)
@@ -83,15 +83,15 @@ class LoraBank:
 
     def add(self, name: str, adapter: LoraFile) -> None:
         """Raises CheckpointError, changing nothing, if the adapter does not fit the base."""
-        adapter.require_base(self.model)
+        shapes = {key: named.shape for key, named in self.maps.items()}
+        adapter.require(shapes, lambda key: self.model.state_dict().get(key))
         if name in self.resident:
             self._clear(self.resident.pop(name))
         slot = next(i for i in range(1, len(self.resident) + 2) if i not in self.resident.values())
         width = max(LEAST, 1 << (adapter.rank - 1).bit_length())
         block, first = self._free(width) or self._grow(max(BLOCK, width))
-        maps = named_maps(self.model)
         for key, (a, b) in adapter.factors.items():
-            columns, part = maps[key].module.lora.blocks[block], maps[key].part
+            columns, part = self.maps[key].module.lora.blocks[block], self.maps[key].part
             columns.a[part][first : first + adapter.rank] = a.flatten(1)
             columns.b[part][first : first + adapter.rank] = adapter.scale * b.flatten(1).float().T
         self.owners[block][first : first + width] = slot
@@ -102,7 +102,7 @@ class LoraBank:
         self._clear(self._slot(name))
         del self.resident[name]
         if not self.resident:
-            for named in named_maps(self.model).values():
+            for named in self.maps.values():
                 named.module.lora = None
             self.owners = []
             self.version += 1
@@ -153,7 +153,7 @@ class LoraBank:
             if not its:
                 continue
             columns = slice(its[0], its[-1] + 1)
-            for named in named_maps(self.model).values():
+            for named in self.maps.values():
                 held = named.module.lora.blocks[block]
                 held.a[named.part][columns] = 0
                 held.b[named.part][columns] = 0

@@ -60,8 +60,8 @@ class LoraFile:
 
     def require_base(self, model: nn.Module) -> None:
         """Raises CheckpointError unless the adapter belongs on `model`."""
-        state = model.state_dict()
-        self.require({name: named.shape for name, named in named_maps(model).items()}, state.get)
+        shapes = {name: named.shape for name, named in named_maps(model).items()}
+        self.require(shapes, lambda name: model.state_dict().get(name))
 
     def require(self, shapes: Shapes, base: Callable[[str], Tensor | None]) -> None:
         """Raises CheckpointError unless every map is in the base, with an A and a B of its size, and what the file has
