@@ -8,7 +8,7 @@ what was asked for: the same command again finds it done, and a data set of any 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ from spvla.data.demos import count_demos, demo_files
 from spvla.data.recorded import write_index
 from spvla.data.spool import Spool
 from spvla.data.store import RECORDING, read_recording
-from spvla.errors import DatasetError, UserError
+from spvla.errors import DatasetError, InfrastructureError, UserError
 from spvla.files import require_writable, write_json
 from spvla.takes import Tally, gather
 
+LACKING = "tasks_without_demonstrations"  # entry of recording.json
 BEGUN = "writing"  # marks, among the takes, that the data set is being written
 SPARE_TAKES = 20  # beyond twice the wanted number, before a task is given up
 
@@ -103,12 +104,25 @@ def record(
         waiting = root / f".{request.name}.{request.digest}.takes"
         print(f"{request.name}  {sum(request.wanted.values())} episodes, assets {request.assets.name}")
         if is_done(root / request.name, request, waiting):
-            print(f"{request.name}  already recorded in {root / request.name}")
+            if LACKING not in read_recording(root / request.name):
+                print(f"{request.name}  already recorded in {root / request.name}")
         else:
             folders[request.suite] = waiting
     pending = {request.suite: request for request in requests if request.suite in folders}
-    if not pending:
-        return
+    if pending:
+        fill(pending, folders, make, root, num_workers, spare)
+    require_every_task([root / request.name for request in requests])
+
+
+def fill(
+    pending: Mapping[str, Request],
+    folders: Mapping[str, Path],
+    make: Callable[[], Recorder],
+    root: Path,
+    num_workers: int,
+    spare: Callable[[int], int],
+) -> None:
+    """Makes the data sets of `pending`, by suite; their takes wait in `folders`."""
     spools = {suite: Spool(waiting) for suite, waiting in folders.items()}
     wanted = {(suite, task): count for suite, r in pending.items() for task, count in r.wanted.items()}
     done = {((suite, task), k): solved for suite, s in spools.items() for (task, k), solved in s.takes().items()}
@@ -116,6 +130,7 @@ def record(
     with connection():
         gather(tally, spools, make, num_workers)
     print(table(tally))
+    require_no_crash(tally)
     for suite, request in pending.items():
         write(request, spools[suite], [(task, k) for (of, task), k in tally.kept() if of == suite], root)
 
@@ -125,15 +140,40 @@ def write(request: Request, spool: Spool, kept: Sequence[tuple[int, int]], root:
     (spool.folder / BEGUN).touch()
     names = [spool.name(*take) for take in kept]
     folder = write_index(names, spool.read, root, request.name, starts=request.how.get("starts"))
-    write_json(root / request.name / RECORDING, request.to_json())
+    lacking = sorted(request.wanted.keys() - {task for task, _ in kept})
+    write_json(root / request.name / RECORDING, request.to_json() | ({LACKING: lacking} if lacking else {}))
     shutil.rmtree(spool.folder)
     print(f"{request.name}  written to {folder}")
+
+
+def require_no_crash(tally: Tally) -> None:
+    """Raises InfrastructureError where a task has nothing and takes of it crashed: these are worth another start."""
+    for task, _ in tally.crashed:
+        if tally.wanted[task] and not tally.successes(task):
+            raise InfrastructureError(
+                f"takes of {task[0]} task {task[1]} crashed, and it has no demonstration; the same command tries again"
+            )
+
+
+def require_every_task(folders: Sequence[Path]) -> None:
+    """Raises DatasetError where a task is left without any demonstration, today as on the day of the recording: a
+    policy would never see it, and fail at it."""
+    lacks = {folder: found for folder in folders if (found := read_recording(folder).get(LACKING))}
+    if lacks:
+        got = "; ".join(
+            f"{folder} has no demonstration of tasks {', '.join(map(str, t))}" for folder, t in lacks.items()
+        )
+        raise DatasetError(
+            got,
+            expected="at least one of each: every take of these failed, or had nothing but no-ops",
+            remedy="It serves the other tasks; for these, record more demonstrations into another --data_root_dir.",
+        )
 
 
 def is_done(folder: Path, request: Request, waiting: Path) -> bool:
     """Whether the data set is there and is what was asked for. Raises DatasetError when it is anything else."""
     wanted = request.to_json()
-    found = read_recording(folder)
+    found = {key: value for key, value in read_recording(folder).items() if key != LACKING}
     if found == wanted:
         return True
     if not folder.exists() or (waiting / BEGUN).exists():  # cut short between data set and note: write both again

@@ -152,7 +152,10 @@ def discard(folder: Path) -> None:
 
 def require_writable(folder: Path, *, flag: str) -> Path:
     """Creates `folder` and proves that a file can be written there; returns it absolute."""
-    folder = folder.expanduser().resolve()
+    try:
+        folder = folder.expanduser().resolve()
+    except RuntimeError as e:
+        raise UserError(f"{flag} {folder}", expected="a user who exists after ~", remedy="Correct the path.") from e
     probe = folder / f".write-probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,10 @@ from spvla.benchmarks.libero.assets import AssetSet, resolve
 from spvla.benchmarks.libero.env import LiberoEnv
 from spvla.benchmarks.libero.experts import demonstrate
 from spvla.benchmarks.libero.starts import initial_start
-from spvla.collect import Request, collect, regenerate
+from spvla.collect import Request, collect, record, regenerate, require_no_crash, write
 from spvla.config import CollectConfig, RegenerateConfig
 from spvla.data.index import ensure_index
+from spvla.data.spool import Spool
 from spvla.data.store import RECORDING, FrameStore
 from spvla.errors import DatasetError, InfrastructureError, UserError
 from spvla.takes import ENOUGH_CRASHES, Tally
@@ -69,6 +70,34 @@ def test_a_crash_makes_one_more_take_due_and_only_many_end_the_recording() -> No
         tally.crash((task, k), "another")
     with pytest.raises(InfrastructureError, match="11 takes crashed, the last one so: the roof"):
         tally.crash((task, 99), "the roof")
+
+
+def test_a_task_without_demonstrations_is_an_error_now_and_at_every_later_start(
+    tmp_path: Path, assets: AssetSet
+) -> None:
+    request = Request(suite="libero_object", origin="experts", assets=assets, wanted={0: 1, 4: 1}, how={})
+    spool = Spool(tmp_path / "takes")
+    spool.put(0, 0, episode(0))
+    write(request, spool, [(0, 0)], tmp_path)
+    for _ in range(2):
+        with pytest.raises(DatasetError, match="libero_object_no_noops has no demonstration of tasks 4; expected"):
+            record([request], lambda: None, tmp_path, 1)
+    whole = replace(request, wanted={0: 1})
+    (tmp_path / DATASET).rename(tmp_path / "away")
+    spool = Spool(tmp_path / "takes")
+    spool.put(0, 0, episode(0))
+    write(whole, spool, [(0, 0)], tmp_path)
+    record([whole], lambda: None, tmp_path, 1)
+
+
+def test_a_task_whose_takes_crashed_is_tried_again() -> None:
+    task = ("libero_goal", 0)
+    tally = Tally({task: 1}, {task: 3}, {})
+    tally.crashed[task, 0] = "no memory"
+    with pytest.raises(InfrastructureError, match="libero_goal task 0 crashed.*tries again"):
+        require_no_crash(tally)
+    tally.done[task, 1] = True
+    require_no_crash(tally)
 
 
 def test_an_unknown_task_or_suite_is_refused_before_any_work(tmp_path: Path) -> None:

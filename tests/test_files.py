@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from spvla.config import EvaluateConfig
-from spvla.files import is_folder, paths_in
+from spvla.errors import UserError
+from spvla.files import is_folder, paths_in, require_writable
 
 
 def test_a_comma_in_a_folders_name_belongs_to_it(tmp_path: Path) -> None:
@@ -18,6 +21,11 @@ def test_a_comma_in_a_folders_name_belongs_to_it(tmp_path: Path) -> None:
 def test_a_comparison_needs_two_paths_and_not_one_comma(tmp_path: Path) -> None:
     (two := tmp_path / "a,b").mkdir()
     EvaluateConfig(pretrained_checkpoint=f"{two},openvla/openvla-7b", stop_when_settled=True).check()
+
+
+def test_the_home_of_nobody_is_no_folder_to_write_to() -> None:
+    with pytest.raises(UserError, match="--run_root_dir ~nosuch/x; expected a user who exists"):
+        require_writable(Path("~nosuch/x"), flag="--run_root_dir")
 
 
 def test_what_can_be_no_path_is_no_folder(tmp_path: Path) -> None:

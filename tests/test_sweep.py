@@ -16,7 +16,7 @@ from spvla import runs
 from spvla.cli import parse
 from spvla.config import SweepConfig, TrainConfig
 from spvla.data.index import ensure_index
-from spvla.errors import ClusterError, UserError
+from spvla.errors import ClusterError, InfrastructureError, UserError
 from spvla.eval.ledger import Ledger
 from spvla.eval.summary import Summary
 from spvla.files import safe_name
@@ -136,6 +136,9 @@ def test_checkpoints_with_equal_weights_have_one_success_rate(tmp_path: Path) ->
     named = {"policy": policy_digest(twins[0]), "policy_name": "a/step_000002"}
     summaries = [Summary(**named, **counts, task=0, successes=4), Summary(**named, **counts, task=None, successes=3)]
     assert success_rates(twins, summaries) == {twins[0]: 0.75, twins[1]: 0.75}
+    lost = Summary(**named, **counts | {"done": 0, "errors": 4}, task=None, successes=0)
+    with pytest.raises(InfrastructureError, match="every trial of .*step_000002 fell to errors"):
+        success_rates(twins, [lost])
 
 
 @pytest.mark.parametrize(

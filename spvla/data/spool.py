@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spvla.files import new_file
+from spvla.files import new_file, writing_to
 from spvla.types import Episode
 
 _NAME = re.compile(r"task_(\d+)_take_(\d+)\.(npz|failed)")
@@ -30,11 +30,12 @@ class Spool:
 
     def put(self, task: int, take: int, episode: Episode | None) -> None:
         file = self.folder / self.name(task, take)
-        if episode is None:
-            file.with_suffix(".failed").touch()
-            return
-        with new_file(file.with_suffix(".npz")) as beside, beside.open("wb") as opened:
-            np.savez(opened, **_to_arrays(episode))
+        with writing_to(self.folder):
+            if episode is None:
+                file.with_suffix(".failed").touch()
+                return
+            with new_file(file.with_suffix(".npz")) as beside, beside.open("wb") as opened:
+                np.savez(opened, **_to_arrays(episode))
 
     @staticmethod
     def name(task: int, take: int) -> str:

@@ -12,6 +12,7 @@ from spvla.config import EvaluateConfig, SweepConfig
 from spvla.data.index import ensure_index
 from spvla.data.loader import require_frames
 from spvla.data.store import FrameStore
+from spvla.errors import InfrastructureError
 from spvla.eval.plan import benchmark_of, chosen_tasks
 from spvla.eval.session import session
 from spvla.eval.summary import Summary
@@ -33,9 +34,16 @@ def judging(config: SweepConfig, folder: Path) -> Iterator[Judge]:
 
 
 def success_rates(checkpoints: Sequence[Path], summaries: Sequence[Summary]) -> dict[Path, float]:
-    """By digest: of two checkpoints with equal weights, only one is in the summaries by its name."""
-    rates = {s.policy: s.rate for s in summaries if s.task is None}
-    return {path: rates[policy_digest(path)] for path in checkpoints}
+    """By digest: of two checkpoints with equal weights, only one is in the summaries by its name.
+
+    Raises InfrastructureError for one whose trials all fell to errors: that says nothing about the policy.
+    """
+    rates = {s.policy: s.rate for s in summaries if s.task is None and s.done}
+    digests = {path: policy_digest(path) for path in checkpoints}
+    for path, digest in digests.items():
+        if digest not in rates:
+            raise InfrastructureError(f"every trial of {path} fell to errors; the same command judges it again")
+    return {path: rates[digest] for path, digest in digests.items()}
 
 
 def max_concurrent(config: SweepConfig) -> int:
