@@ -10,9 +10,11 @@ from spvla.policies.checkpoint import norm_stats
 from spvla.train import merge
 from spvla.train.merge import Merger
 
+UNIT = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 7}}
+
 
 def checkpoint(run: Path, suite: str) -> Path:
-    return write_adapter(run / runs.CHECKPOINTS / "step_000010", norm_stats={suite: {}})
+    return write_adapter(run / runs.CHECKPOINTS / "step_000010", norm_stats={suite: UNIT})
 
 
 def test_runs_of_one_name_do_not_take_each_others_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +33,7 @@ def test_runs_of_one_name_do_not_take_each_others_adapters(tmp_path: Path, monke
     monkeypatch.setattr(merge, "save_merged", interrupted)
     first.finish()
     merged = [norm_stats(run / "merged/step_000010") for run in places]
-    assert merged == [{"libero_goal": {}}, {"libero_object": {}}]
+    assert merged == [{"libero_goal": UNIT}, {"libero_object": UNIT}]
     assert not list((tmp_path / "waiting").iterdir())
 
 
