@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from spvla.data.recorded import write_index
 from spvla.data.spool import Spool
 from spvla.data.store import RECORDING, read_recording
 from spvla.errors import DatasetError, InfrastructureError, UserError
-from spvla.files import require_writable, write_json
+from spvla.files import locked, require_writable, write_json
 from spvla.takes import Tally, gather
 
 LACKING = "tasks_without_demonstrations"  # entry of recording.json
@@ -109,8 +110,12 @@ def record(
         else:
             folders[request.suite] = waiting
     pending = {request.suite: request for request in requests if request.suite in folders}
-    if pending:
-        fill(pending, folders, make, root, num_workers, spare)
+    with ExitStack() as held:
+        for suite in pending:
+            folders[suite].mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folders[suite], expected="one recording at a time", remedy="Wait for that one."))
+        if pending:
+            fill(pending, folders, make, root, num_workers, spare)
     require_every_task([root / request.name for request in requests])
 
 
@@ -142,7 +147,7 @@ def write(request: Request, spool: Spool, kept: Sequence[tuple[int, int]], root:
     folder = write_index(names, spool.read, root, request.name, starts=request.how.get("starts"))
     lacking = sorted(request.wanted.keys() - {task for task, _ in kept})
     write_json(root / request.name / RECORDING, request.to_json() | ({LACKING: lacking} if lacking else {}))
-    shutil.rmtree(spool.folder)
+    shutil.rmtree(spool.folder, ignore_errors=True)  # the lock in it is held: some file systems keep it until then
     print(f"{request.name}  written to {folder}")
 
 

@@ -1,5 +1,6 @@
 """Files, safely: whole or not at all, and never outside the folder they belong to."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -181,6 +182,25 @@ def writing_to(folder: Path) -> Iterator[None]:
             expected="a disk with room, still mounted for writing",
             remedy="Free the disk and run the same command again; what was recorded is safe.",
         ) from e
+
+
+@contextmanager
+def locked(folder: Path, *, expected: str, remedy: str) -> Iterator[None]:
+    """Holds a folder for this process; the lock ends with the process, however that ends. Raises UserError where
+    another holds it. A file system that knows no locks is one that nobody else is kept from."""
+    with (folder / ".lock").open("a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            f.seek(0)
+            got = f"{folder} is being written by process {f.read().strip() or '(unknown)'}"
+            raise UserError(got, expected=expected, remedy=remedy) from e
+        except OSError as e:
+            print(f"{folder} cannot be locked ({e.strerror}): start no second command on it", file=sys.stderr)
+        f.truncate(0)
+        f.write(str(os.getpid()))
+        f.flush()
+        yield
 
 
 def cache_dir() -> Path:

@@ -1,10 +1,8 @@
 """From flags to a run: its name, its folder, its inputs, all checked before anything long begins."""
 
-import fcntl
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from spvla import runs
+from spvla import files, runs
 from spvla.cluster.machines import require_resources, total, unbounded
 from spvla.config import TrainConfig
 from spvla.data.index import ensure_index, require_source
@@ -54,19 +52,8 @@ class Job:
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Holds the run for this process; the lock ends with the process, however that ends. Raises UserError."""
-    with (run / ".lock").open("a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            f.seek(0)
-            raise UserError(
-                f"{run} is being written by process {f.read().strip() or '(unknown)'}",
-                expected="one training process a run",
-                remedy="Wait for it, stop it, or give another --run_id.",
-            ) from e
-        f.truncate(0)
-        f.write(str(os.getpid()))
-        f.flush()
+    remedy = "Wait for it, stop it, or give another --run_id."
+    with files.locked(run, expected="one training process a run", remedy=remedy):
         yield
 
 
