@@ -46,7 +46,7 @@ HEAVY = {
     "libero": ("spvla.benchmarks.libero",),
     "numba": ("spvla.compiler",),
     "h5py": ("spvla.data.demos",),
-    "sqlite3": ("spvla.eval.ledger",),
+    "sqlite3": ("spvla.eval.ledger", "spvla.eval.ledger_file"),
     "websockets": ("spvla.policies.remote", "spvla.serve"),
     "msgpack": ("spvla.policies.wire",),
     "peft": (),  # only its file format is used
@@ -66,6 +66,7 @@ BANNED = ("torchvision", "timm", "robomimic", "tensorflow_graphics", "dlimp")
 PLAIN = (
     "spvla.eval.batcher",
     "spvla.eval.ledger",
+    "spvla.eval.ledger_file",
     "spvla.eval.protocol",
     "spvla.statistics",
     "spvla.train.losses",

@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -235,23 +236,31 @@ def test_trials_of_another_driver_are_left_to_it(tmp_path: Path) -> None:
 
 def test_a_trial_whose_claim_lapsed_is_played_unless_the_other_driver_ends_it(tmp_path: Path) -> None:
     wanted = trials(tasks=1, init_states=1)
+
+    class Slow(FakeEnv):
+        def reset(self, init_state: int) -> None:
+            super().reset(init_state)
+            time.sleep(1)
+
+    def env(suite: str, task: int) -> FakeEnv:
+        return Slow()
+
     with (
         open_ledger(tmp_path, wanted) as ledger,
         open_ledger(tmp_path, wanted) as other,
-        fake_farm(tmp_path, quiet(num_envs=1)) as (farm, _),
+        fake_farm(tmp_path, quiet(num_envs=1), open_env=env) as (farm, _),
     ):
-        driver, record = Driver(farm, job(wanted), ledger), ledger.record
+        stolen = []
 
-        def stolen(*trial: object, **outcome: object) -> bool:
-            ledger.release(PROTOCOL.digest, wanted[0])  # as a heartbeat that stopped for a minute does
-            assert other.claim(PROTOCOL.digest, wanted[0])
-            ledger.record = record
-            recorded = record(*trial, **outcome)
-            other.release(PROTOCOL.digest, wanted[0])
-            return recorded
+        def meanwhile(driver: Driver) -> None:
+            if driver.running and not stolen:
+                ledger.release(PROTOCOL.digest, wanted[0])  # as a heartbeat that stopped for a minute does
+                stolen.append(other.claim(PROTOCOL.digest, wanted[0]))
+            elif stolen and not driver.running:  # what its own worker made of it was refused
+                other.release(PROTOCOL.digest, wanted[0])
 
-        ledger.record = stolen
-        driver.play()
+        Driver(farm, job(wanted), ledger).play(meanwhile)
+        assert stolen == [True]
         assert [r.status for r in ledger.trials()] == ["success"]
 
 

@@ -199,3 +199,124 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
         ledger._db.execute(f"PRAGMA max_page_count = {pages + 1000}")
         assert len(ledger.outcomes()) == 1
         assert ledger.claim(P, TRIALS[1])
+
+
+def test_what_is_written_together_is_written_together_or_not_at_all(tmp_path: Path) -> None:
+    with planned(tmp_path) as one, Ledger.open(tmp_path / "ledger.sqlite") as two:
+        with one.together():
+            assert [one.claim(P, t) for t in TRIALS[:3]] == [True] * 3
+            assert two.missing(P, TRIALS) == TRIALS
+        with pytest.raises(KeyboardInterrupt), one.together():
+            assert one.record(P, TRIALS[0], WON)
+            one.record_error(P, TRIALS[1], kind="hang", message="no step", worker="env-0")
+            raise KeyboardInterrupt
+        assert two.outcomes() == [] and two.errors() == []
+        with one.together():
+            assert one.record(P, TRIALS[0], WON) and not one.record(P, TRIALS[0], LOST)
+            assert one.record(P, TRIALS[1], LOST) and not one.record(P, TRIALS[3], LOST)  # never claimed
+        assert [row.status for row in two.outcomes()] == ["success", "failure"]
+        assert two.missing(P, TRIALS) == TRIALS[2:]
+
+
+def test_a_commit_that_fails_leaves_nothing_half_open(tmp_path: Path) -> None:
+    with planned(tmp_path) as ledger:
+        pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
+        ledger._db.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(LedgerError, match="full"), ledger.together():
+            ledger.claim(P, TRIALS[0])
+            ledger.record_error(P, TRIALS[0], kind="hang", message="x" * 100_000)
+        ledger._db.execute(f"PRAGMA max_page_count = {pages + 1000}")
+        assert ledger.claim(P, TRIALS[1]) and ledger.record(P, TRIALS[1], WON)
+        with Ledger.open(tmp_path / "ledger.sqlite") as other:
+            assert [row.trial for row in other.outcomes()] == [TRIALS[1]] and other.errors() == []
+
+
+def test_news_are_what_came_since_from_whatever_driver(tmp_path: Path) -> None:
+    with planned(tmp_path) as one, Ledger.open(tmp_path / "ledger.sqlite") as two:
+        assert (one.news().outcomes, one.news().errors) == ([], [])
+        for ledger, trial, outcome in ((one, TRIALS[2], WON), (two, TRIALS[0], LOST)):
+            ledger.claim(P, trial)
+            ledger.record(P, trial, outcome)
+        first = one.news()
+        assert first.outcomes == [(TRIALS[2], Status.SUCCESS), (TRIALS[0], Status.FAILURE)]
+        two.record_error(P, TRIALS[1], kind="hang", message="no step", worker="env-0")
+        second = one.news(first.until)
+        assert (second.outcomes, second.errors) == ([], [TRIALS[1]])
+        two.claim(P, TRIALS[1])
+        two.record(P, TRIALS[1], WON)
+        third = one.news(second.until)
+        assert (third.outcomes, third.errors) == ([(TRIALS[1], Status.SUCCESS)], [])
+        assert one.news(third.until).until == third.until
+
+
+def test_a_tick_reads_by_indices_alone(tmp_path: Path) -> None:
+    """Each statement of claiming, recording and news: none may pass over a whole table."""
+    with planned(tmp_path) as ledger:
+        said: list[str] = []
+        ledger._db.set_trace_callback(said.append)
+        ledger.claim(P, TRIALS[0])
+        ledger.record(P, TRIALS[0], WON)
+        ledger.claim(P, TRIALS[1])
+        ledger.release(P, TRIALS[1])
+        ledger.news((1, 1))
+        ledger.missing(P, TRIALS)
+        ledger._db.set_trace_callback(None)
+        statements = [text for text in said if text.startswith(("SELECT", "UPDATE"))]
+        plans = [row["detail"] for text in statements for row in ledger._db.execute(f"EXPLAIN QUERY PLAN {text}")]
+    assert len(statements) >= 8 and any("trials_ended" in plan for plan in plans)
+    assert not [plan for plan in plans if plan.startswith("SCAN") and "CONSTANT" not in plan]
+
+
+OLD_TABLES = """
+CREATE TABLE protocols (digest TEXT PRIMARY KEY, manifest TEXT NOT NULL, made_at REAL NOT NULL);
+CREATE TABLE policies (digest TEXT PRIMARY KEY, name TEXT NOT NULL, path TEXT NOT NULL, made_at REAL NOT NULL);
+CREATE TABLE tasks (suite TEXT, task INTEGER, instruction TEXT NOT NULL, PRIMARY KEY (suite, task));
+CREATE TABLE drivers (id TEXT PRIMARY KEY, machine TEXT NOT NULL, pid INTEGER NOT NULL, started TEXT NOT NULL,
+  heartbeat REAL NOT NULL);
+CREATE TABLE trials (
+  policy TEXT, protocol TEXT, suite TEXT, task INTEGER, init_state INTEGER, driver TEXT,
+  status TEXT, steps INTEGER, seconds REAL, state_digest TEXT, note TEXT, video TEXT, worker TEXT, done_at REAL,
+  PRIMARY KEY (policy, protocol, suite, task, init_state)) WITHOUT ROWID;
+CREATE TABLE errors (
+  id INTEGER PRIMARY KEY, policy TEXT, protocol TEXT, suite TEXT, task INTEGER, init_state INTEGER,
+  kind TEXT NOT NULL, message TEXT NOT NULL, traceback TEXT NOT NULL, worker TEXT NOT NULL, at REAL NOT NULL);
+PRAGMA application_id = 1397773889;
+PRAGMA user_version = 1;
+INSERT INTO policies VALUES ('p0', 'tiny', '/policies/tiny', 1.0);
+INSERT INTO tasks VALUES ('libero_object', 0, 'pick the soup');
+"""
+
+
+def old_ledger(path: Path) -> None:
+    """As the first version wrote them: three trials, of which the second ended before the first."""
+    db = sqlite3.connect(path)
+    db.executescript(OLD_TABLES)
+    db.execute("INSERT INTO protocols VALUES (?, ?, 1.0)", (P, PROTOCOL.to_json()))
+    rows = [(0, "success", 20.0), (1, "failure", 10.0), (2, None, None)]
+    query = "INSERT INTO trials VALUES ('p0', ?, 'libero_object', 0, ?, 'd', ?, 9, 1.0, 's', '', '', 'env-0', ?)"
+    db.executemany(query, [(P, *row) for row in rows])
+    db.execute("INSERT INTO errors VALUES (1, 'p0', ?, 'libero_object', 0, 2, 'hang', 'm', '', 'env-0', 5.0)", (P,))
+    db.commit()
+    db.close()
+
+
+def test_an_older_ledger_is_brought_up_to_date_and_goes_on(tmp_path: Path) -> None:
+    old_ledger(tmp_path / "ledger.sqlite")
+    one, two, three = TRIALS[:3]
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        assert [(row.status, row.errors) for row in ledger.trials()] == [("success", 0), ("failure", 0), (None, 1)]
+        news = ledger.news()
+        assert news.outcomes == [(two, Status.FAILURE), (one, Status.SUCCESS)] and news.errors == [three]
+        assert ledger.claim(P, three) and ledger.record(P, three, WON)
+        assert ledger.news(news.until).outcomes == [(three, Status.SUCCESS)]
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        assert len(ledger.news().outcomes) == 3
+
+
+def test_an_older_ledger_that_may_not_be_written_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old_ledger(tmp_path / "ledger.sqlite")
+    before = (tmp_path / "ledger.sqlite").read_bytes()
+    monkeypatch.setattr("spvla.eval.ledger_file.os.access", lambda *_: False)  # root may write everywhere
+    with Ledger.open(tmp_path / "ledger.sqlite") as ledger:
+        assert [row.errors for row in ledger.trials()] == [0, 0, 1]
+    assert (tmp_path / "ledger.sqlite").read_bytes() == before

@@ -19,7 +19,7 @@ from spvla.eval.console import EvaluationConsole, ProgressView, TaskCounts, rich
 from spvla.eval.exports import export, log_results, open_wandb
 from spvla.eval.ledger import Ledger
 from spvla.eval.logfile import log_name, log_text, name_part, refuse_note
-from spvla.eval.settle import Pairs, pairs_of
+from spvla.eval.settle import PairCounter, Pairs
 from spvla.eval.summary import summarise, table
 from spvla.eval.videos import FilmQuota, encode_mp4, video_name
 from spvla.types import Outcome, Status, Trial
@@ -155,18 +155,18 @@ def test_a_video_is_an_mp4_of_thirty_frames_a_second(tmp_path: Path) -> None:
     assert abs(int(read[10].mean()) - 80) < 6
 
 
-def test_pairs_are_trials_that_both_have_ended(tmp_path: Path) -> None:
+def test_pairs_are_trials_that_both_have_ended() -> None:
     a, b = VERSION, replace(VERSION, digest="p1", name="other")
     wanted = trials(tasks=1, init_states=4, versions=[a, b])
     outcomes = {("p0", 0): True, ("p0", 1): True, ("p0", 2): False, ("p0", 3): True, ("p1", 0): False, ("p1", 1): True}
-    with open_ledger(tmp_path, wanted, [a, b]) as ledger:
-        for trial in wanted:
+    for order in (wanted, wanted[::-1]):  # whichever of a pair ends first
+        forth, back = PairCounter("p0", "p1"), PairCounter("p1", "p0")
+        for trial in order:
             if (won := outcomes.get((trial.policy, trial.init_state))) is not None:
-                status = Status.SUCCESS if won else Status.FAILURE
-                ledger.claim(PROTOCOL.digest, trial)
-                ledger.record(PROTOCOL.digest, trial, Outcome(status=status, steps=9, seconds=1.0, state_digest="d"))
-        assert pairs_of(ledger.trials(), "p0", "p1") == Pairs(both=2, only_a=1, only_b=0)
-        assert pairs_of(ledger.trials(), "p1", "p0") == Pairs(both=2, only_a=0, only_b=1)
+                forth.add(trial, won=won)
+                back.add(trial, won=won)
+        assert forth.count == Pairs(both=2, only_a=1, only_b=0)
+        assert back.count == Pairs(both=2, only_a=0, only_b=1)
 
 
 def test_videos_are_named_as_the_originals() -> None:

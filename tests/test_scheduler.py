@@ -91,6 +91,66 @@ def test_dropped_trials_are_not_begun() -> None:
     assert s.done("a") == first and s.finished
 
 
+def neediest(left: dict[int, int], at: dict[int, int]) -> int:
+    """The rule in its plainest form: most pending trials for each worker that would be there; then the first task."""
+    return min((t for t in left if left[t]), key=lambda t: (-left[t] / (at[t] + 1), t))
+
+
+def test_a_worker_is_sent_where_a_worker_is_needed_most_however_things_went_before() -> None:
+    """Against the rule applied to every task, through deaths that reopen tasks and errors that fill them again."""
+    rng, sizes_of = random.Random(2), [13, 40, 7, 22, 40]
+    wanted = [
+        Trial(policy="p0", suite="libero_object", task=t, init_state=i) for t in range(5) for i in range(sizes_of[t])
+    ]
+    s, workers = scheduler(wanted, max_retries=10**6), [f"w{i}" for i in range(12)]
+    left, at, holds, moves = dict(enumerate(sizes_of)), dict.fromkeys(range(5), 0), {}, 0
+    while not s.finished:
+        w = rng.choice(workers)
+        if w in s.running:
+            if rng.random() < 0.6:
+                s.done(w)
+            else:
+                left[s.running[w].task] += 1
+                if died := rng.random() < 0.5:
+                    at[holds.pop(w)] -= 1
+                s.failed(w, died=died)
+                s.blamed.clear()  # where it may be tried is another test's concern
+        elif s.num_pending:
+            stays = w in holds and left[holds[w]]
+            expected = holds[w] if stays else neediest(left, at)
+            moves += not stays
+            task = s.next(w, workers).task
+            assert task == expected
+            left[task] -= 1
+            if not stays:
+                at[task] += 1
+                if w in holds:
+                    at[holds[w]] -= 1
+                holds[w] = task
+    assert moves > 20 and s.num_pending == 0
+
+
+def test_handing_out_a_hundred_thousand_trials_to_two_thousand_workers_looks_at_few_tasks() -> None:
+    """Counted in looks at a task's need, which was workers x tasks for each trial."""
+    wanted = [Trial(policy="p0", suite="libero_10", task=t, init_state=i) for t in range(100) for i in range(1000)]
+    s, workers, looks = scheduler(wanted), {f"w{i}" for i in range(2000)}, 0
+    need = s._need
+
+    def counted(task: tuple[str, int]) -> float:
+        nonlocal looks
+        looks += 1
+        return need(task)
+
+    s._need = counted
+    while not s.finished:
+        for w in sorted(workers):
+            if s.num_pending:
+                s.next(w, workers)
+        for w in list(s.running):
+            s.done(w)
+    assert looks < 3 * len(wanted)
+
+
 @pytest.mark.parametrize(
     ("cpus", "gpus", "envs", "decoders", "expected"),
     [

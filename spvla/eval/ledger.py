@@ -4,6 +4,8 @@ A trial's key is (policy digest, protocol digest, suite, task, init state). A dr
 and may write its outcome only while it holds the claim and none is written, in one transaction; so neither a kill at
 any moment nor two drivers on one ledger can lose an outcome or write two. A dead driver's claims lapse: at once where
 its process can be looked up, else when its heartbeat stops. Errors of the infrastructure are kept beside the trials.
+
+One transaction may carry many claims or outcomes (`together`): it costs a wait for the disk, they do not.
 """
 
 import os
@@ -19,31 +21,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from spvla.errors import LedgerError
+from spvla.eval.ledger_file import RESTORE, connect, explained, transaction
 from spvla.eval.protocol import Protocol, require_same
 from spvla.reading import form_of, require_form
-from spvla.types import Outcome, Trial
+from spvla.types import Outcome, Status, Trial
 
-SCHEMA = 1
-APPLICATION_ID = 0x53505641  # "SPVA", in the file's header
+BEGINNING = (0, 0)  # of a ledger's history: no outcome and no error read yet
 LAPSE_S = 60.0  # a driver elsewhere that has not been heard of for so long is dead
-BUSY_S = 30.0
 
-_TABLES = """
-CREATE TABLE protocols (digest TEXT PRIMARY KEY, manifest TEXT NOT NULL, made_at REAL NOT NULL);
-CREATE TABLE policies (digest TEXT PRIMARY KEY, name TEXT NOT NULL, path TEXT NOT NULL, made_at REAL NOT NULL);
-CREATE TABLE tasks (suite TEXT, task INTEGER, instruction TEXT NOT NULL, PRIMARY KEY (suite, task));
-CREATE TABLE drivers (id TEXT PRIMARY KEY, machine TEXT NOT NULL, pid INTEGER NOT NULL, started TEXT NOT NULL,
-  heartbeat REAL NOT NULL);
-CREATE TABLE trials (
-  policy TEXT, protocol TEXT, suite TEXT, task INTEGER, init_state INTEGER, driver TEXT,
-  status TEXT, steps INTEGER, seconds REAL, state_digest TEXT, note TEXT, video TEXT, worker TEXT, done_at REAL,
-  PRIMARY KEY (policy, protocol, suite, task, init_state)) WITHOUT ROWID;
-CREATE TABLE errors (
-  id INTEGER PRIMARY KEY, policy TEXT, protocol TEXT, suite TEXT, task INTEGER, init_state INTEGER,
-  kind TEXT NOT NULL, message TEXT NOT NULL, traceback TEXT NOT NULL, worker TEXT NOT NULL, at REAL NOT NULL);
-"""
-RESTORE = "The file is damaged: put a backup in its place, or move it away and run again."
 _Row = TypeVar("_Row")
+_NEXT = "SELECT coalesce(max(ended), 0) + 1 FROM trials WHERE ended IS NOT NULL"
+_TRIAL = "policy, suite, task, init_state"
 _KEY = "policy = ? AND protocol = ? AND suite = ? AND task = ? AND init_state = ?"
 
 
@@ -97,6 +85,33 @@ class ErrorRow:
     at: float  # Unix time
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Erred:
+    policy: str
+    suite: str
+    task: int
+    init_state: int
+    id: int
+
+    @property
+    def trial(self) -> Trial:
+        return Trial(policy=self.policy, suite=self.suite, task=self.task, init_state=self.init_state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ended(_Erred):
+    status: Literal["success", "failure"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """What came into the ledger after a point in its history, from whatever driver."""
+
+    outcomes: list[tuple[Trial, Status]]  # in the order in which they were written
+    errors: list[Trial]  # the trial of each infrastructure error
+    until: tuple[int, int] = BEGINNING  # where the next news begin
+
+
 class Ledger:
     """Open with `Ledger.open` (must exist) or `Ledger.create` (made when missing). One object to a process."""
 
@@ -123,62 +138,11 @@ class Ledger:
 
     @classmethod
     def _connect(cls, path: Path) -> "Ledger":
-        with _explained(path):
-            db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
-            db.row_factory = sqlite3.Row
-            ledger = cls(path, db)
-            try:
-                ledger._prepare()
-            except BaseException:
-                db.close()
-                raise
-            return ledger
-
-    def _prepare(self) -> None:
-        """Makes the tables in an empty file; refuses anything that is not a sound ledger of this schema."""
-        empty = not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()  # first: another may fill it now
-        schema = self._db.execute("PRAGMA user_version").fetchone()[0]
-        mark = self._db.execute("PRAGMA application_id").fetchone()[0]
-        if not empty and mark != APPLICATION_ID:
-            raise LedgerError(
-                f"{self.path} is an SQLite file of something else",
-                expected="a ledger written by spvla",
-                remedy="Give another --local_log_dir.",
-            )
-        if schema > SCHEMA:
-            raise LedgerError(
-                f"{self.path} has ledger schema {schema}",
-                expected=f"schema {SCHEMA} or older",
-                remedy="It was written by a newer spvla: install that one, or give another --local_log_dir.",
-            )
-        if not empty and (found := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise sqlite3.DatabaseError(found)
-        if os.access(self.path.parent, os.W_OK):
-            self._journal()
-            self._db.execute("PRAGMA synchronous = FULL")
-        if empty:
-            with self._transaction():  # another process may be making the tables at this moment
-                if not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
-                    for statement in filter(str.strip, _TABLES.split(";")):
-                        self._db.execute(statement)
-                    self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                    self._db.execute(f"PRAGMA user_version = {SCHEMA}")
-
-    def _journal(self) -> None:
-        """Two that change to a write-ahead log at once do not wait for each other by themselves."""
-        deadline_s = time.monotonic() + BUSY_S
-        while True:
-            try:
-                self._db.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError as e:
-                if "locked" not in str(e) or time.monotonic() > deadline_s:
-                    raise
-                time.sleep(0.02)
+        return cls(path, connect(path))
 
     def close(self) -> None:
         """Gives unfinished claims back and closes the file."""
-        with _explained(self.path):
+        with explained(self.path):
             if self._driver is not None:
                 self._db.execute("UPDATE trials SET driver = NULL WHERE driver = ? AND status IS NULL", (self._driver,))
                 self._db.execute("DELETE FROM drivers WHERE id = ?", (self._driver,))
@@ -191,19 +155,13 @@ class Ledger:
         self.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with _explained(self.path):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                if self._db.in_transaction:  # a full disk rolls back by itself
-                    self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+    def together(self) -> Iterator[None]:
+        """All that is written inside it is written at its end, or none of it; what was claimed is held only then."""
+        with explained(self.path), transaction(self._db):
+            yield
 
     def _rows(self, query: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
-        with _explained(self.path):
+        with explained(self.path):
             return self._db.execute(query, values).fetchall()
 
     def _objects(self, kind: type[_Row], rows: list[sqlite3.Row]) -> list[_Row]:
@@ -221,7 +179,7 @@ class Ledger:
 
     def add_protocol(self, protocol: Protocol) -> None:
         """Binds the ledger to its protocol. Raises LedgerError if it holds another."""
-        with self._transaction():
+        with self.together():
             if (old := self.protocol()) is not None:
                 require_same(old, protocol, where=str(self.path))
             values = (protocol.digest, protocol.to_json(), time.time())
@@ -229,7 +187,7 @@ class Ledger:
 
     def add_policy(self, digest: str, *, name: str, path: str) -> None:
         """A policy keeps the name that it came with first; a name that another policy has gets a part of the digest."""
-        with self._transaction():
+        with self.together():
             taken = self._db.execute("SELECT 1 FROM policies WHERE name = ? AND digest != ?", (name, digest)).fetchone()
             values = (digest, f"{name}@{digest[:8]}" if taken else name, path, time.time())
             self._db.execute("INSERT OR IGNORE INTO policies VALUES (?, ?, ?, ?)", values)
@@ -237,13 +195,13 @@ class Ledger:
     def add_tasks(self, instructions: Mapping[tuple[str, int], str]) -> None:
         """(suite, task) -> instruction."""
         rows = [(*task, text) for task, text in instructions.items()]
-        with self._transaction():
+        with self.together():
             self._db.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?)", rows)
 
     def add_trials(self, protocol: str, trials: Iterable[Trial]) -> None:
         """Plans trials; those that are there already stay as they are."""
         rows = [(t.policy, protocol, t.suite, t.task, t.init_state) for t in trials]
-        with self._transaction():
+        with self.together():
             self._db.executemany(
                 "INSERT OR IGNORE INTO trials (policy, protocol, suite, task, init_state) VALUES (?, ?, ?, ?, ?)", rows
             )
@@ -252,18 +210,22 @@ class Ledger:
 
     def claim(self, protocol: str, trial: Trial) -> bool:
         """Takes a trial that has no outcome and no living driver but this one. False: leave it alone."""
-        with self._transaction():
-            row = self._db.execute(f"SELECT driver, status FROM trials WHERE {_KEY}", _key(protocol, trial)).fetchone()
+        key = _key(protocol, trial)
+        with self.together():
+            driver = self._register()
+            open_claim = f"UPDATE trials SET driver = ? WHERE {_KEY} AND status IS NULL AND driver IS NULL"
+            if self._db.execute(open_claim, (driver, *key)).rowcount == 1:
+                return True
+            row = self._db.execute(f"SELECT driver, status FROM trials WHERE {_KEY}", key).fetchone()
             assert row is not None, f"{trial} was never planned"
             if row["status"] is not None or not self._free(row["driver"]):
                 return False
-            driver = self._register()
-            self._db.execute(f"UPDATE trials SET driver = ? WHERE {_KEY}", (driver, *_key(protocol, trial)))
+            self._db.execute(f"UPDATE trials SET driver = ? WHERE {_KEY}", (driver, *key))
         return True
 
     def release(self, protocol: str, trial: Trial) -> None:
         """Gives a claim back without an outcome."""
-        with self._transaction():
+        with self.together():
             values = (*_key(protocol, trial), self._driver)
             self._db.execute(f"UPDATE trials SET driver = NULL WHERE {_KEY} AND driver = ? AND status IS NULL", values)
 
@@ -271,10 +233,10 @@ class Ledger:
         """Writes the outcome if this driver still holds the claim. False: it lapsed, and the trial is another's."""
         o = outcome
         values = (str(o.status), o.steps, o.seconds, o.state_digest, o.note, video, worker, time.time())
-        with self._transaction():
+        with self.together():
             done = self._db.execute(
                 "UPDATE trials SET status = ?, steps = ?, seconds = ?, state_digest = ?, note = ?, video = ?,"
-                f" worker = ?, done_at = ? WHERE {_KEY} AND driver = ? AND status IS NULL",
+                f" worker = ?, done_at = ?, ended = ({_NEXT}) WHERE {_KEY} AND driver = ? AND status IS NULL",
                 (*values, *_key(protocol, trial), self._driver),
             )
             return done.rowcount == 1
@@ -282,7 +244,7 @@ class Ledger:
     def record_error(
         self, protocol: str, trial: Trial, *, kind: str, message: str, traceback: str = "", worker: str = ""
     ) -> None:
-        with self._transaction():
+        with self.together():
             self._db.execute(
                 "INSERT INTO errors (policy, protocol, suite, task, init_state, kind, message, traceback, worker, at)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -292,7 +254,7 @@ class Ledger:
     def heartbeat(self) -> None:
         """Keeps this driver's claims. Call it more often than every LAPSE_S."""
         if self._driver is not None:
-            with self._transaction():
+            with self.together():
                 self._db.execute("UPDATE drivers SET heartbeat = ? WHERE id = ?", (time.time(), self._driver))
 
     def _register(self) -> str:
@@ -312,16 +274,35 @@ class Ledger:
 
     # --- what is known: the reading side, for reports
 
+    def news(self, since: tuple[int, int] = BEGINNING) -> News:
+        """What was written after `since`, which is an earlier answer's `until`. It reads that alone."""
+        ended = self._rows(
+            f"SELECT {_TRIAL}, status, ended AS id FROM trials WHERE ended > ? ORDER BY ended", since[:1]
+        )
+        errors = self._rows(f"SELECT {_TRIAL}, id FROM errors WHERE id > ? ORDER BY id", since[1:])
+        return News(
+            outcomes=[(row.trial, Status(row.status)) for row in self._objects(_Ended, ended)],
+            errors=[row.trial for row in self._objects(_Erred, errors)],
+            until=(ended[-1]["id"] if ended else since[0], errors[-1]["id"] if errors else since[1]),
+        )
+
+    def missing(self, protocol: str, trials: Iterable[Trial]) -> list[Trial]:
+        """Those of the trials that have no outcome."""
+        query = f"SELECT 1 FROM trials WHERE {_KEY} AND status IS NOT NULL"
+        with explained(self.path):
+            return [t for t in trials if self._db.execute(query, _key(protocol, t)).fetchone() is None]
+
     def trials(self) -> list[TrialRow]:
         """Every planned trial, in the order policy, suite, task, init state; policies as they were added."""
         rows = self._rows(
             "SELECT t.policy, p.name AS policy_name, t.protocol, t.suite, t.task, t.init_state,"
             " coalesce(k.instruction, '') AS instruction, t.status, t.steps, t.seconds, t.state_digest, t.note,"
-            " t.video, t.worker, t.done_at, (SELECT count(*) FROM errors e WHERE e.policy = t.policy"
-            " AND e.protocol = t.protocol AND e.suite = t.suite AND e.task = t.task"
-            " AND e.init_state = t.init_state) AS errors"
+            " t.video, t.worker, t.done_at, coalesce(e.n, 0) AS errors"
             " FROM trials t JOIN policies p ON p.digest = t.policy"
             " LEFT JOIN tasks k ON k.suite = t.suite AND k.task = t.task"
+            f" LEFT JOIN (SELECT count(*) AS n, protocol, {_TRIAL} FROM errors"
+            " GROUP BY policy, protocol, suite, task, init_state) e ON e.policy = t.policy"
+            " AND e.protocol = t.protocol AND e.suite = t.suite AND e.task = t.task AND e.init_state = t.init_state"
             " ORDER BY p.made_at, t.suite, t.task, t.init_state"
         )
         return self._objects(TrialRow, rows)
@@ -360,26 +341,6 @@ def _form(kind: type) -> Any:
 
 def _key(protocol: str, trial: Trial) -> tuple[str, str, str, int, int]:
     return trial.policy, protocol, trial.suite, trial.task, trial.init_state
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """SQLite's complaints, as one clear line. Nothing is ever deleted or overwritten."""
-    try:
-        yield
-    except sqlite3.ProgrammingError:
-        raise  # ours
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as e:  # the latter where its own message quotes the damage
-        text = str(e)
-        if "locked" in text or "busy" in text:
-            remedy = "Another process holds it: wait for that one, or give another --local_log_dir."
-        elif "full" in text or "I/O" in text:
-            remedy = "Free the disk and run the same command again; what was recorded is safe."
-        elif "readonly" in text or "unable to open" in text:
-            remedy = "Give a --local_log_dir on a local disk that can be written."
-        else:
-            remedy = RESTORE
-        raise LedgerError(f"{path} cannot be used ({text})", expected="a sound ledger", remedy=remedy) from e
 
 
 def _machine() -> str:

@@ -4,7 +4,6 @@ One session evaluates one checkpoint after another, or several together, on work
 """
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,7 +17,7 @@ from spvla.cluster.connect import connection
 from spvla.config import EvaluateConfig
 from spvla.errors import UserError
 from spvla.eval.actors import open_base
-from spvla.eval.console import EvaluationConsole, ProgressView, TaskCounts
+from spvla.eval.console import EvaluationConsole
 from spvla.eval.driver import Driver, EvaluationJob
 from spvla.eval.exports import export, log_results, open_wandb
 from spvla.eval.farm import Farm, cluster_sizes
@@ -26,8 +25,8 @@ from spvla.eval.ledger import Ledger, TrialRow
 from spvla.eval.logfile import name_part, refuse_note, write_log
 from spvla.eval.messages import ELSEWHERE, ServerFacts, ServerSettings, WorkerFacts, WorkerSettings, differing
 from spvla.eval.plan import Plan, benchmark_of, make_plan
+from spvla.eval.progress import Progress, ProgressWatcher
 from spvla.eval.protocol import UNKNOWN, Protocol, require_same
-from spvla.eval.settle import pairs_of, verdict
 from spvla.eval.sizing import Sizes, decode_batch_size
 from spvla.eval.summary import Summary, summarise
 from spvla.files import require_writable, writing_to
@@ -35,7 +34,6 @@ from spvla.tracking import WandbRun
 from spvla.types import Benchmark, Trial
 
 WORKER_LOGS = "workers"
-LOOK_EVERY_S = 0.5
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
@@ -71,15 +69,16 @@ class EvaluationSession:
         plan = make_plan(self.config, self.benchmark, checkpoints)
         self._require_known_protocol()
         self._keep_config()
-        done = {row.trial for row in self.ledger.outcomes()}
-        missing = [t for t in plan.trials if t not in done]
-        if idle := self._nothing_to_play(plan, missing):
+        progress = Progress(plan, self.ledger)
+        progress.refresh()
+        missing = progress.missing
+        if idle := self._nothing_to_play(progress, missing):
             self.console.say(f"evaluate  {idle}")
         if self.config.use_wandb and self.wandb is None:
             self.wandb = self._open_wandb()
         try:
             if not idle:
-                self._play(plan, missing)
+                self._play(plan, missing, progress)
         finally:
             with writing_to(self.folder):
                 self._write(plan, step)
@@ -91,11 +90,11 @@ class EvaluationSession:
         if not there or runs.read_config(self.folder)["command"] == "evaluate":
             runs.write_config(self.folder, "evaluate", self.config)
 
-    def _nothing_to_play(self, plan: Plan, missing: Sequence[Trial]) -> str:
+    def _nothing_to_play(self, progress: Progress, missing: Sequence[Trial]) -> str:
         """Why no farm is needed, or nothing."""
         if not missing:
-            return f"nothing is missing: {len(plan.trials)} trials are in {self.ledger.path}"
-        if self.config.stop_when_settled and (words := settled(plan, self._rows(plan))):
+            return f"nothing is missing: {len(progress.trials)} trials are in {self.ledger.path}"
+        if self.config.stop_when_settled and (words := progress.settled):
             return f"{words}; {len(missing)} trials stay left out"
         return ""
 
@@ -128,7 +127,7 @@ class EvaluationSession:
         old = self.ledger.protocol()
         return self.config.decode_batch_size or (old.decode_batch_size if old else 0) or default
 
-    def _play(self, plan: Plan, missing: Sequence[Trial]) -> None:
+    def _play(self, plan: Plan, missing: Sequence[Trial], progress: Progress) -> None:
         """Brings the farm up, settles what the protocol is, and plays."""
         if self.farm is None:
             self.farm = self._open_farm()
@@ -143,7 +142,12 @@ class EvaluationSession:
             instructions=plan.instructions,
             steps_limit={suite: self._max_steps(suite) for suite in plan.suites},
         )
-        watcher = ProgressWatcher(self, plan)
+        watcher = ProgressWatcher(
+            progress,
+            self.console,
+            batch_size=self.farm.serving.max_batch,
+            stop_when_settled=self.config.stop_when_settled,
+        )
         Driver(self.farm, job, self.ledger).play(watcher.tick)
 
     def _max_steps(self, suite: str) -> int:
@@ -246,54 +250,3 @@ class EvaluationSession:
             self.console.say(f"evaluate  export: {path}")
         if self.wandb is not None:
             log_results(self.wandb, summarise(self._rows(plan)), step=step)
-
-
-class ProgressWatcher:
-    """Looks at a run several times a second: shows it, and ends a comparison that is settled."""
-
-    def __init__(self, session: EvaluationSession, plan: Plan) -> None:
-        self.session, self.plan = session, plan
-        self.view = ProgressView("evaluate", batch_size=session.farm.serving.max_batch)
-        self.looked_at_s = -float("inf")
-        self.settled = False
-
-    def tick(self, driver: Driver) -> None:
-        now = time.monotonic()
-        if now - self.looked_at_s < LOOK_EVERY_S and not driver.scheduler.finished:
-            return
-        self.looked_at_s = now
-        rows = self.session._rows(self.plan)
-        self.view.task_counts = task_counts(rows)
-        self.view.made = driver.made
-        self.view.workers, self.view.servers = len(driver.farm.workers.ready()), len(driver.farm.servers.ready())
-        self.view.batches = driver.batch_stats()
-        self.session.console.show(self.view, now=driver.scheduler.finished)
-        if self.session.config.stop_when_settled and not self.settled:
-            self._settle(rows, driver)
-
-    def _settle(self, rows: Sequence[TrialRow], driver: Driver) -> None:
-        if words := settled(self.plan, rows):
-            self.settled = True
-            dropped = driver.drop(self.plan.trials)
-            self.session.console.say(f"evaluate  {words}; {dropped} trials left out")
-
-
-def settled(plan: Plan, rows: Sequence[TrialRow]) -> str:
-    """Why the comparison of a plan's two versions needs no more trials, or nothing."""
-    first, second = (v.digest for v in plan.versions)
-    found, pairs = pairs_of(rows, first, second), len(plan.trials) // 2
-    words = verdict(found.only_a, found.only_b, pairs_left=pairs - found.both)
-    names = " and ".join(v.name for v in plan.versions)
-    return f"{names}: settled after {found.both} of {pairs} pairs: {words}" if words else ""
-
-
-def task_counts(rows: Sequence[TrialRow]) -> dict[tuple[str, int], TaskCounts]:
-    """Counts for each (suite, task), over all policies."""
-    counts: dict[tuple[str, int], TaskCounts] = {}
-    for row in rows:
-        tally = counts.setdefault((row.suite, row.task), TaskCounts(row.instruction))
-        tally.planned += 1
-        tally.done += row.status is not None
-        tally.successes += row.status == "success"
-        tally.errors += row.errors
-    return counts

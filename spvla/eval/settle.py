@@ -5,12 +5,11 @@ an e-value, whose error holds at whatever moment one stops (Ville's inequality),
 without one when no outcome of the remaining pairs could produce any.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, lgamma, log
 
-from spvla.eval.ledger import TrialRow
 from spvla.statistics import mcnemar
+from spvla.types import Trial
 
 LEVEL = 0.05
 
@@ -24,15 +23,33 @@ class Pairs:
     only_b: int
 
 
-def pairs_of(rows: Sequence[TrialRow], a: str, b: str) -> Pairs:
-    """`a` and `b` are digests of policies; a pair is an equal suite, task and init state."""
-    won = {(r.policy, r.suite, r.task, r.init_state): r.status == "success" for r in rows if r.status is not None}
-    places = [(suite, task, k) for policy, suite, task, k in won if policy == a and (b, suite, task, k) in won]
-    return Pairs(
-        both=len(places),
-        only_a=sum(won[(a, *p)] and not won[(b, *p)] for p in places),
-        only_b=sum(won[(b, *p)] and not won[(a, *p)] for p in places),
-    )
+class PairCounter:
+    """Counts the pairs of `a` and `b`, which are digests of policies, as outcomes come: an equal suite, task and init
+    state make a pair. Each trial is to be added once."""
+
+    def __init__(self, a: str, b: str) -> None:
+        self.policies = a, b
+        self.waiting: dict[tuple[str, int, int], bool] = {}  # of one policy: whether it won, until the other has ended
+        self.both = 0
+        self.only = {a: 0, b: 0}  # solved by that one alone
+
+    def add(self, trial: Trial, *, won: bool) -> None:
+        if trial.policy not in self.policies:
+            return
+        place = trial.suite, trial.task, trial.init_state
+        other_won = self.waiting.pop(place, None)
+        if other_won is None:
+            self.waiting[place] = won
+            return
+        a, b = self.policies
+        self.both += 1
+        if won != other_won:
+            self.only[trial.policy if won else (b if trial.policy == a else a)] += 1
+
+    @property
+    def count(self) -> Pairs:
+        a, b = self.policies
+        return Pairs(both=self.both, only_a=self.only[a], only_b=self.only[b])
 
 
 def e_value(only_a: int, only_b: int) -> float:
