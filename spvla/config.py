@@ -387,6 +387,7 @@ class EvaluateConfig(FarmConfig):
     policy: str = ""
     """instead of a checkpoint: package.module:function that makes an object of the Policy protocol"""
     seed: int = 7
+    """does nothing to a trial, whose init state is numbered; recorded with the results"""
     local_log_dir: Path = Path("experiments/logs")
     """folder that gets the ledger, the logs, videos and exports"""
     run_id_note: str | None = None
