@@ -159,7 +159,7 @@ def test_a_real_evaluation_equals_the_same_trials_played_one_by_one(
 def test_environments_spare_the_gpu_where_the_policy_decodes_on_one(tmp_path: Path, device: str) -> None:
     sizes = Sizes(envs=2, decoders=1, env_cpus=1, device=device)
     with (
-        patch.multiple(farm_session, connection=nullcontext, cluster_sizes=lambda _: sizes, Farm=DEFAULT) as patched,
+        patch.multiple(farm_session, connection=nullcontext, cluster_sizes=lambda *_: sizes, Farm=DEFAULT) as patched,
         farm_session.session(EvaluateConfig(pretrained_checkpoint="x", local_log_dir=tmp_path)) as opened,
     ):
         patched["Farm"].side_effect = lambda config, **settings: nullcontext(settings["working"])
