@@ -146,7 +146,7 @@ class Driver:
 
     def _claims(self, idle: Sequence[ActorSlot[Any]], living: Collection[str]) -> list[tuple[ActorSlot[Any], Trial]]:
         """A trial for each of the idle, ours alone once this returns; a limited number of them."""
-        claimed = []
+        claimed: list[tuple[ActorSlot[Any], Trial]] = []
         with self.ledger.together():
             for slot in idle:
                 if len(claimed) == MOST_AT_ONCE or not self.scheduler.num_pending:

@@ -53,6 +53,7 @@ class Progress:
     @property
     def settled(self) -> str:
         """Why the comparison of the plan's two versions needs no more trials, or nothing."""
+        assert self.pairs is not None, "only a comparison of two is ever settled"
         found, pairs = self.pairs.count, len(self.plan.trials) // 2
         words = verdict(found.only_a, found.only_b, pairs_left=pairs - found.both)
         names = " and ".join(v.name for v in self.plan.versions)

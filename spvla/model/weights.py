@@ -80,7 +80,7 @@ def read_headers(paths: Iterable[Path]) -> Weights:
 def fingerprint(weights: Weights) -> str:
     """sha256 over every tensor's name, shape and first row: tells two models apart in a moment, however they are split
     into files."""
-    rows = {}
+    rows: dict[str, Tensor] = {}
     for path, names in weights.files.items():
         with _opened(path) as f:
             rows |= {n: f.get_slice(n)[:1] if weights.shapes[n] else f.get_tensor(n) for n in names}
