@@ -25,7 +25,7 @@ from spvla.data.recorded import write_index
 from spvla.data.spool import Spool
 from spvla.data.store import RECORDING, read_recording
 from spvla.errors import DatasetError, InfrastructureError, UserError
-from spvla.files import locked, require_writable, write_json
+from spvla.files import expanded, locked, require_writable, write_json
 from spvla.takes import Tally, gather
 
 LACKING = "tasks_without_demonstrations"  # entry of recording.json
@@ -59,7 +59,7 @@ def regenerate(config: RegenerateConfig) -> None:
     """Replays LIBERO's HDF5 demonstrations. Raises UserError before any work on bad files."""
     names = [task.name for task in tasks(config.task_suite_name)]
     assets = resolve(config.libero_assets)
-    folder = config.demos.expanduser().resolve()
+    folder = expanded(config.demos, flag="--demos")
     files = demo_files(folder, names)
     counts = {task: count_demos(file) for task, file in files.items()}
     request = Request(suite=config.task_suite_name, origin=str(folder), assets=assets, wanted=counts, how={})

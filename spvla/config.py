@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from spvla.errors import UserError
-from spvla.files import paths_in
+from spvla.files import expanded, paths_in
 
 # Named, because draccus misses the text below a field whose annotation holds quotation marks.
 Objective = Literal["spin", "spvla", "sft"]
@@ -75,6 +75,8 @@ def require_values(config: Any, *, above_0: Sequence[str] = ABOVE_0) -> None:
     """Raises UserError for a value that a flag cannot have, whatever the others are."""
     for field in fields(config):
         flag, value = field.name, getattr(config, field.name)
+        if isinstance(value, Path):
+            expanded(value, flag=f"--{flag}")
         bounds = [(value is not None or type(None) in get_args(field.type), "a value")]
         if isinstance(value, int | float):
             bounds += [
@@ -520,7 +522,7 @@ class ReportConfig:
     """default: report.html in the run folder"""
 
     def check(self) -> None:
-        pass
+        require_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -531,7 +533,7 @@ class StatusConfig:
     """run folder (also the first argument)"""
 
     def check(self) -> None:
-        pass
+        require_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -567,4 +569,4 @@ class DemoConfig:
     out: Path = Path("demo")
 
     def check(self) -> None:
-        pass
+        require_values(self)

@@ -1,5 +1,6 @@
 """Files, safely: whole or not at all, and never outside the folder they belong to."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from spvla.errors import UserError
 
@@ -46,10 +47,19 @@ def paths_in(text: str) -> list[str]:
     words, found = text.split(","), []
     while words:
         joined = (",".join(words[:n]) for n in range(len(words), 1, -1))
-        path = next((p for p in joined if is_folder(Path(p).expanduser())), words[0])
+        path = next((p for p in joined if is_folder(Path(os.path.expanduser(p)))), words[0])
         found.append(path)
         words = words[path.count(",") + 1 :]
     return [path for path in found if path]
+
+
+def expanded(path: Path, *, flag: str) -> Path:
+    """The absolute path, with a user's home for ~. Raises UserError for nobody's home or a circle of links."""
+    try:
+        return path.expanduser().resolve()
+    except RuntimeError as e:
+        expected = "a user who exists after ~, and no circle of links"
+        raise UserError(f"{flag} {path}", expected=expected, remedy="Correct the path.") from e
 
 
 def is_folder(path: Path) -> bool:
@@ -89,7 +99,8 @@ def write_json(path: Path, value: Any) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a folder beside `path` that takes its name when the block ends well, and vanishes when it does not.
 
-    An older folder of that name is whole until the moment of the rename.
+    An older folder of that name is whole until the moment of the rename. Where it can be removed but not renamed, as
+    one of a container's image, it goes when the new one is complete.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -97,13 +108,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.replace(old)
-            beside.replace(path)
+        old = _set_aside(path) if path.exists() else None
+        beside.replace(path)
+        if old:
             shutil.rmtree(old)
-        else:
-            beside.replace(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -146,17 +154,25 @@ def remembered(kind: str, files: Sequence[Path], digest: Callable[[], str]) -> s
 
 def discard(folder: Path) -> None:
     """Removes a folder that others may read: renamed first, so that they find it whole or not at all."""
-    gone = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    folder.replace(gone)
-    shutil.rmtree(gone)
+    if gone := _set_aside(folder):
+        shutil.rmtree(gone)
+
+
+def _set_aside(folder: Path) -> Path | None:
+    """The folder's new name beside it; None where it had to be removed instead."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        return folder.replace(old)
+    except OSError as e:
+        if e.errno != errno.EXDEV:  # overlayfs's answer for a folder of a lower layer
+            raise
+    shutil.rmtree(folder)
+    return None
 
 
 def require_writable(folder: Path, *, flag: str) -> Path:
     """Creates `folder` and proves that a file can be written there; returns it absolute."""
-    try:
-        folder = folder.expanduser().resolve()
-    except RuntimeError as e:
-        raise UserError(f"{flag} {folder}", expected="a user who exists after ~", remedy="Correct the path.") from e
+    folder = expanded(folder, flag=flag)
     probe = folder / f".write-probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,19 +200,31 @@ def writing_to(folder: Path) -> Iterator[None]:
         ) from e
 
 
+def flock(file: IO[Any], how: int) -> str:
+    """Takes fcntl's lock `how`. Empty, or why this file system knows no locks: nobody else is kept from it, then.
+    Raises BlockingIOError where another holds it, if `how` says not to wait."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        raise
+    except OSError as e:
+        return str(e.strerror)
+    return ""
+
+
 @contextmanager
 def locked(folder: Path, *, expected: str, remedy: str) -> Iterator[None]:
     """Holds a folder for this process; the lock ends with the process, however that ends. Raises UserError where
     another holds it. A file system that knows no locks is one that nobody else is kept from."""
     with (folder / ".lock").open("a+") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lacking = flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             f.seek(0)
             got = f"{folder} is being written by process {f.read().strip() or '(unknown)'}"
             raise UserError(got, expected=expected, remedy=remedy) from e
-        except OSError as e:
-            print(f"{folder} cannot be locked ({e.strerror}): start no second command on it", file=sys.stderr)
+        if lacking:
+            print(f"{folder} cannot be locked ({lacking}): start no second command on it", file=sys.stderr)
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()

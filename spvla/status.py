@@ -9,12 +9,13 @@ from spvla import runs
 from spvla.config import StatusConfig
 from spvla.eval.ledger import Ledger
 from spvla.eval.summary import summarise
+from spvla.files import expanded
 from spvla.progress import format_seconds
 
 
 def status(config: StatusConfig) -> None:
     """Prints a few lines. Raises UserError when `config.run` is no run folder."""
-    for line in describe(config.run):
+    for line in describe(expanded(config.run, flag="RUN")):
         print(line)
 
 

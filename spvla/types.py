@@ -15,6 +15,7 @@ ACTION_DIM = 7
 PROPRIO_DIM = 8  # end-effector position, axis-angle, two gripper joints
 IMAGE_SIZE = 224  # what the policy sees
 CAMERA_SIZE = 256  # what the simulator renders and the data sets hold
+ENV_NUMBER = "SPVLA_ENV_NUMBER"  # environment variable of one of many that draw: its number among them, from 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """`spvla collect` and `spvla regenerate` on a real cluster with real environments; the tally that decides takes."""
 
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,31 @@ def test_a_task_whose_takes_crashed_is_tried_again() -> None:
         require_no_crash(tally)
     tally.done[task, 1] = True
     require_no_crash(tally)
+
+
+def test_a_damaged_take_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spool = Spool(tmp_path)
+    for take in range(4):
+        spool.put(3, take, episode(take))
+    spool.put(3, 4, None)
+    whole = (tmp_path / "task_03_take_0001.npz").read_bytes()
+    (tmp_path / "task_03_take_0000.npz").write_bytes(b"")
+    (tmp_path / "task_03_take_0001.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "task_03_take_0002.npz").write_bytes(whole[:3000] + b"\xff" * 8 + whole[3008:])
+    with pytest.raises(DatasetError, match=r"task_03_take_0001.npz is damaged .*Run the same command again"):
+        spool.read("task_03_take_0001")
+    assert Spool(tmp_path).takes() == {(3, 3): True, (3, 4): False}
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(line.endswith("it is made again") for line in lines)
+    assert not (tmp_path / "task_03_take_0001.npz").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_take(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    (tmp_path / f".task_00_take_0000.npz.{os.getpid()}.tmp").symlink_to("/dev/full")  # where a take is written first
+    with pytest.raises(UserError, match="takes no more .No space left on device.; expected a disk with room"):
+        spool.put(0, 0, episode(0))
+    assert spool.takes() == {} and not list(tmp_path.iterdir())
 
 
 def test_an_unknown_task_or_suite_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
-"""Lists of paths, and what can be no path."""
+"""Lists of paths, what can be no path, and what a file system may refuse."""
 
 import errno
 import fcntl
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
+from spvla.cli import COMMANDS, run
 from spvla.config import EvaluateConfig
 from spvla.errors import UserError
-from spvla.files import is_folder, locked, paths_in, require_writable
+from spvla.files import discard, expanded, is_folder, locked, new_folder, paths_in, require_writable
 
 
 def test_a_comma_in_a_folders_name_belongs_to_it(tmp_path: Path) -> None:
@@ -28,6 +30,60 @@ def test_a_comparison_needs_two_paths_and_not_one_comma(tmp_path: Path) -> None:
 def test_the_home_of_nobody_is_no_folder_to_write_to() -> None:
     with pytest.raises(UserError, match="--run_root_dir ~nosuch/x; expected a user who exists"):
         require_writable(Path("~nosuch/x"), flag="--run_root_dir")
+
+
+PATH_FLAGS = [
+    (command, field.name)
+    for command, (cls, _) in COMMANDS.items()
+    if command != "sweep"  # its training flags are those of train
+    for field in fields(cls)
+    if field.type in (Path, Path | None)
+]
+
+
+@pytest.mark.parametrize(("command", "flag"), [*PATH_FLAGS, ("sweep", "data_root_dir"), ("sweep", "run_root_dir")])
+def test_every_flag_that_names_a_place_refuses_the_home_of_nobody(
+    command: str, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cls, _ = COMMANDS[command]
+    needed = {f.name: "here" for f in fields(cls) if f.default is MISSING and f.type is Path} | {flag: "~nosuch/x"}
+    assert run([command, *(word for name, value in needed.items() for word in (f"--{name}", value))]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--{flag} ~nosuch/x; expected a user who exists after ~" in line
+
+
+def test_the_home_of_nobody_holds_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate", "--pretrained_checkpoint", "~nosuch/x"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "~nosuch/x" in line
+
+
+def test_a_circle_of_links_is_no_path(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(UserError, match="no circle of links"):
+        expanded(tmp_path / "a", flag="--demos")
+
+
+def test_a_folder_that_cannot_be_renamed_is_replaced_and_removed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As overlayfs answers for a folder of a container's image."""
+    rename = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == "data":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    (folder := tmp_path / "data").mkdir()
+    (folder / "old").touch()
+    with new_folder(folder) as new:
+        (new / "new").touch()
+    assert [p.name for p in tmp_path.rglob("*")] == ["data", "new"]
+    discard(folder)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_held_once_and_where_there_are_no_locks_not_at_all(

@@ -1,5 +1,7 @@
 """Decoded pictures: the same bits as from the JPEG, made once for all processes, whole or not there, and never left."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -100,6 +102,19 @@ def test_a_folder_that_cannot_be_written_is_passed_over(store: FrameStore, folde
     (tmp_path / "file").write_text("no folder")
     (decoded,) = open_frames([store], BOTH, folders=[tmp_path / "file", folder])
     assert isinstance(decoded, DecodedFrames) and len(list(folder.glob("*.u8"))) == 2
+
+
+def test_where_there_are_no_locks_files_are_made_all_the_same_and_left(
+    store: FrameStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    (decoded,) = open_frames([store], BOTH[:1], folders=[folder])
+    assert isinstance(decoded, DecodedFrames) and picture(decoded, 3).any()
+    frames.remove_unused(folder)
+    assert len(list(folder.glob("*.u8"))) == 1
 
 
 def test_files_that_nobody_uses_make_way_and_those_in_use_stay(tmp_path: Path, folder: Path) -> None:

@@ -7,8 +7,9 @@ FOLDER/<digest of the data set>-<camera>-224-v1.u8    N pictures of 150,528 byte
 FOLDER/.lock                                          held while such a file is being made: the others wait, and use it
 
 FOLDER is in /dev/shm if that has room, else in the cache folder. Whoever uses a file holds a shared lock on it, so what
-nobody uses is told from what somebody does. Files in /dev/shm are memory: the last one who leaves removes them, and
-what a killed process left there goes when the next file is made, or by `spvla clean`.
+nobody uses is told from what somebody does; where a file system knows no locks, it is left. Files in /dev/shm are
+memory: the last one who leaves removes them, and what a killed process left there goes when the next file is made, or
+by `spvla clean`.
 """
 
 import fcntl
@@ -25,7 +26,7 @@ import numpy as np
 from spvla.config import FrameMode
 from spvla.data.store import FrameStore
 from spvla.errors import DatasetError, UserError
-from spvla.files import cache_dir, new_file, writing_to
+from spvla.files import cache_dir, flock, new_file, writing_to
 from spvla.policies.openvla.images import decode_jpeg, resize_lanczos
 from spvla.types import IMAGE_SIZE
 
@@ -67,7 +68,7 @@ class Held:
 
     def __init__(self, path: Path) -> None:
         self.path, self.file = path, path.open("rb")
-        fcntl.flock(self.file, fcntl.LOCK_SH)
+        flock(self.file, fcntl.LOCK_SH)
 
     def leave(self) -> None:
         """The last one who leaves a file in /dev/shm removes it."""
@@ -151,7 +152,7 @@ def decode_all(store: FrameStore, camera: str, path: Path, threads: int) -> None
         beside.open("wb") as file,
         ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
     ):
-        fcntl.flock(file, fcntl.LOCK_EX)
+        flock(file, fcntl.LOCK_EX)
 
         def some(first: int) -> None:
             picture = np.empty(SHAPE, np.uint8)
@@ -171,7 +172,7 @@ def locked(folder: Path) -> Iterator[None]:
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} is another user's")
     with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -27,7 +27,7 @@ from spvla.data.store import (
     write_batches,
 )
 from spvla.errors import DatasetError, SpvlaError, UserError
-from spvla.files import safe_name, write_json
+from spvla.files import expanded, safe_name, write_json
 from spvla.progress import Progress
 from spvla.reading import read_json
 from spvla.types import Episode
@@ -38,7 +38,7 @@ ABANDONED_S = 3600.0  # a file that nobody has written to for so long
 
 def index(config: IndexConfig) -> None:
     """`spvla index`: builds or completes the index and says what is in it."""
-    root = config.data_root_dir.expanduser().resolve()
+    root = expanded(config.data_root_dir, flag="--data_root_dir")
     path = ensure_index(root, config.dataset_name, skip_corrupt=config.skip_corrupt, num_workers=config.num_workers)
     store = FrameStore.open(path)
     print(f"index  {path}: {len(store.episode_lengths)} episodes, {len(store)} frames")

@@ -17,7 +17,7 @@ from spvla.config import ExportConfig
 from spvla.data.index import FOLDER, is_recorded, writing
 from spvla.data.store import RECORDING, FrameStore, conclude, write_batches
 from spvla.errors import DatasetError, UserError
-from spvla.files import new_folder, require_writable, safe_name
+from spvla.files import expanded, new_folder, require_writable, safe_name
 from spvla.types import Episode
 
 SHARD_EPISODES = 32  # about 200 MB
@@ -62,7 +62,7 @@ def export(config: ExportConfig) -> None:
 
     Raises UserError.
     """
-    root = config.data_root_dir.expanduser().resolve()
+    root = expanded(config.data_root_dir, flag="--data_root_dir")
     name = safe_name(config.dataset_name, what="--dataset_name")
     if config.format == "lerobot":
         export_lerobot(root, name, require_writable(config.out or root, flag="--out"))

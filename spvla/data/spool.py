@@ -5,11 +5,13 @@ FOLDER/task_03_take_0013.failed   a take that was no success
 """
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from spvla.errors import DatasetError
 from spvla.files import new_file, writing_to
 from spvla.types import Episode
 
@@ -24,9 +26,18 @@ class Spool:
         self.folder = folder
 
     def takes(self) -> dict[tuple[int, int], bool]:
-        """(task, take) -> whether it was a success."""
-        names = (_NAME.fullmatch(file.name) for file in self.folder.iterdir())
-        return {(int(m[1]), int(m[2])): m[3] == "npz" for m in names if m}
+        """(task, take) -> whether it was a success. Reads them all: a damaged one is removed, and so made again."""
+        names = filter(None, (_NAME.fullmatch(file.name) for file in sorted(self.folder.iterdir())))
+        return {(int(m[1]), int(m[2])): m[3] == "npz" for m in names if m[3] == "failed" or self._is_whole(m[0])}
+
+    def _is_whole(self, file_name: str) -> bool:
+        try:
+            self.read(Path(file_name).stem)
+        except DatasetError as e:
+            print(f"{e.got}: it is made again", file=sys.stderr)
+            (self.folder / file_name).unlink()
+            return False
+        return True
 
     def put(self, task: int, take: int, episode: Episode | None) -> None:
         file = self.folder / self.name(task, take)
@@ -42,8 +53,17 @@ class Spool:
         return f"task_{task:02d}_take_{take:04d}"
 
     def read(self, name: str) -> Episode:
-        with np.load(self.folder / f"{name}.npz", allow_pickle=False) as arrays:
-            return _from_arrays(arrays)
+        """Raises DatasetError for a damaged one."""
+        file = self.folder / f"{name}.npz"
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return _from_arrays(arrays)
+        except Exception as e:  # zipfile and numpy raise a dozen kinds for bytes that are not theirs
+            raise DatasetError(
+                f"the take {file} is damaged ({type(e).__name__})",
+                expected="an episode as it was written",
+                remedy="Run the same command again: it makes this take anew.",
+            ) from e
 
 
 def _to_arrays(episode: Episode) -> dict[str, np.ndarray]:

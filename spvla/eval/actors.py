@@ -43,7 +43,7 @@ from spvla.eval.messages import (
 from spvla.eval.pool import LOG_HEADER
 from spvla.eval.videos import encode_mp4
 from spvla.policies.registry import EXTERNAL, AdaptablePolicy, external, family
-from spvla.types import Env, Observation, Trial
+from spvla.types import ENV_NUMBER, Env, Observation, Trial
 
 
 def open_base(version: PolicyVersion, settings: ServerSettings) -> AdaptablePolicy:
@@ -182,7 +182,8 @@ class EnvWorker:
     def __init__(self, name: str, settings: WorkerSettings) -> None:
         self.name, self.settings = name, settings
         self.log = log_to(settings.log_folder, name)
-        spread_rendering(name)
+        if (number := name.rpartition("-")[2]).isdigit():
+            os.environ[ENV_NUMBER] = number  # env-5 of a machine with two GPUs draws on the second
         self.benchmark = settings.benchmark
         self.task: tuple[str, int] | None = None
         self.env: Env | None = None
@@ -266,14 +267,6 @@ def fault_of(e: Exception, kind: str, *, policy_at_fault: bool) -> Fault:
     return Fault(
         kind=kind, message=str(e), traceback="".join(traceback.format_exception(e)), policy_at_fault=policy_at_fault
     )
-
-
-def spread_rendering(name: str) -> None:
-    """Worker env-5 of a machine with two GPUs renders on the second, unless the environment says otherwise."""
-    gpus = sum(1 for device in Path("/dev").glob("nvidia*") if device.name.removeprefix("nvidia").isdigit())
-    number = name.rpartition("-")[2]
-    if gpus > 1 and number.isdigit() and not os.environ.get("CUDA_VISIBLE_DEVICES"):
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(int(number) % gpus))
 
 
 def resident_bytes() -> int:

@@ -18,7 +18,7 @@ from spvla.config import EvaluateConfig
 from spvla.errors import UserError
 from spvla.eval.session import session
 from spvla.eval.summary import summarise, table
-from spvla.files import new_folder, writing_to
+from spvla.files import expanded, new_folder, writing_to
 
 PINNED = "followed"
 POLL_S = 0.5
@@ -27,8 +27,8 @@ QUIET_S = 300.0  # without a logged step: worth a word, since the run may have d
 
 def follow(config: EvaluateConfig) -> None:
     """Ends when the run's last checkpoint is evaluated; Ctrl-C ends it earlier, and the same command goes on."""
-    run = config.follow
-    assert run is not None
+    assert config.follow is not None
+    run = expanded(config.follow, flag="--follow")
     last_step = steps_of(run)
     with session(config) as opened:
         pins, say = pins_of(run, opened.folder), opened.console.say

@@ -1,18 +1,22 @@
 """The OpenGL context that pictures are drawn in, and whether this machine can open one.
 
 MUJOCO_GL chooses egl (the default) or osmesa; MuJoCo's other backends open a window. With EGL the device is
-MUJOCO_EGL_DEVICE_ID where set, else the first of CUDA_VISIBLE_DEVICES, which is the GPU that Ray gave this process,
-else the first that works. MuJoCo is imported late, because with an unusable MUJOCO_GL its import fails.
+MUJOCO_EGL_DEVICE_ID where set, else one of CUDA_VISIBLE_DEVICES, which are the GPUs that Ray or SLURM gave this
+process, else the first that works. MuJoCo is imported late, because with an unusable MUJOCO_GL its import fails.
 """
 
 import glob
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Protocol
 
 from spvla.errors import InfrastructureError, UserError
+from spvla.render.devices import cuda_numbers, drawing_device, visible_gpus
+from spvla.types import ENV_NUMBER
 
 BACKENDS = ("egl", "osmesa")
 BUFFER = (640, 480)  # ignored by EGL; OSMesa draws into it
@@ -44,13 +48,9 @@ def draw_on_one_core() -> None:
 
 
 def draw_on_gpu(number: int) -> None:
-    """For one of many environments that no GPU was given to: the `number`-th of this machine's, round and round.
-
-    EGL lists GPUs in their own order, before any software renderer. Does nothing where there is at most one.
-    """
-    count = len(glob.glob("/dev/nvidia[0-9]*"))
-    if count > 1:
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(number % count))
+    """For one of many environments that share a machine's GPUs: the `number`-th of those that this process may see,
+    round and round. Does nothing where there is at most one."""
+    os.environ[ENV_NUMBER] = str(number)
 
 
 def backend() -> str:
@@ -88,11 +88,13 @@ def open_context() -> GLContext:
     try:
         if kind == "osmesa":
             from mujoco.osmesa import GLContext as Context
+
+            context = Context(*BUFFER)
         else:
             from mujoco.egl import GLContext as Context
 
-            choose_device()
-        context = Context(*BUFFER)
+            with device_named(choose_device()):
+                context = Context(*BUFFER)
         context.make_current()
     except Exception as e:  # each backend fails in its own ways
         raise InfrastructureError(
@@ -101,14 +103,27 @@ def open_context() -> GLContext:
     return context
 
 
-def choose_device() -> None:
-    """Names the EGL device of the GPU this process was given, unless someone named one already."""
-    from mujoco.egl import egl_ext
+def choose_device() -> int | None:
+    """The EGL device that draws; None where someone named one already, or the driver is to choose."""
+    if "MUJOCO_EGL_DEVICE_ID" in os.environ:
+        return None
+    gpus, number = len(glob.glob("/dev/nvidia[0-9]*")), os.environ.get(ENV_NUMBER)
+    visible = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return drawing_device(cuda_numbers(), visible, int(number) if number else None, gpus)
 
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    # A UUID (as with MIG) names no EGL device, and a machine may list GPUs without being able to draw with them.
-    if first.isdigit() and int(first) < len(egl_ext.eglQueryDevicesEXT()):
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", first)
+
+@contextmanager
+def device_named(device: int | None) -> Iterator[None]:
+    """MuJoCo reads the variable when it opens its first context. Later it must be gone: robosuite's import fails where
+    it is none of CUDA's numbers."""
+    if device is None:
+        yield
+        return
+    os.environ["MUJOCO_EGL_DEVICE_ID"] = str(device)
+    try:
+        yield
+    finally:
+        del os.environ["MUJOCO_EGL_DEVICE_ID"]
 
 
 @cache

@@ -5,15 +5,16 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from spvla.config import ReportConfig
-from spvla.files import write_text
+from spvla.files import expanded, write_text
 from spvla.report.story import Story, interval, percent, task_label, tell
 from spvla.runs import REPORT
 
 
 def report(config: ReportConfig) -> Path:
     """Writes the report and returns its path. Raises UserError when `config.run` is no run folder."""
-    out = config.out or config.run / REPORT
-    write_text(out, render(tell(config.run)))
+    run = expanded(config.run, flag="RUN")
+    out = expanded(config.out, flag="--out") if config.out else run / REPORT
+    write_text(out, render(tell(run)))
     print(f"report  {out.resolve()}")
     return out
 

@@ -20,7 +20,7 @@ from spvla import runs
 from spvla.cluster.connect import connection
 from spvla.config import SweepConfig, TrainConfig
 from spvla.errors import TrainingError, UserError
-from spvla.files import require_writable
+from spvla.files import expanded, require_writable
 from spvla.progress import Progress
 from spvla.sweep.folder import ENDED, FAILED, SweepTrial, sweep_id, table, write_table
 from spvla.sweep.judge import (
@@ -73,7 +73,7 @@ def sweep(config: SweepConfig) -> list[SweepTrial]:
 def absolute(flags: _Flags) -> _Flags:
     """With every path absolute, because a trial's process has a working folder of Tune's."""
     paths: dict[str, Any] = {
-        name: value.expanduser().resolve() for name, value in vars(flags).items() if isinstance(value, Path)
+        name: expanded(value, flag=f"--{name}") for name, value in vars(flags).items() if isinstance(value, Path)
     }
     return replace(flags, **paths)
 

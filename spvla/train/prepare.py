@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from spvla.cluster.machines import require_resources, total, unbounded
 from spvla.config import TrainConfig
 from spvla.data.index import ensure_index, require_source
 from spvla.errors import UserError
-from spvla.files import safe_name, write_json
+from spvla.files import expanded, safe_name, write_json
 from spvla.model.lora_file import read_lora
 from spvla.model.weights import open_weights
 from spvla.policies.checkpoint import base_of, policy_digest
@@ -118,7 +119,7 @@ def require_flags(config: TrainConfig) -> None:
 def require_datasets(config: TrainConfig) -> None:
     """Raises DatasetError when a data set is missing, listing those that are there."""
     for name, _ in datasets_of(config.dataset_name):
-        require_source(config.data_root_dir.expanduser().resolve(), name)
+        require_source(expanded(config.data_root_dir, flag="--data_root_dir"), name)
 
 
 def start_policy(config: TrainConfig, run: Path) -> str:
@@ -128,7 +129,7 @@ def start_policy(config: TrainConfig, run: Path) -> str:
         if not base.exists():
             create_preset(base, config.vla_path, seed=config.seed)
         return str(base)
-    path = Path(config.vla_path).expanduser()
+    path = Path(os.path.expanduser(config.vla_path))
     return str(path.resolve()) if path.exists() else config.vla_path
 
 
@@ -198,7 +199,7 @@ def prepare(config: TrainConfig, run: Path, start: str) -> Job:
     enough = 1 if unbounded() else config.num_workers
     use_gpu = total("GPU") >= enough if config.use_gpu is None else config.use_gpu
     require_resources(f"{config.num_workers} workers", CPU=config.num_workers, GPU=config.num_workers * use_gpu)
-    root = config.data_root_dir.expanduser().resolve()
+    root = expanded(config.data_root_dir, flag="--data_root_dir")
     stores = [
         (name, ensure_index(root, name, skip_corrupt=config.skip_corrupt), weight)
         for name, weight in datasets_of(config.dataset_name)

@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from spvla.errors import UserError
-from spvla.render.context import choose_device, renderer_name, try_drawing
+from spvla.render.context import choose_device, device_named, renderer_name, try_drawing
+from spvla.render.devices import cuda_numbers, drawing_device, egl_index, visible_gpus
+from spvla.types import ENV_NUMBER
 
 pytest.importorskip("mujoco.egl")
 
@@ -17,34 +19,76 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "unset")  # so that it is restored afterwards
     monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID")
+    monkeypatch.delenv(ENV_NUMBER, raising=False)
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, visible: str | None, devices: int) -> str | None:
-    from mujoco.egl import egl_ext
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        (None, []),
+        ("", []),
+        ("3", [3]),
+        (" 5, 6", [5, 6]),
+        ("2,-1,0", [2]),  # CUDA sees nothing after the first that is none
+        ("-1", []),
+        ("GPU-8932f937,1", []),
+        ("MIG-1c2f", []),
+    ],
+)
+def test_visible_gpus_are_read_as_cuda_reads_them(text: str | None, numbers: list[int]) -> None:
+    assert visible_gpus(text) == numbers
 
-    monkeypatch.setattr(egl_ext, "eglQueryDevicesEXT", lambda: [object()] * devices)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    choose_device()
-    return os.environ.get("MUJOCO_EGL_DEVICE_ID")
+
+def test_egl_counts_gpus_in_an_order_of_its_own() -> None:
+    reversed_order = [3, 2, 1, 0, None]  # the last draws in software
+    assert [egl_index(reversed_order, n) for n in range(5)] == [3, 2, 1, 0, None]
+    assert [egl_index([None, None], n) for n in range(3)] == [0, 1, None]  # a driver that does not say
 
 
-def test_pictures_come_from_the_gpu_that_ray_gave(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chosen(monkeypatch, "3", devices=8) == "3"
+@pytest.mark.parametrize(
+    ("cuda_of_egl", "visible", "turn", "device"),
+    [
+        ([3, 2, 1, 0], [1], None, 2),  # the GPU that Ray gave
+        ([3, 2, 1, 0], [2, 3], None, 1),  # the first of several
+        ([3, 2, 1, 0], [2, 3], 5, 0),  # an environment takes its turn among those it may see
+        ([None, 1, None, 0], [2, 3], 0, 3),  # a driver that counts the visible ones: CUDA's 2 is its 0
+        ([None, 1, None, 0], [2, 3], 1, 1),
+        ([1, 0, None], [], 4, 1),  # none named: all of them, in CUDA's order
+        ([1, 0, None], [], None, None),
+        ([0, None], [], 4, None),  # one GPU: the driver finds it
+        ([None] * 8, [3], None, 3),
+        ([None] * 8, [2, 3], 1, 3),
+        ([None] * 3, [], 3, 1),  # two GPUs and software after them
+        ([None, None], [4], None, None),  # a machine may list GPUs without being able to draw with them
+        ([None], [0], 7, 0),
+        ([], [0], 7, None),
+    ],
+)
+def test_a_process_draws_on_a_gpu_that_it_may_see(
+    cuda_of_egl: list[int | None], visible: list[int], turn: int | None, device: int | None
+) -> None:
+    assert drawing_device(cuda_of_egl, visible, turn, gpus=2) == device
 
 
-def test_the_first_of_several_gpus_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chosen(monkeypatch, "5,6", devices=8) == "5"
+def test_software_has_no_cuda_number_and_the_query_leaves_no_error() -> None:
+    from OpenGL import EGL
 
-
-@pytest.mark.parametrize("visible", [None, "", "MIG-1c2f", "4"])
-def test_without_a_usable_number_the_driver_chooses(monkeypatch: pytest.MonkeyPatch, visible: str | None) -> None:
-    assert chosen(monkeypatch, visible, devices=2) is None
+    if "llvmpipe" not in renderer_name():
+        pytest.skip(f"asks Mesa's software renderer, not {renderer_name()}")
+    assert set(cuda_numbers()) == {None} and EGL.eglGetError() == EGL.EGL_SUCCESS
 
 
 def test_a_device_named_by_hand_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert choose_device() == 0
     monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "1")
-    assert chosen(monkeypatch, "0", devices=2) == "1"
+    assert choose_device() is None
+
+
+def test_the_device_is_named_to_mujoco_alone() -> None:
+    with device_named(1):
+        assert os.environ["MUJOCO_EGL_DEVICE_ID"] == "1"
+    assert "MUJOCO_EGL_DEVICE_ID" not in os.environ
 
 
 def test_the_renderer_has_a_name() -> None:

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 from spvla.benchmarks.libero import primitives
 from spvla.benchmarks.libero.suites import SUITES, TaskInfo, tasks
 from spvla.errors import UserError
-from spvla.files import cache_dir, create_once, remembered
+from spvla.files import cache_dir, create_once, expanded, remembered
 
 OBJECTS = ("articulated_objects", "stable_hope_objects", "stable_scanned_objects", "turbosquid_objects")
 FOLDERS = (*OBJECTS, "scenes")
@@ -84,13 +84,13 @@ def installed() -> Path | None:
 
 def for_other_processes(flag: Path | None) -> Path | None:
     """--libero_assets as a process in another folder understands it: absolute, unless it asks for the primitives."""
-    return flag if flag is None or str(flag) == PRIMITIVES else flag.expanduser().resolve()
+    return flag if flag is None or str(flag) == PRIMITIVES else expanded(flag, flag="--libero_assets")
 
 
 def _given(folder: Path, *, asked: str) -> AssetSet:
     if str(folder) == PRIMITIVES:
         return _primitives()
-    folder = folder.expanduser().resolve()
+    folder = expanded(folder, flag=asked)
     if missing := _missing(folder):
         raise UserError(
             f"{asked} {folder} has no {missing[0]}/",
