@@ -238,7 +238,8 @@ def cache_dir() -> Path:
     as good until the machine is cleaned. Raises UserError where nothing can be written.
     """
     if given := os.environ.get("SPVLA_CACHE"):
-        return Path(given) if can_be_written(Path(given)) else require_writable(Path(given), flag="SPVLA_CACHE")
+        folder = expanded(Path(given), flag="SPVLA_CACHE")
+        return folder if can_be_written(folder) else require_writable(folder, flag="SPVLA_CACHE")
     with suppress(RuntimeError):  # a user without a home
         own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spvla"
         if can_be_written(own):

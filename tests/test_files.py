@@ -10,7 +10,7 @@ import pytest
 from spvla.cli import COMMANDS, run
 from spvla.config import EvaluateConfig
 from spvla.errors import UserError
-from spvla.files import discard, expanded, is_folder, locked, new_folder, paths_in, require_writable
+from spvla.files import cache_dir, discard, expanded, is_folder, locked, new_folder, paths_in, require_writable
 
 
 def test_a_comma_in_a_folders_name_belongs_to_it(tmp_path: Path) -> None:
@@ -56,6 +56,15 @@ def test_the_home_of_nobody_holds_no_checkpoint(capsys: pytest.CaptureFixture[st
     assert run(["evaluate", "--pretrained_checkpoint", "~nosuch/x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "~nosuch/x" in line
+
+
+def test_the_cache_may_be_named_from_home_and_not_from_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SPVLA_CACHE", "~/cache")  # as a YAML file's env_vars leave it
+    assert cache_dir() == tmp_path.resolve() / "cache"
+    monkeypatch.setenv("SPVLA_CACHE", "~nosuch/x")
+    with pytest.raises(UserError, match="SPVLA_CACHE ~nosuch/x; expected a user who exists"):
+        cache_dir()
 
 
 def test_a_circle_of_links_is_no_path(tmp_path: Path) -> None:
