@@ -33,6 +33,7 @@ TICK_S = 0.05  # a tick begins no sooner after the last one: what ends in betwee
 MOST_AT_ONCE = 64  # trials begun, and trials ended, in one tick
 WATCH_EVERY_S = 1.0
 HEARTBEAT_EVERY_S = 5.0
+TELL_EACH = 20  # a job of so few trials says how each ended, and where its film is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +225,10 @@ class Driver:
             self.made += 1
         else:
             self.claimed_elsewhere.append(trial)  # our claim had lapsed: whoever took it may yet give it back
+        if len(self.job.trials) <= TELL_EACH:
+            where = f"{trial.suite} task {trial.task}, init state {trial.init_state}"
+            film = f"  {self.ledger.path.parent / ended.video}" if ended.video else ""
+            self.farm.say(f"{where}: {outcome.status} after {outcome.steps} steps{film}")
         self.quota.end(trial, order.film, outcome.status if ended.video else None)
         slot.deaths = server.deaths = 0
         if ended.report.rss_bytes > self.farm.config.worker_memory_gb * 2**30:
