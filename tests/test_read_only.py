@@ -33,7 +33,8 @@ def temporary() -> Iterator[Path]:
 
 
 def as_nobody(temporary: Path, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    ours = {k: v for k, v in os.environ.items() if k not in ("SPVLA_CACHE", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR")}
+    caches = ("SPVLA_CACHE", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "MPLCONFIGDIR")  # set by tests before, perhaps
+    ours = {k: v for k, v in os.environ.items() if k not in caches}
     given = {"HOME": "/", "TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(sys.path), **environment}
     return subprocess.run(
         [*AS_NOBODY, sys.executable, *args], env=ours | given, capture_output=True, text=True, timeout=250

@@ -39,7 +39,10 @@ def describe(base: Path, adapter: Path | None, flags: PolicyFlags) -> Descriptio
 def refuse_real_proprio(folder: Path) -> None:
     """OpenVLA writes zeros for the robot's state. Raises CheckpointError for statistics that were measured."""
     stats = read_json(folder / STATISTICS) if (folder / STATISTICS).exists() else {}
-    measured = [key for key, entry in stats.items() if any(map(any, entry.get("proprio", {}).values()))]
+    entries = {
+        key: entry for key, entry in stats.items() if isinstance(entry, dict)
+    }  # others are refused by name later
+    measured = [key for key, entry in entries.items() if any(map(any, entry.get("proprio", {}).values()))]
     if measured:
         raise CheckpointError(
             f"{folder / STATISTICS} with proprio of {measured[0]}, and no file that tells what reads it",
