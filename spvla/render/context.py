@@ -54,10 +54,17 @@ def draw_on_gpu(number: int) -> None:
 
 
 def backend() -> str:
-    """What MUJOCO_GL asks for. Raises UserError for what does not draw off screen."""
+    """What MUJOCO_GL asks for. Raises UserError for what needs a screen, and a device that robosuite refuses."""
     asked = os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "").strip().lower() or BACKENDS[0]
     if asked not in BACKENDS:
         raise UserError(f"MUJOCO_GL={asked}", expected=" or ".join(BACKENDS), remedy="Correct it, or unset it for egl.")
+    named, visible = os.environ.get("MUJOCO_EGL_DEVICE_ID"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named and visible and named not in visible:  # robosuite's import would end in an assertion
+        raise UserError(
+            f"MUJOCO_EGL_DEVICE_ID={named} with CUDA_VISIBLE_DEVICES={visible}",
+            expected="one of those devices",
+            remedy="Unset MUJOCO_EGL_DEVICE_ID: a GPU that this process may see is found by itself.",
+        )
     return asked
 
 

@@ -85,6 +85,13 @@ def test_a_device_named_by_hand_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device() is None
 
 
+def test_a_device_that_robosuite_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "0")
+    with pytest.raises(UserError, match="MUJOCO_EGL_DEVICE_ID=0 with CUDA_VISIBLE_DEVICES=2,3"):
+        try_drawing()
+
+
 def test_the_device_is_named_to_mujoco_alone() -> None:
     with device_named(1):
         assert os.environ["MUJOCO_EGL_DEVICE_ID"] == "1"
