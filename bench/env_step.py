@@ -129,13 +129,16 @@ class Row:
     stock_ms: float
     ours_ms: float
     ratio: float
-    cpu_ratio: float  # of CPU time: per core, and steady on a busy machine
+    stock_cpu_ms: float  # of all threads: steadier on a busy machine
+    ours_cpu_ms: float
+    cpu_ratio: float
 
     @classmethod
     def of(cls, times: list[tuple[np.ndarray, np.ndarray]]) -> "Row":
         theirs, ours = (1e3 * np.array(t) for t in zip(*times, strict=True))  # (rounds, 2)
         wall, cpu = np.median(theirs / ours, axis=0)
-        return cls(float(np.median(theirs[:, 0])), float(np.median(ours[:, 0])), float(wall), float(cpu))
+        (stock_ms, stock_cpu_ms), (ours_ms, ours_cpu_ms) = np.median(theirs, axis=0), np.median(ours, axis=0)
+        return cls(*(float(x) for x in (stock_ms, ours_ms, wall, stock_cpu_ms, ours_cpu_ms, cpu)))
 
 
 def main() -> None:
@@ -151,9 +154,9 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"{args.suite} task {args.task}, {result['assets']} assets, {result['renderer']}, medians of {args.rounds}")
-    print(f"{'':<22}{'stock ms':>10}{'ours ms':>10}{'ratio':>9}{'CPU time':>10}")
+    print(f"{'':<22}{'stock ms':>10}{'ours ms':>10}{'ratio':>9}{'stock CPU':>12}{'ours CPU':>10}{'ratio':>9}")
     for name, row in result["rows"].items():
-        print("{:<22}{:>10.1f}{:>10.1f}{:>8.1f}x{:>9.1f}x".format(name, *row.values()))
+        print("{:<22}{:>10.1f}{:>10.1f}{:>8.1f}x{:>12.1f}{:>10.1f}{:>8.1f}x".format(name, *row.values()))
 
 
 if __name__ == "__main__":
