@@ -55,9 +55,11 @@ class Machine:
 
 def settle(place: Place, assets: AssetSet) -> list[Snapshot]:
     """A task, once for each of INIT_STATES. Raises SpvlaError where it cannot be built, played or drawn."""
+    from spvla.benchmarks.libero import stock
     from spvla.benchmarks.libero.env import LiberoEnv
 
     draw_on_one_core()
+    stock.cache_files(stock.MUJOCO_CACHE)  # a process builds one task after another, and they have much in common
     snapshots = []
     with LiberoEnv(*place, assets) as env:
         for init_state in INIT_STATES:
