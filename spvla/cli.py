@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast, get_args, get_origin
 
 from spvla import __version__, config
+from spvla.benchmarks.libero.versions import installed_mujoco
 from spvla.errors import SpvlaError, UserError
 from spvla.render.context import try_drawing
 
@@ -40,7 +41,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
 }
 # Ray would print each dead worker into stdout's table; the farm says who fell in its own words, and why.
 RAY_KEEPS_QUIET = ("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed")
-SIMULATING = ("collect", "regenerate", "demo")  # import MuJoCo at once, which fails where it cannot draw
+SIMULATING = ("collect", "regenerate", "demo")  # import MuJoCo at once: any one, and able to draw
 EXTRAS = "spvla[sim,train]"  # what every command but `serve` takes, together
 # command -> (how it is typed, the flags that one needs first); --help begins with both
 NEEDED = {
@@ -85,6 +86,7 @@ def run(args: list[str]) -> int:
             hush_warnings()
             os.environ.setdefault(*RAY_KEEPS_QUIET)  # Ray reads it when it is imported
         if name in SIMULATING:
+            installed_mujoco()
             try_drawing()
         entry_point(name)(parsed)
     except UserError as e:

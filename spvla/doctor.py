@@ -56,7 +56,7 @@ def doctor(config: DoctorConfig) -> None:
 
 
 def examine() -> Iterator[Finding]:
-    yield from map(found_by, (packages, gpu, egl_library, renderer, assets, cache, ray_cluster, disk, wandb))
+    yield from map(found_by, (packages, gpu, egl_library, renderer, simulator, assets, cache, ray_cluster, disk, wandb))
 
 
 def found_by(look: Callable[[], Finding]) -> Finding:
@@ -100,6 +100,13 @@ def renderer() -> Finding:
         return Finding("renderer", try_drawing())
     except UserError as e:
         return Finding("renderer", e.got, e.remedy)
+
+
+def simulator() -> Finding:
+    from spvla.benchmarks.libero import versions
+
+    found = versions.require_mujoco(any_version=False)
+    return Finding("simulator", f"MuJoCo {found}, which published checkpoints know")
 
 
 def assets() -> Finding:

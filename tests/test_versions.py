@@ -64,3 +64,13 @@ def test_a_world_is_called_comparable_only_if_both_its_halves_are() -> None:
     for mujoco, assets in (("3.8.1", "libero"), ("3.3.2", "primitives"), ("3.3.2", "mine-0123456789ab")):
         said = versions.world(mujoco, assets)
         assert mujoco in said and said.endswith("these rates compare with each other, not with published ones.")
+
+
+@pytest.mark.parametrize("line", ["collect", "demo"])
+def test_a_command_that_simulates_says_in_one_line_that_there_are_two(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(put(tmp_path, "9.9.9"))
+    assert cli.run([line]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("spvla: MuJoCo is on Python's path more than once: 9.9.9 in ") and said.count("\n") == 1
